@@ -1,0 +1,417 @@
+"""The compression operator T(theta, C) and its accounting (paper §3.2, §3.5, Appendix A.3).
+
+A kernel is the weight tensor of one Conv2d or Linear, output channels in dimension 0. Per kernel a KernelConfig
+says how many bits, which fraction of output channels, which numeric type and which granularity; a BlockConfig
+gathers the kernels of a block (the paper's LayerConfig), a NetworkConfig the blocks. Pruning comes first,
+quantisation second; the whole operator is deterministic and has no Python loop over channels.
+
+Retained fractions are size ratios in (0, 1]; CR = 1 / retained fraction.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from config import InputError
+
+QTYPES = ("INT", "FLOAT")  # in the order of the action's type index
+GRANULARITIES = ("uniform", "log", "per-channel", "learned")  # in the order of the action's granularity index
+FULL_BITS = 32
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Configurations and their statistics
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Compression of one kernel: bits b, keep-ratio kappa as requested, numeric type tau, granularity mu (§3.1.1).
+
+    ``granularity`` is one of GRANULARITIES or ``log-script``, the log grid of the authors' script, kept for
+    comparison (ledger D3). Raises ValueError for a value outside its range.
+    """
+    bits: int = FULL_BITS
+    keep: float = 1.0
+    qtype: str = "INT"
+    granularity: str = "uniform"
+
+    def __post_init__(self):
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 2:
+            raise ValueError(f"bits={self.bits!r}: expected a whole number of at least 2")
+        if not 0.0 < self.keep <= 1.0:
+            raise ValueError(f"keep={self.keep!r}: expected a number in (0, 1]")
+        if self.qtype not in QTYPES:
+            raise ValueError(f"qtype={self.qtype!r}: expected one of {', '.join(QTYPES)}")
+        if self.granularity not in (*GRANULARITIES, "log-script"):
+            raise ValueError(f"granularity={self.granularity!r}: expected one of {', '.join(GRANULARITIES)}, log-script")
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits that one stored weight takes: b, and b + 1 for the script's log grid, whose sign comes on top."""
+        return self.bits + (self.granularity == "log-script" and self.bits < FULL_BITS)
+
+
+@dataclass(frozen=True)
+class KernelShape:
+    """What the accounting needs to know of a kernel: output channels and FP32 parameters P_ik."""
+    n_out: int
+    params: int
+
+
+def channels_kept(keep: float, n_out: int) -> int:
+    """n = max(1, floor(keep * n_out)); the tolerance undoes binary rounding (0.29 * 100 is 28.999… in floats)."""
+    return min(n_out, max(1, math.floor(keep * n_out + 1e-9 * n_out)))
+
+
+def kernel_retained(config: KernelConfig, n_out: int) -> float:
+    """rho_ik = (b / 32) * (n / n_out), n the channels really kept (Eq. 21, 29)."""
+    return min(config.storage_bits, FULL_BITS) / FULL_BITS * channels_kept(config.keep, n_out) / n_out
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Configurations of the kernels of one block, with the statistics that higher levels use (§3.2)."""
+    kernels: tuple[KernelConfig, ...]
+    shapes: tuple[KernelShape, ...]
+
+    def __post_init__(self):
+        if len(self.kernels) != len(self.shapes) or not self.kernels:
+            raise ValueError(f"{len(self.kernels)} kernel configurations for {len(self.shapes)} kernels")
+
+    @property
+    def params(self) -> int:
+        """P_i, FP32 parameters of the block's kernels."""
+        return sum(shape.params for shape in self.shapes)
+
+    @property
+    def per_kernel(self) -> tuple[float, ...]:
+        """rho_ik of every kernel."""
+        return tuple(kernel_retained(k, s.n_out) for k, s in zip(self.kernels, self.shapes))
+
+    @property
+    def retained(self) -> float:
+        """rho_i = sum_k P_ik rho_ik / P_i (Eq. 30)."""
+        return sum(s.params * r for s, r in zip(self.shapes, self.per_kernel)) / self.params
+
+    @property
+    def retained_unweighted(self) -> float:
+        """Mean of rho_ik over kernels, as the authors' script has it."""
+        return sum(self.per_kernel) / len(self.kernels)
+
+    @property
+    def average_bits(self) -> float:
+        """Mean bits over the kernels, unweighted."""
+        return sum(k.bits for k in self.kernels) / len(self.kernels)
+
+    @property
+    def average_keep(self) -> float:
+        """Mean fraction of channels really kept, over the kernels, unweighted."""
+        return sum(channels_kept(k.keep, s.n_out) / s.n_out for k, s in zip(self.kernels, self.shapes)) \
+            / len(self.kernels)
+
+    @property
+    def pruned(self) -> float:
+        """Number of pruned kernel weights."""
+        return sum(s.params * (1 - channels_kept(k.keep, s.n_out) / s.n_out)
+                   for k, s in zip(self.kernels, self.shapes))
+
+    @property
+    def cr(self) -> float:
+        """1 / rho_i."""
+        return 1 / self.retained
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The joint configuration C of all blocks, with the global accounting."""
+    blocks: tuple[BlockConfig, ...]
+
+    @property
+    def params(self) -> int:
+        """P, FP32 parameters of all kernels."""
+        return sum(block.params for block in self.blocks)
+
+    @property
+    def retained(self) -> float:
+        """rho = sum_i P_i rho_i / P (Eq. 31)."""
+        return sum(block.params * block.retained for block in self.blocks) / self.params
+
+    @property
+    def cr(self) -> float:
+        """CR = 1 / rho (Eq. 22)."""
+        return 1 / self.retained
+
+    @property
+    def msr(self) -> float:
+        """Model-size reduction 1 - rho (Eq. 22), as a fraction."""
+        return 1 - self.retained
+
+    @property
+    def cr_unweighted(self) -> float:
+        """The script's CR: 1 / mean over blocks of the mean over kernels of rho_ik."""
+        return len(self.blocks) / sum(block.retained_unweighted for block in self.blocks)
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned kernel weights / kernel weights."""
+        return sum(block.pruned for block in self.blocks) / self.params
+
+    @property
+    def average_bits(self) -> float:
+        """Mean bits over all kernels, unweighted."""
+        kernels = [kernel for block in self.blocks for kernel in block.kernels]
+        return sum(kernel.bits for kernel in kernels) / len(kernels)
+
+    @property
+    def average_keep(self) -> float:
+        """Mean fraction of channels really kept over all kernels, unweighted."""
+        return sum(block.average_keep * len(block.kernels) for block in self.blocks) \
+            / sum(len(block.kernels) for block in self.blocks)
+
+
+def kernel_shapes(block) -> tuple[KernelShape, ...]:
+    """Shapes of a block's kernels; ``block.kernels`` maps names to modules with a ``weight``."""
+    return tuple(KernelShape(m.weight.shape[0], m.weight.numel()) for m in block.kernels.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pruning (Eq. 18) and quantisation (Eq. 19-20)
+
+
+def prune_mask(weight: Tensor, keep: float) -> Tensor:
+    """Which output channels stay: the n = max(1, floor(keep * n_out)) of largest L2 norm (Eq. 18).
+
+    weight [n_out, …] → bool [n_out]. Equal norms: the lower index stays. Raises ValueError unless 0 < keep <= 1.
+    """
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep={keep!r}: expected a number in (0, 1]")
+    n_out = weight.shape[0]
+    norms = torch.linalg.vector_norm(weight.detach().reshape(n_out, -1), dim=1)
+    order = torch.sort(norms, descending=True, stable=True).indices
+    mask = torch.zeros(n_out, dtype=torch.bool, device=weight.device)
+    mask[order[:channels_kept(keep, n_out)]] = True
+    return mask
+
+
+def quantize(weight: Tensor, bits: int, qtype: str = "INT", granularity: str = "uniform") -> Tensor:
+    """De-quantised copy of ``weight`` on a grid of at most 2^bits values (§3.5.2).
+
+    weight [n_out, …], any float type, in and out; arithmetic is float32. Zero stays exactly zero. A second pass
+    changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT). bits >= 32 returns a copy.
+    ``log`` and ``learned`` ignore ``qtype``. Raises ValueError for values outside KernelConfig's ranges.
+    """
+    KernelConfig(bits, 1.0, qtype, granularity)  # checks the values
+    if bits >= FULL_BITS or weight.numel() == 0:
+        return weight.detach().clone()
+    values = weight.detach().float()
+    if granularity in ("log", "log-script"):
+        # 2^(b-1) magnitude codes of which one means zero; the script has 2^b - 1 magnitudes and a sign on top (D3).
+        levels = 2 ** (bits - 1) - 1 if granularity == "log" else 2 ** bits - 1
+        result = _log(values, levels)
+    elif granularity == "learned":
+        result = _sign_magnitude(values, bits)
+    elif qtype == "INT":
+        result = _symmetric(values, bits, per_channel=granularity == "per-channel")
+    else:
+        result = _asymmetric(values, bits, per_channel=granularity == "per-channel")
+    return result.to(weight.dtype)
+
+
+def _channel_max(values: Tensor) -> Tensor:
+    """max|W_j| per output channel, shaped to broadcast: [n_out, 1, …]."""
+    return values.abs().reshape(values.shape[0], -1).amax(dim=1).reshape(-1, *[1] * (values.dim() - 1))
+
+
+def _symmetric_scale(largest: Tensor, q_max: int) -> Tensor:
+    """scale = max|W| / q_max, at least 1e-8 (Eq. 19).
+
+    In floats, (q_max * scale) / q_max may differ from scale in the last bit, and a second quantisation would then
+    move every value by that bit. Repeating the round trip ends in a scale that reproduces itself.
+    """
+    scale = (largest / q_max).clamp_min(1e-8)
+    for _ in range(2):
+        scale = ((scale * q_max) / q_max).clamp_min(1e-8)
+    return scale
+
+
+def _symmetric(values: Tensor, bits: int, per_channel: bool) -> Tensor:
+    """INT: clip(round(W / scale), q_min, q_max) * scale (Eq. 19); per channel the clip is ±q_max."""
+    q_max = 2 ** (bits - 1) - 1
+    scale = _symmetric_scale(_channel_max(values) if per_channel else values.abs().amax(), q_max)
+    return (values / scale).round_().clamp_(-q_max if per_channel else -q_max - 1, q_max).mul_(scale)
+
+
+def _sign_magnitude(values: Tensor, bits: int) -> Tensor:
+    """learned: per output channel one sign bit and b - 1 magnitude bits (Eq. 20)."""
+    q_max = 2 ** (bits - 1) - 1
+    scale = _symmetric_scale(_channel_max(values), q_max)
+    return (values.abs() / scale).round_().clamp_(0, q_max).mul_(scale).mul_(values.sign())
+
+
+def _asymmetric(values: Tensor, bits: int, per_channel: bool) -> Tensor:
+    """FLOAT: 2^b levels from min to max, widened to hold 0, with an integer zero-point."""
+    top = 2 ** bits - 1
+    rows = values.reshape(values.shape[0], -1) if per_channel else values.reshape(1, -1)
+    low, high = torch.aminmax(rows, dim=1, keepdim=True)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = ((high - low) / top).clamp_min(1e-8)
+    zero = (-low / scale).round_()
+    codes = (rows / scale).round_().add_(zero).clamp_(0, top)
+    # When the zero-point falls on a half, both ends may round inwards, and a second pass would find a narrower
+    # range. The extremes take the end codes: still within scale / 2, and the range reproduces itself.
+    codes.masked_fill_((rows == low) & (low < 0), 0)
+    codes = torch.where((rows == high) & (high > 0), top, codes)
+    return codes.sub_(zero).mul_(scale).reshape(values.shape)
+
+
+def _log(values: Tensor, levels: int) -> Tensor:
+    """log: sign * 2^q, log2|W| on ``levels`` equal steps between its extremes over the non-zero weights."""
+    magnitude = values.abs()
+    nonzero = magnitude > 0
+    if not bool(nonzero.any()):
+        return torch.zeros_like(values)
+    smallest = torch.where(nonzero, magnitude, torch.inf).amin()
+    largest = magnitude.amax()
+    low, high = smallest.log2(), largest.log2()
+    step = ((high - low) / max(levels - 1, 1)).clamp_min(torch.finfo(torch.float32).tiny)
+    table = torch.exp2(low + step * torch.arange(levels, device=values.device))
+    if levels > 1:  # The ends are exact, so that a second pass finds the same table.
+        table[0], table[-1] = smallest, largest
+        codes = ((magnitude.clamp_min(smallest).log2() - low) / step).round_().clamp_(0, levels - 1).long()
+    else:
+        table[0] = torch.exp2((low + high) / 2) if bool(high > low) else smallest
+        codes = torch.zeros_like(values, dtype=torch.long)
+    return table[codes] * values.sign()
+
+
+def compress_kernel(weight: Tensor, config: KernelConfig) -> tuple[Tensor, Tensor]:
+    """Prune, then quantise one kernel: weight [n_out, …] → (compressed weight, bool mask [n_out]).
+
+    Only the rows that stay are quantised; zero is on every grid, so the others need no pass.
+    """
+    mask = prune_mask(weight, config.keep)
+    if bool(mask.all()):
+        return quantize(weight, config.bits, config.qtype, config.granularity), mask
+    result = torch.zeros_like(weight)
+    result[mask] = quantize(weight.detach()[mask], config.bits, config.qtype, config.granularity)
+    return result, mask
+
+
+@torch.no_grad()
+def compress_network(blocks, config: NetworkConfig) -> dict[str, Tensor]:
+    """theta = T(theta_0, C) (Eq. 1), in place on the modules of ``blocks``.
+
+    Returns the pruning masks, kernel name → bool [n_out]. Raises ValueError when C does not fit the blocks.
+    """
+    if len(blocks) != len(config.blocks):
+        raise ValueError(f"configuration of {len(config.blocks)} blocks for {len(blocks)} blocks")
+    masks = {}
+    for block, block_config in zip(blocks, config.blocks):
+        if kernel_shapes(block) != block_config.shapes:
+            raise ValueError(f"block {block.name}: the configuration was made for kernels of other shapes")
+        for (name, module), kernel in zip(block.kernels.items(), block_config.kernels):
+            weight, masks[name] = compress_kernel(module.weight, kernel)
+            module.weight.copy_(weight)
+    return masks
+
+
+@torch.no_grad()
+def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> None:
+    """Put fine-tuned kernels back on their grids (ledger D14), in place; the masks stay as they are."""
+    for block, block_config in zip(blocks, config.blocks):
+        for (name, module), kernel in zip(block.kernels.items(), block_config.kernels):
+            mask = masks[name]
+            weight = torch.zeros_like(module.weight)
+            weight[mask] = quantize(module.weight[mask], kernel.bits, kernel.qtype, kernel.granularity)
+            module.weight.copy_(weight)
+
+
+@torch.no_grad()
+def apply_masks(blocks, masks: dict[str, Tensor]) -> None:
+    """Zero the pruned rows again, in place; run after every optimiser step (§3.5.1). Checks names and shapes."""
+    names = [name for block in blocks for name in block.kernels]
+    if set(names) != set(masks):
+        raise ValueError(f"masks for {sorted(set(masks) - set(names))} have no kernel, "
+                         f"kernels {sorted(set(names) - set(masks))} have no mask")
+    for block in blocks:
+        for name, module in block.kernels.items():
+            mask = masks[name]
+            if mask.dtype != torch.bool or mask.shape != module.weight.shape[:1]:
+                raise ValueError(f"mask of {name}: expected bool [{module.weight.shape[0]}], "
+                                 f"got {mask.dtype} {list(mask.shape)}")
+            module.weight.mul_(mask.to(module.weight.dtype).reshape(-1, *[1] * (module.weight.dim() - 1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Accounting beyond Eq. 21-22, and policies as files
+
+
+def kernel_bytes(config: KernelConfig, shape: KernelShape) -> int:
+    """Bytes of one packed kernel: codes of the kept rows, scales, zero-points and the map of kept channels.
+
+    Scales and the two ends of a log grid are float32, a zero-point takes ceil(b / 8) bytes, the channel map is a
+    bitmap that is absent when every channel stays.
+    """
+    kept = channels_kept(config.keep, shape.n_out)
+    weights = kept * (shape.params // shape.n_out)
+    bitmap = 0 if kept == shape.n_out else math.ceil(shape.n_out / 8)
+    if config.bits >= FULL_BITS:
+        return 4 * weights + bitmap
+    if config.granularity in ("log", "log-script"):
+        grid = 8
+    else:
+        per_channel = config.granularity in ("per-channel", "learned")
+        zero_point = math.ceil(config.bits / 8) if config.qtype == "FLOAT" and config.granularity != "learned" else 0
+        grid = (kept if per_channel else 1) * (4 + zero_point)
+    return math.ceil(weights * config.storage_bits / 8) + grid + bitmap
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """Bytes of every parameter and buffer as stored; a tensor that is shared counts once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def whole_model_ratio(model: torch.nn.Module, blocks, config: NetworkConfig) -> float:
+    """Bytes of the uncompressed network / bytes with packed kernels and everything else as stored."""
+    before = model_bytes(model)
+    kernels = sum(m.weight.numel() * m.weight.element_size() for block in blocks for m in block.kernels.values())
+    packed = sum(kernel_bytes(kernel, shape) for block in config.blocks
+                 for kernel, shape in zip(block.kernels, block.shapes))
+    return before / (before - kernels + packed)
+
+
+def to_policy(blocks, config: NetworkConfig) -> dict:
+    """A configuration as plain data for policy.json: requested values, and what they come to, per kernel."""
+    return {"format": 1, "blocks": [
+        {"name": block.name, "retained": block_config.retained, "cr": block_config.cr, "kernels": [
+            {"name": name, **asdict(kernel), "channels": shape.n_out,
+             "channels_kept": channels_kept(kernel.keep, shape.n_out),
+             "keep_actual": channels_kept(kernel.keep, shape.n_out) / shape.n_out,
+             "retained": kernel_retained(kernel, shape.n_out)}
+            for name, kernel, shape in zip(block.kernels, block_config.kernels, block_config.shapes)]}
+        for block, block_config in zip(blocks, config.blocks)]}
+
+
+def from_policy(policy: dict, blocks) -> NetworkConfig:
+    """The configuration in a policy for a network with these blocks. Raises InputError where they do not fit."""
+    try:
+        if policy["format"] != 1:
+            raise InputError(f"policy: format {policy['format']!r} is not known, expected 1")
+        given = {kernel["name"]: KernelConfig(*(kernel[k] for k in ("bits", "keep", "qtype", "granularity")))
+                 for block in policy["blocks"] for kernel in block["kernels"]}
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"policy: not a policy.json of this program ({error})") from None
+    names = [name for block in blocks for name in block.kernels]
+    if set(names) != set(given):
+        raise InputError(f"policy: made for another network; kernels without a configuration: "
+                         f"{sorted(set(names) - set(given))}; configurations without a kernel: "
+                         f"{sorted(set(given) - set(names))}")
+    return NetworkConfig(tuple(BlockConfig(tuple(given[name] for name in block.kernels), kernel_shapes(block))
+                               for block in blocks))

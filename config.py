@@ -1,0 +1,358 @@
+"""Settings of a run, the paper's experiments, and the numbers that the paper reports for them.
+
+Every number of the method that a user may change is a field here: a frozen dataclass per subject, one line of
+help per field, typed and checked. ``--set data.image_size=64`` and friends go through :func:`override`; nothing
+is ever evaluated. Constants are those of the paper (§4, Appendix B) and, where it leaves them out, of the
+authors' published scripts; the README's ledger says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass, field
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used. The message is one line: what, where, how to mend it."""
+
+
+def setting(default, help, choices=None, low=None, high=None):
+    """A dataclass field with its help text and, where given, the allowed values or an inclusive range."""
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
+
+
+DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "synthetic")
+NETWORKS = ("deit_small_patch16_224", "deit_base_patch16_224", "vit_base_patch32_clip_224", "resnet18",
+            "resnet50", "mobilenetv2_100")
+ALGORITHMS = ("PPO", "A2C")
+
+
+@dataclass(frozen=True)
+class Data:
+    name: str = setting("cifar100", "data set", choices=DATASETS)
+    dir: str = setting("data", "folder that holds (or receives) the data sets; --data-dir")
+    image_size: int = setting(224, "side in pixels after the resize", low=8, high=1024)
+    train_images: int = setting(0, "number of training images, a fixed pseudo-random subset; 0 = all", low=0)
+    test_images: int = setting(0, "number of test images, the first of the test order; 0 = all", low=0)
+    classes: int = setting(10, "number of classes of the synthetic set", low=2, high=1000)
+    batch_size: int = setting(64, "images per training batch", low=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str = setting("deit_small_patch16_224", "network", choices=NETWORKS)
+    weights: str = setting("auto", "auto = published weights, none = train from scratch, or a file or URL; --weights")
+    weights_dir: str = setting("weights", "folder for downloaded weights")
+    width: float = setting(1.0, "factor on the number of channels; blocks and kernels stay", low=0.01, high=4.0)
+    patch_size: int = setting(0, "side of a ViT's patches in pixels; 0 = the network's own", low=0)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    epochs: int = setting(30, "epochs of training from scratch with --weights none", low=1)
+    lr: float = setting(1e-3, "AdamW learning rate", low=0.0)
+    weight_decay: float = setting(0.05, "AdamW weight decay", low=0.0)
+    warmup_epochs: float = setting(1.0, "epochs of linear warm-up before the cosine", low=0.0)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    epochs: int = setting(3, "epochs of fine-tuning before compression; its best epoch is theta_0", low=0)
+    lr: float = setting(1e-4, "AdamW learning rate", low=0.0)
+    weight_decay: float = setting(0.01, "AdamW weight decay", low=0.0)
+    patience: int = setting(1, "epochs without a better accuracy before it stops", low=1)
+
+
+@dataclass(frozen=True)
+class Finetune:
+    epochs: int = setting(15, "epoch limit after each compression", low=1)
+    lr: float = setting(5e-5, "AdamW learning rate", low=0.0)
+    weight_decay: float = setting(0.01, "AdamW weight decay", low=0.0)
+    patience: int = setting(3, "epochs without a better accuracy before it stops", low=1)
+
+
+@dataclass(frozen=True)
+class Compress:
+    bits_min: int = setting(3, "b_min", low=2, high=8)
+    bits_max: int = setting(8, "b_max", low=2, high=16)
+    max_pruning: float = setting(0.6, "largest fraction of a kernel's channels that may go", low=0.0, high=0.99)
+    qtype: str = setting("INT", "numeric type of all kernels; any = the agents choose",
+                         choices=("INT", "FLOAT", "any"))
+    granularity: str = setting("uniform", "granularity of all kernels; any = the agents choose",
+                               choices=("uniform", "log", "per-channel", "learned", "log-script", "any"))
+
+
+@dataclass(frozen=True)
+class Search:
+    method: str = setting("hirelc", "hirelc, no-hla (uniform budgets) or null (uniform draws, same votes)",
+                          choices=("hirelc", "no-hla", "null"))
+    cycles: int = setting(4, "C, number of cycles", low=1)
+    target: float = setting(0.25, "rho_target, retained fraction to reach", low=0.01, high=1.0)
+    max_drop: float = setting(1.0, "delta_max, allowed accuracy drop in points", low=0.0)
+    proxy_batches: int = setting(2, "calibration batches (of data.batch_size) of the logit-MSE proxy", low=1)
+
+
+@dataclass(frozen=True)
+class LLA:
+    algorithms: tuple[str, ...] = setting(("PPO", "A2C", "PPO"), "one policy per entry", choices=ALGORITHMS)
+    timesteps: int = setting(256, "environment steps per block, agent and cycle", low=1)
+    episode: int = setting(20, "steps of an episode", low=1)
+    envs: int = setting(2, "environments per agent", low=1)
+    alpha: tuple[float, ...] = setting((30.0, 30.0, 30.0), "weight of R_acc, per agent")
+    beta: tuple[float, ...] = setting((1.5, 5.0, 8.0), "weight of R_comp, per agent")
+    gamma_s: tuple[float, ...] = setting((1.0, 1.0, 1.0), "weight of R_stab, per agent")
+
+
+@dataclass(frozen=True)
+class HLA:
+    algorithms: tuple[str, ...] = setting(("PPO", "A2C", "PPO"), "one policy per entry", choices=ALGORITHMS)
+    timesteps: int = setting(256, "environment steps before cycle 1", low=1)
+    burst: int = setting(256, "environment steps before each later cycle", low=1)
+    episode: int = setting(10, "steps of an episode", low=1)
+    alpha: tuple[float, ...] = setting((30.0, 30.0, 30.0), "scales R_sens + R_dyn by alpha/30, per agent")
+    beta: tuple[float, ...] = setting((6.0, 10.0, 4.0), "scales R_glob by beta/6, per agent")
+    gamma: tuple[float, ...] = setting((1.0, 1.0, 1.0), "scales R_bal by gamma/1, per agent")
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    method: str = setting("fisher", "fisher, or none (s_i = 0.5 everywhere, P_sens = 0)", choices=("fisher", "none"))
+    images: int = setting(64, "calibration images", low=1)
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    enabled: bool = setting(True, "whether the MLP replaces the proxy once it has min_samples")
+    warmup: int = setting(0, "random configurations measured before cycle 1", low=0)
+    min_samples: int = setting(3, "N_min, measured configurations before the MLP is used", low=1)
+    warmup_lr: float = setting(1e-4, "AdamW learning rate of the warm-up's one epoch", low=0.0)
+    epochs: int = setting(50, "MLP training epochs at the end of each cycle", low=1)
+    epochs_after_warmup: int = setting(100, "MLP training epochs after the warm-up", low=1)
+    lr: float = setting(1e-3, "Adam learning rate of the MLP", low=0.0)
+    weight_decay: float = setting(1e-4, "Adam weight decay of the MLP", low=0.0)
+    batch_size: int = setting(16, "samples per minibatch of the MLP", low=1)
+
+
+@dataclass(frozen=True)
+class Eval:
+    images: int = setting(1280, "first test images that choose epoch and cycle, and that the paper scores", low=1)
+    batch_size: int = setting(256, "images per evaluation batch", low=1)
+    full: bool = setting(True, "score the whole test split too, once per reported network")
+
+
+@dataclass(frozen=True)
+class Config:
+    exp: int = setting(0, "number of the experiment, 0 for a network of one's own", low=0)
+    name: str = setting("", "name of a variant, part of the run directory; --name")
+    smoke: bool = setting(False, "narrow network, synthetic images, small budgets; --smoke")
+    seed: int = setting(42, "seed of the run; --seed", low=0, high=2**31 - 1000)
+    device: str = setting("auto", "auto, cpu or cuda; --device", choices=("auto", "cpu", "cuda"))
+    out: str = setting("runs", "folder that receives the run directories; --out")
+    vote: str = setting("uniform", "weights of the LLA vote: uniform (Eq. 16) or confidence (Eq. 17)",
+                        choices=("uniform", "confidence"))
+    carry: str = setting("none", "what a cycle takes over from the last: none (theta_0), rest (all but the kernels) "
+                                 "or all", choices=("none", "rest", "all"))
+    data: Data = Data()
+    model: Model = Model()
+    scratch: Scratch = Scratch()
+    baseline: Baseline = Baseline()
+    finetune: Finetune = Finetune()
+    compress: Compress = Compress()
+    search: Search = Search()
+    lla: LLA = LLA()
+    hla: HLA = HLA()
+    sensitivity: Sensitivity = Sensitivity()
+    surrogate: Surrogate = Surrogate()
+    eval: Eval = Eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading and checking settings
+
+
+def fields_of(config) -> dict[str, dataclasses.Field]:
+    """Every settable key ('seed', 'data.image_size', …) → its dataclass field, in declaration order."""
+    found = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            found.update({f"{item.name}.{sub.name}": sub for sub in dataclasses.fields(value)})
+        else:
+            found[item.name] = item
+    return found
+
+
+def flatten(config) -> dict[str, object]:
+    """Settings as one flat dictionary of plain values (tuples become lists), ready for JSON."""
+    values = {}
+    for key in fields_of(config):
+        value = get(config, key)
+        values[key] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
+def get(config, key: str):
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def override(config: Config, assignments) -> Config:
+    """Apply settings in order and check the result.
+
+    ``assignments``: strings ``key=value`` as on the command line, or a mapping key → value. A section's first
+    field may be set by the section's name alone: ``search=no-hla`` is ``search.method=no-hla``.
+    Raises InputError for an unknown key (listing the known ones), a wrong type, or a value out of range.
+    """
+    if hasattr(assignments, "items"):
+        assignments = list(assignments.items())
+    known = None
+    for item in assignments:
+        if isinstance(item, str):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise InputError(f"--set {item}: expected key=value, for example --set data.image_size=64")
+        else:
+            key, value = item
+        key = key.strip()
+        known = known or fields_of(config)
+        if key not in known and dataclasses.is_dataclass(getattr(config, key, None)):
+            key = f"{key}.{dataclasses.fields(getattr(config, key))[0].name}"
+        if key not in known:
+            raise InputError(f"unknown setting '{key}'; known settings: {', '.join(known)}")
+        config = _replace(config, key, _typed(key, known[key], value))
+    _check_together(config)
+    return config
+
+
+def from_flat(values) -> Config:
+    """The inverse of :func:`flatten`; raises InputError as :func:`override` does."""
+    return override(Config(), values)
+
+
+def _replace(config, key, value):
+    section, _, name = key.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{name: value})
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{name: value})})
+
+
+def _typed(key, item, value):
+    """``value`` (text or already typed) as the field's type, checked against its choices or range."""
+    wanted = typing.get_type_hints(_OWNER[key])[item.name]
+    if typing.get_origin(wanted) is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)):
+            raise InputError(f"{key}={value}: expected values separated by commas")
+        result = tuple(_scalar(key, typing.get_args(wanted)[0], part, item.metadata) for part in parts)
+        if not result:
+            raise InputError(f"{key}: needs at least one value")
+        return result
+    return _scalar(key, wanted, value, item.metadata)
+
+
+def _scalar(key, wanted, value, limits):
+    text = value.strip() if isinstance(value, str) else value
+    try:
+        if wanted is bool:
+            if isinstance(text, bool):
+                result = text
+            else:
+                result = {"true": True, "on": True, "yes": True, "1": True,
+                          "false": False, "off": False, "no": False, "0": False}[str(text).lower()]
+        elif wanted is int:
+            if isinstance(text, bool) or (isinstance(text, float) and not text.is_integer()):
+                raise ValueError
+            result = int(text)
+        elif wanted is float:
+            if isinstance(text, bool):
+                raise ValueError
+            result = float(text)
+            if not math.isfinite(result):
+                raise ValueError
+        else:
+            if not isinstance(text, str):
+                raise ValueError
+            result = text
+    except (ValueError, KeyError, TypeError):
+        name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[wanted]
+        raise InputError(f"{key}={value}: expected {name} ({limits['help']})") from None
+    choices, low, high = limits["choices"], limits["low"], limits["high"]
+    if choices and result not in choices:
+        raise InputError(f"{key}={result}: expected one of {', '.join(choices)}")
+    if low is not None and result < low or high is not None and result > high:
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise InputError(f"{key}={result}: expected {bounds} ({limits['help']})")
+    return result
+
+
+def _check_together(config):
+    """Conditions between settings."""
+    if config.compress.bits_min > config.compress.bits_max:
+        raise InputError(f"compress.bits_min={config.compress.bits_min} is above "
+                         f"compress.bits_max={config.compress.bits_max}")
+    for section, names in (("lla", ("alpha", "beta", "gamma_s")), ("hla", ("alpha", "beta", "gamma"))):
+        agents = len(getattr(config, section).algorithms)
+        for name in names:
+            count = len(getattr(getattr(config, section), name))
+            if count != agents:
+                raise InputError(f"{section}.{name} has {count} values, {section}.algorithms has {agents}: "
+                                 "give one per agent")
+    if any(sign in config.name for sign in "/\\") or config.name in (".", ".."):
+        raise InputError(f"name={config.name}: becomes part of a folder's name and cannot hold a path")
+
+
+_OWNER = {key: (type(get(Config(), key.rpartition(".")[0])) if "." in key else Config) for key in fields_of(Config())}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The paper's experiments (§4) and what it reports for them (§5, Tables 2 and 4)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Numbers that the paper prints: accuracies and drops in percentage points, compliance in percent."""
+    baseline: float
+    final: float
+    drop: float
+    cr: float
+    compliance: float | None = None
+    cycle_drops: tuple[float, ...] = ()
+    surrogate_mae: float | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    number: int
+    title: str
+    settings: dict
+    paper: Paper
+
+
+def _experiment(number, title, network, data, cycles, epochs, paper, **more):
+    settings = {"exp": number, "model.name": network, "data.name": data, "search.cycles": cycles,
+                "finetune.epochs": epochs}
+    settings.update({key.replace("__", "."): value for key, value in more.items()})
+    return Experiment(number, title, settings, paper)
+
+
+_LOG = {"compress__qtype": "any", "compress__granularity": "log", "surrogate__enabled": False}
+EXPERIMENTS: dict[int, Experiment] = {e.number: e for e in (
+    _experiment(1, "DeiT-Small, CIFAR-100", "deit_small_patch16_224", "cifar100", 4, 15,
+                Paper(86.88, 85.16, 1.72, 6.23, 59.8, (3.52, 2.34, 1.72, 2.81), 3.57)),
+    _experiment(2, "CLIP ViT-B/32, CIFAR-100", "vit_base_patch32_clip_224", "cifar100", 4, 15,
+                Paper(57.50, 56.95, 0.55, 6.63, 59.2, (3.12, 0.55, 0.86, 3.36))),
+    _experiment(3, "CLIP ViT-B/32, CIFAR-10", "vit_base_patch32_clip_224", "cifar10", 1, 20,
+                Paper(89.22, 93.05, -3.83, 6.64), surrogate__enabled=False),
+    _experiment(4, "ResNet18, Tiny ImageNet", "resnet18", "tiny-imagenet", 4, 15,
+                Paper(75.16, 70.94, 4.22, 5.99, 60.9, (11.72, 5.08, 4.53, 4.22), 15.20), surrogate__warmup=100),
+    _experiment(5, "MobileNetV2, Tiny ImageNet", "mobilenetv2_100", "tiny-imagenet", 4, 15,
+                Paper(76.56, 70.94, 5.62, 6.59, 62.4, (), 10.37), surrogate__warmup=100),
+    _experiment(6, "DeiT-Small, CIFAR-100, mixed types, log", "deit_small_patch16_224", "cifar100", 4, 15,
+                Paper(87.42, 86.25, 1.17, 6.27, 58.3, (4.77, 1.17, 2.58, 1.48)), **_LOG),
+    _experiment(7, "DeiT-Base, CIFAR-100, mixed types, log", "deit_base_patch16_224", "cifar100", 1, 15,
+                Paper(90.70, 88.59, 2.11, 6.72, 59.7), **_LOG),
+)}

@@ -1,0 +1,87 @@
+"""What a run says: lines for people, the same lines in run.log, and one line that shows how far long work is."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 42s, 3m05s, 2h07m."""
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+class Log:
+    """Prints to ``stream`` and, once :meth:`open` has named one, into a file as well.
+
+    On a terminal, progress is one line that is drawn over itself; elsewhere it is a plain line at most every
+    ``interval`` seconds, so that a log file stays short.
+    """
+
+    def __init__(self, stream=None, interval: float = 20.0):
+        self.stream = stream or sys.stdout
+        self.file, self.early = None, []
+        self.interval = interval
+        self.live = self.stream.isatty()
+        self.what, self.started, self.shown, self.width = None, 0.0, 0.0, 0
+        self.notes: list[str] = []
+
+    def open(self, path) -> None:
+        """From now on write to ``path`` too, beginning with everything that was said before."""
+        self.file = open(path, "w", encoding="utf-8")
+        self.file.writelines(self.early)
+        self.early = []
+
+    def info(self, text: str) -> None:
+        """One line to the stream and the file."""
+        self._wipe()
+        print(text, file=self.stream, flush=True)
+        line = time.strftime("%H:%M:%S ") + text + "\n"
+        if self.file:
+            self.file.write(line)
+            self.file.flush()
+        else:
+            self.early.append(line)
+
+    def note(self, text: str) -> None:
+        """Something was skipped, clipped or substituted: a line here, and kept for result.json."""
+        self.notes.append(text)
+        self.info(f"note: {text}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of ``what`` are finished; shows how long the rest will take."""
+        now = time.monotonic()
+        if what != self.what or done == 0:
+            self.what, self.started, self.shown = what, now, now
+        if done >= total:
+            self._wipe()
+            self.what = None
+            return
+        if now - self.shown < (0.2 if self.live else self.interval):
+            return
+        self.shown = now
+        left = f", {duration((now - self.started) / done * (total - done))} left" if done else ""
+        line = f"  {what}: {done}/{total} ({100 * done // max(total, 1)} %){left}"
+        if self.live:
+            self.stream.write("\r" + line.ljust(self.width))
+            self.stream.flush()
+            self.width = len(line)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Ends the updating line and closes the file."""
+        self._wipe()
+        if self.file:
+            self.file.close()
+            self.file = None
+
+    def _wipe(self):
+        if self.live and self.width:
+            self.stream.write("\r" + " " * self.width + "\r")
+            self.width = 0

@@ -1,0 +1,669 @@
+"""The two-level search: action decoders, rewards, drop estimates, environments, ensembles and votes.
+
+Low-level agents (LLA, §3.4.1) choose the configuration of every kernel of one block within the budget that the
+high-level agents (HLA, §3.4.2) gave that block. Both levels are ensembles of independent PPO and A2C policies
+whose proposals are voted on. Everything that the paper writes as a formula is a pure function here; the
+environments only put them together. Accuracies and drops are in percentage points, retained fractions in (0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig, compress_kernel,
+                      kernel_shapes)
+from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO
+
+LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
+TIERS = (0.35, 0.30, 0.25, 0.20, 0.15)  # rho* of the five compression levels (Eq. 8)
+TIER_MAX_PRUNING = (0.2, 0.3, 0.4, 0.6, 0.8)
+TIER_MIN_BITS = (6, 6, 5, 4, 4)
+STRATEGIES = ("quantization", "pruning", "auto")
+STRATEGY_CODE = {"quantization": 0.0, "pruning": 0.5, "auto": 1.0}
+STABILITY_WINDOW = 5
+BAD_REWARD = -10.0  # what a reward that is not finite becomes
+
+
+def derive_seed(seed: int, *path) -> int:
+    """A seed of its own for each (phase, block, agent, …), so that none depends on what ran before it."""
+    words = [seed] + [zlib.crc32(str(part).encode()) for part in path]
+    return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Actions (Eq. 5-8)
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """What the HLA allows a block: target rho*_i, bounds for the LLA's actions, allowed drop, strategy (§3.4.2)."""
+    target: float
+    max_pruning: float
+    min_bits: int
+    max_drop: float
+    strategy: str
+
+
+def lla_nvec(kernels: int) -> list[int]:
+    """MultiDiscrete sizes of the LLA action: [15, 15, 2, 4] per kernel (Eq. 5)."""
+    return [LEVELS, LEVELS, len(QTYPES), len(GRANULARITIES)] * kernels
+
+
+def hla_nvec(blocks: int) -> list[int]:
+    """MultiDiscrete sizes of the HLA action: [5, 3] per block (Eq. 8)."""
+    return [len(TIERS), len(STRATEGIES)] * blocks
+
+
+def decode_lla(action, budget: LayerBudget, limits) -> tuple[KernelConfig, ...]:
+    """LLA action, int [4 K], → one configuration per kernel (Eq. 6-7). ``limits``: config.Compress.
+
+    bits = b_lo + floor(a_b (b_max - b_lo) / 14) with b_lo = max(b_min, budget.min_bits);
+    keep = 1 - (a_p / 14) p_hi with p_hi = min(max_pruning, budget.max_pruning); type and granularity by index
+    unless ``limits`` overrides them. Raises ValueError for an action outside its range.
+    """
+    actions = np.asarray(action).reshape(-1, 4)
+    sizes = np.array(lla_nvec(1))
+    if (actions < 0).any() or (actions >= sizes).any():
+        raise ValueError(f"LLA action {actions.tolist()} is outside {sizes.tolist()} per kernel")
+    b_lo = min(max(limits.bits_min, budget.min_bits), limits.bits_max)
+    p_hi = min(limits.max_pruning, budget.max_pruning)
+    configs = []
+    for a_b, a_p, a_t, a_g in actions.tolist():
+        configs.append(KernelConfig(
+            bits=b_lo + a_b * (limits.bits_max - b_lo) // (LEVELS - 1),
+            keep=1.0 - a_p / (LEVELS - 1) * p_hi,
+            qtype=QTYPES[a_t] if limits.qtype == "any" else limits.qtype,
+            granularity=GRANULARITIES[a_g] if limits.granularity == "any" else limits.granularity))
+    return tuple(configs)
+
+
+def corrected_tier(tier: int, sensitivity: float) -> int:
+    """Tier after the sensitivity correction: s > 0.7 one lighter, s < 0.3 one harder, within 0…4 (§3.1.3)."""
+    shift = -1 if sensitivity > 0.7 else 1 if sensitivity < 0.3 else 0
+    return min(max(tier + shift, 0), len(TIERS) - 1)
+
+
+def layer_budget(tier: int, strategy: int, sensitivity: float, limits) -> LayerBudget:
+    """Budget of one block from the HLA's tier and strategy index, corrected by sensitivity (ledger D7)."""
+    tier = corrected_tier(tier, sensitivity)
+    return LayerBudget(target=TIERS[tier], max_pruning=min(TIER_MAX_PRUNING[tier], limits.max_pruning),
+                       min_bits=max(TIER_MIN_BITS[tier], limits.bits_min),
+                       max_drop=0.5 if sensitivity > 0.7 else 1.0 if sensitivity > 0.5 else 2.0,
+                       strategy=STRATEGIES[strategy])
+
+
+def decode_hla(action, sensitivity, limits) -> tuple[LayerBudget, ...]:
+    """HLA action, int [2 B], → one budget per block (Eq. 8). Raises ValueError outside the range."""
+    pairs = np.asarray(action).reshape(-1, 2)
+    if len(pairs) != len(sensitivity) or (pairs < 0).any() or (pairs >= np.array(hla_nvec(1))).any():
+        raise ValueError(f"HLA action {pairs.tolist()} is outside {hla_nvec(1)} for {len(sensitivity)} blocks")
+    return tuple(layer_budget(tier, strategy, s, limits) for (tier, strategy), s in zip(pairs.tolist(), sensitivity))
+
+
+def uniform_budgets(blocks: int, search, limits) -> tuple[LayerBudget, ...]:
+    """Budgets without an HLA: rho* = rho_target and the global bounds for every block (§3.4.2's ablation)."""
+    return (LayerBudget(search.target, limits.max_pruning, limits.bits_min, search.max_drop, "auto"),) * blocks
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Votes (Eq. 16-17)
+
+
+def vote_actions(actions, weights=None) -> np.ndarray:
+    """Consensus a = round(sum_n omega_n a_n) (Eq. 16): actions int [agents, heads], weights [agents] → [heads]."""
+    actions = np.asarray(actions, dtype=np.float64)
+    weights = np.full(len(actions), 1 / len(actions)) if weights is None else np.asarray(weights)
+    # Six decimals undo the binary rounding of thirds before the tie rule (half to even) looks at the sum.
+    return np.rint(np.round(weights @ actions, 6)).astype(np.int64)
+
+
+def confidence_weights(rewards, temperature: float = 1.0) -> np.ndarray:
+    """omega_n = softmax_n(mean of agent n's last rewards / T) (Eq. 17).
+
+    rewards: one sequence per agent. They are standardised over the whole ensemble first, since raw rewards of
+    about 3,000 would make the softmax a maximum. Agents without rewards: uniform weights.
+    """
+    if any(len(r) == 0 for r in rewards):
+        return np.full(len(rewards), 1 / len(rewards))
+    pooled = np.concatenate([np.asarray(r, dtype=np.float64) for r in rewards])
+    means = np.array([(np.mean(r) - pooled.mean()) / (pooled.std() + 1e-8) for r in rewards]) / temperature
+    powers = np.exp(means - means.max())
+    return powers / powers.sum()
+
+
+def vote_budgets(proposals) -> tuple[LayerBudget, ...]:
+    """One budget per block from the agents' proposals: means of the numbers, majority of the strategies (§3.4.2).
+
+    proposals: [agents][blocks] LayerBudget. min_bits is rounded; where strategies tie, the first agent's counts.
+    """
+    result = []
+    for budgets in zip(*proposals):
+        strategies = [b.strategy for b in budgets]
+        counts = {s: strategies.count(s) for s in strategies}
+        most = [s for s in counts if counts[s] == max(counts.values())]
+        result.append(LayerBudget(
+            target=float(np.mean([b.target for b in budgets])),
+            max_pruning=float(np.mean([b.max_pruning for b in budgets])),
+            min_bits=int(np.rint(np.mean([b.min_bits for b in budgets]))),
+            max_drop=float(np.mean([b.max_drop for b in budgets])),
+            strategy=most[0] if len(most) == 1 or strategies[0] not in most else strategies[0]))
+    return tuple(result)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rewards (Eq. 9-12, 25-28)
+
+
+def accuracy_reward(drop: float) -> float:
+    """R_acc (Eq. 25), piecewise linear in the estimated drop, in [0, 100]."""
+    if drop < 1:
+        return 100.0
+    if drop < 2:
+        return 95.0 - 5.0 * (drop - 1)
+    if drop < 3:
+        return 85.0 - 10.0 * (drop - 2)
+    return max(0.0, 70.0 - 10.0 * (drop - 3))
+
+
+def compression_reward(retained: float) -> float:
+    """R_comp = 60 (1 - rho_i) (Eq. 26)."""
+    return 60.0 * (1.0 - retained)
+
+
+def budget_reward(retained: float, target: float) -> float:
+    """R_budget = 20 exp(-10 |rho_i - rho*_i|) (Eq. 27)."""
+    return 20.0 * math.exp(-10.0 * abs(retained - target))
+
+
+def sensitivity_penalty(sensitivity: float, retained: float) -> float:
+    """P_sens = 12 s_i (1 - rho_i) (Eq. 10, 28)."""
+    return 12.0 * sensitivity * (1.0 - retained)
+
+
+def stability_reward(history) -> float:
+    """R_stab = -2 std of the last five rewards of the episode (population), 0 while there are fewer (§3.1.2)."""
+    return -2.0 * float(np.std(history[-STABILITY_WINDOW:])) if len(history) >= STABILITY_WINDOW else 0.0
+
+
+def lla_reward(drop, retained, target, penalty, history, weights) -> float:
+    """R = alpha R_acc + beta R_comp + R_budget + gamma_s R_stab - P_sens (Eq. 9); weights (alpha, beta, gamma_s)."""
+    alpha, beta, gamma_s = weights
+    return (alpha * accuracy_reward(drop) + beta * compression_reward(retained) + budget_reward(retained, target)
+            + gamma_s * stability_reward(history) - penalty)
+
+
+def balance_reward(targets) -> float:
+    """R_bal = -10 var_i(rho*_i), unweighted population variance (Eq. 11)."""
+    return -10.0 * float(np.var(targets))
+
+
+def sensitivity_reward(targets, sensitivity) -> float:
+    """R_sens: light budgets for sensitive blocks, hard ones for insensitive blocks (Eq. 11)."""
+    total = 0.0
+    for target, s in zip(targets, sensitivity):
+        if s > 0.7 and target > 0.3:
+            total += 10.0 * (target - 0.3)
+        elif s < 0.3 and target < 0.2:
+            total += 5.0 * (0.2 - target)
+    return total
+
+
+def global_reward(mean_target: float, wanted: float) -> float:
+    """R_glob = -50 |mean rho* - rho_target|, the mean weighted by parameters (Eq. 11)."""
+    return -50.0 * abs(mean_target - wanted)
+
+
+def dynamic_reward(mean_target, last_retained, last_drop, wanted, max_drop) -> float:
+    """R_dyn from the last cycle's measurement (Eq. 12; ledger D8 for the second case)."""
+    if last_drop > max_drop:
+        return -50.0 * (last_drop - max_drop) if mean_target < last_retained else 20.0
+    return 20.0 if last_retained > wanted and mean_target < last_retained else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Estimates of the accuracy drop (§3.6)
+
+
+def proxy_drop(mse: float) -> float:
+    """Drop in points from the logit MSE: min(20 MSE, 50) (Eq. 23)."""
+    return min(20.0 * mse, 50.0)
+
+
+class Proxy:
+    """Logit-MSE proxy (Eq. 23): how far compressing one block moves the logits of theta_0.
+
+    ``batches``: list of images [n, 3, H, W] on the network's device, drawn and augmented once per run. The network
+    must hold theta_0 whenever :meth:`drops` is called; it is never changed: the candidate's weights are passed
+    beside it, so every other block is judged at theta_0 (ledger D17).
+    """
+
+    def __init__(self, model: nn.Module, blocks, batches):
+        self.model, self.blocks, self.batches = model, blocks, batches
+        self.reference = None
+
+    @torch.inference_mode()
+    def drops(self, index: int, configs) -> list[float]:
+        """Estimated drop of each candidate configuration of block ``index``."""
+        was_training = self.model.training
+        self.model.eval()
+        if self.reference is None:
+            self.reference = [self.model(x) for x in self.batches]
+        modules, results = self.blocks[index].kernels, []
+        for config in configs:
+            weights = {f"{name}.weight": compress_kernel(module.weight, kernel)[0]
+                       for (name, module), kernel in zip(modules.items(), config.kernels)}
+            errors = [F.mse_loss(functional_call(self.model, weights, (x,)), logits).item()
+                      for x, logits in zip(self.batches, self.reference)]
+            results.append(proxy_drop(sum(errors) / len(errors)))
+        self.model.train(was_training)
+        return results
+
+
+def kernel_features(config: KernelConfig) -> list[float]:
+    """The surrogate's five numbers per kernel: bits / 10, keep, type, granularity, joint indicator (§3.6)."""
+    granularity = {"uniform": 0.0, "log": 0.33, "per-channel": 0.67, "learned": 1.0, "log-script": 0.33}
+    return [config.bits / 10, config.keep, float(config.qtype == "FLOAT"), granularity[config.granularity],
+            1.0 if config.keep < 1 and config.bits < 8 else 0.5]
+
+
+UNKNOWN_KERNEL = [0.8, 1.0, 0.0, 0.0, 0.5]  # features of a kernel that has no consensus yet (ledger D10)
+
+
+def block_features(config: BlockConfig) -> list[float]:
+    """Features of all kernels of a block, 5 K_i numbers."""
+    return [value for kernel in config.kernels for value in kernel_features(kernel)]
+
+
+class Surrogate:
+    """MLP 5 sum K_i → 64 → 32 → 1 that predicts accuracy after fine-tuning, and its replay buffer (§3.6, Eq. 24).
+
+    ReLU, dropout 0.3 in training, sigmoid × 100. ``settings``: config.Surrogate. It is active once the buffer
+    holds ``min_samples`` pairs. Random numbers come from a generator of its own.
+    """
+
+    DROPOUT = 0.3
+
+    def __init__(self, inputs: int, settings, seed: int):
+        self.settings, self.generator = settings, torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.ModuleList([nn.Linear(inputs, 64), nn.Linear(64, 32), nn.Linear(32, 1)])
+        self.buffer: list[tuple[list[float], float]] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether it replaces the proxy."""
+        return self.settings.enabled and len(self.buffer) >= self.settings.min_samples
+
+    def add(self, config: NetworkConfig, acc: float) -> None:
+        """Add a measured pair (C, accuracy after fine-tuning)."""
+        self.buffer.append(([v for block in config.blocks for v in block_features(block)], acc))
+
+    def _forward(self, x: Tensor, training: bool) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()  # [n, 64], [n, 32]
+            if training:
+                keep = torch.rand(x.shape, generator=self.generator) >= self.DROPOUT
+                x = x * keep / (1 - self.DROPOUT)
+        return self.layers[-1](x).sigmoid().squeeze(-1) * 100  # [n]
+
+    @torch.no_grad()
+    def predict(self, features) -> list[float]:
+        """Predicted accuracies in points; features [n, 5 sum K_i]."""
+        return self._forward(torch.as_tensor(features, dtype=torch.float32), training=False).tolist()
+
+    def train(self, epochs: int) -> float:
+        """Fit the buffer by MSE (Eq. 24); keeps the epoch of the lowest loss over the buffer, and returns it.
+
+        Does nothing (nan) while the buffer is below the activation threshold.
+        """
+        if not self.active:
+            return math.nan
+        x = torch.tensor([features for features, _ in self.buffer])
+        y = torch.tensor([acc for _, acc in self.buffer], dtype=torch.float32)
+        s = self.settings
+        optimizer = torch.optim.Adam(self.layers.parameters(), lr=s.lr, weight_decay=s.weight_decay)
+        best_loss, best = math.inf, None
+        for _ in range(epochs):
+            for index in torch.randperm(len(y), generator=self.generator).split(s.batch_size):
+                optimizer.zero_grad()
+                F.mse_loss(self._forward(x[index], training=True), y[index]).backward()
+                optimizer.step()
+            with torch.no_grad():
+                loss = F.mse_loss(self._forward(x, training=False), y).item()
+            if loss < best_loss:
+                best_loss, best = loss, {k: v.clone() for k, v in self.layers.state_dict().items()}
+        if best is None:
+            raise FloatingPointError("surrogate: the loss is not finite; lower surrogate.lr")
+        self.layers.load_state_dict(best)
+        return best_loss
+
+    def state_dict(self) -> dict:
+        """Weights, buffer and random state."""
+        return {"layers": self.layers.state_dict(), "buffer": [[f, a] for f, a in self.buffer],
+                "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.layers.load_state_dict(state["layers"])
+        self.buffer = [(list(f), a) for f, a in state["buffer"]]
+        self.generator.set_state(state["generator"])
+
+
+class DropEstimator:
+    """The drop that an LLA is told: the surrogate's once it is active, the proxy's before (§3.6).
+
+    In a surrogate query the other blocks carry their latest consensus (``consensus[j]``), or UNKNOWN_KERNEL while
+    they have none (ledger D10).
+    """
+
+    def __init__(self, proxy: Proxy, surrogate: Surrogate, baseline_acc: float):
+        self.proxy, self.surrogate, self.baseline_acc = proxy, surrogate, baseline_acc
+        self.consensus: list[BlockConfig | None] = [None] * len(proxy.blocks)
+
+    @property
+    def surrogate_active(self) -> bool:
+        """Whether estimates come from the surrogate."""
+        return self.surrogate.active
+
+    def drops(self, index: int, configs) -> list[float]:
+        """Estimated drops in points of candidate configurations of block ``index``."""
+        if not self.surrogate_active:
+            return self.proxy.drops(index, configs)
+        parts = [block_features(known) if known else UNKNOWN_KERNEL * len(block.kernels)
+                 for known, block in zip(self.consensus, self.proxy.blocks)]
+        rows = [[v for j, part in enumerate(parts) for v in (block_features(config) if j == index else part)]
+                for config in configs]
+        return [self.baseline_acc - acc for acc in self.surrogate.predict(rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Environments (§3.1.3)
+
+
+class LLAEnv:
+    """Environments of one low-level agent on one block, stepped together (SPEC 12's batched interface).
+
+    Observation float32 [num_envs, 12 + K_i], action int [num_envs, 4 K_i]. All of them start and end an episode
+    together, after ``settings.episode`` steps. ``weights``: (alpha, beta, gamma_s) of the agent.
+    ``penalty_scale`` 0 drops P_sens (the ablation without sensitivity).
+    """
+
+    def __init__(self, index, shapes, sensitivity, estimator, limits, settings, weights, *, blocks,
+                 penalty_scale=1.0):
+        self.index, self.shapes, self.sensitivity, self.estimator = index, shapes, sensitivity, estimator
+        self.limits, self.settings, self.weights = limits, settings, weights
+        self.blocks, self.penalty_scale = blocks, penalty_scale
+        self.num_envs, self.obs_dim = settings.envs, 12 + len(shapes)
+        self.budget: LayerBudget | None = None
+        self.bad_rewards = 0
+        self.steps, self.history = 0, [[] for _ in range(self.num_envs)]
+
+    def observation(self, retained, drop, last_reward, per_kernel) -> np.ndarray:
+        """The vector of §3.1.3 [12 + K_i]; ``retained`` None stands for the reset state."""
+        b, at_reset = self.budget, retained is None
+        return np.array([
+            self.index / self.blocks, self.sensitivity, 1.0 if at_reset else retained,
+            0.0 if at_reset else abs(retained - b.target), 0.0 if at_reset else drop / 10,
+            1.0, b.target, STRATEGY_CODE[b.strategy], b.max_drop / 10, 1.0,
+            float(self.estimator.surrogate_active), last_reward / 100, *per_kernel], dtype=np.float32)
+
+    def reset(self) -> np.ndarray:
+        """Start a new episode in every environment."""
+        if self.budget is None:
+            raise RuntimeError(f"block {self.index}: no budget has been set")
+        self.steps, self.history = 0, [[] for _ in range(self.num_envs)]
+        first = self.observation(None, 0.0, 0.0, [0.5] * len(self.shapes))
+        return np.tile(first, (self.num_envs, 1))
+
+    def step(self, actions):
+        """Apply one candidate per environment; see SPEC 12 for what is returned."""
+        configs = [BlockConfig(decode_lla(a, self.budget, self.limits), self.shapes) for a in actions]
+        drops = self.estimator.drops(self.index, configs)
+        rewards, rows = np.zeros(self.num_envs, dtype=np.float64), []
+        for n, (config, drop) in enumerate(zip(configs, drops)):
+            retained = config.retained
+            penalty = self.penalty_scale * sensitivity_penalty(self.sensitivity, retained)
+            reward = lla_reward(drop, retained, self.budget.target, penalty, self.history[n], self.weights)
+            if not (math.isfinite(reward) and math.isfinite(drop)):
+                reward, drop = BAD_REWARD, 50.0
+                self.bad_rewards += 1
+            self.history[n].append(reward)
+            rewards[n] = reward
+            rows.append(self.observation(retained, drop, reward, config.per_kernel))
+        self.steps += 1
+        done = self.steps >= self.settings.episode
+        obs = self.reset() if done else np.stack(rows)
+        return obs, rewards, np.full(self.num_envs, done), {"configs": configs, "drops": drops}
+
+
+class HLAEnv:
+    """Environment of one high-level agent: a budget for every block (§3.4.2).
+
+    Observation float32 [1, 5 + 2 B], action int [1, 2 B]. ``params`` [B]: FP32 parameters of each block's kernels.
+    ``weights``: (alpha, beta, gamma) scale R_sens + R_dyn by alpha / 30, R_glob by beta / 6, R_bal by gamma
+    (ledger D9).
+    """
+
+    num_envs = 1
+
+    def __init__(self, params, sensitivity, limits, search, settings, weights):
+        self.params, self.sensitivity = np.asarray(params, dtype=np.float64), list(sensitivity)
+        self.limits, self.search, self.settings, self.weights = limits, search, settings, weights
+        self.obs_dim = 5 + 2 * len(self.sensitivity)
+        self.last_drop, self.last_retained, self.cycle = 0.0, 1.0, 1
+        self.steps = 0
+
+    def feedback(self, last_drop: float, last_retained: float, cycle: int) -> None:
+        """delta_{c-1} and rho_{c-1} as measured, and the cycle c (from 1) that begins (§3.7 step 1)."""
+        self.last_drop, self.last_retained, self.cycle = last_drop, last_retained, cycle
+
+    def observation(self, targets, slot3: float, slot4: float) -> np.ndarray:
+        """[1, 5 + 2 B]: feedback, progress, the two reused slots, then (s_i, rho*_i) per block."""
+        head = [self.last_drop / 10, self.last_retained, (self.cycle - 1) / self.search.cycles, slot3, slot4]
+        pairs = [v for pair in zip(self.sensitivity, targets) for v in pair]
+        return np.array([head + pairs], dtype=np.float32)
+
+    def reset(self) -> np.ndarray:
+        """Start an episode: every target at 0.5, the global constraints in slots 3 and 4."""
+        self.steps = 0
+        return self.observation([0.5] * len(self.sensitivity), self.search.target, self.search.max_drop / 10)
+
+    def step(self, actions):
+        """Propose budgets for all blocks; see SPEC 12 for what is returned."""
+        budgets = decode_hla(actions[0], self.sensitivity, self.limits)
+        targets = [b.target for b in budgets]
+        mean = float(self.params @ np.array(targets) / self.params.sum())
+        alpha, beta, gamma = self.weights
+        r_bal, r_sens = balance_reward(targets), sensitivity_reward(targets, self.sensitivity)
+        r_glob = global_reward(mean, self.search.target)
+        r_dyn = dynamic_reward(mean, self.last_retained, self.last_drop, self.search.target, self.search.max_drop)
+        reward = gamma * r_bal + alpha / 30 * (r_sens + r_dyn) + beta / 6 * r_glob
+        self.steps += 1
+        done = self.steps >= self.settings.episode
+        obs = self.reset() if done else self.observation(targets, abs(mean - self.search.target),
+                                                         (r_bal + r_sens + r_dyn) / 20)
+        return obs, np.array([reward]), np.array([done]), {"budgets": budgets}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ensembles
+
+
+class LLAEnsemble:
+    """Low-level agents of one block, each with environments of its own, and their vote (§3.4.1)."""
+
+    def __init__(self, index, block, sensitivity, estimator, config, blocks):
+        shapes, s = kernel_shapes(block), config.lla
+        penalty = 0.0 if config.sensitivity.method == "none" else 1.0
+        self.config, self.shapes, self.index = config, shapes, index
+        self.envs = [LLAEnv(index, shapes, sensitivity, estimator, config.compress, s, weights, blocks=blocks,
+                            penalty_scale=penalty) for weights in zip(s.alpha, s.beta, s.gamma_s)]
+        self.agents = [_agent(name, env, lla_nvec(len(shapes)), derive_seed(config.seed, "lla", index, n), LLA_PPO,
+                              LLA_A2C) for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
+        self.rng = np.random.default_rng(derive_seed(config.seed, "null", index))
+
+    def train(self, budget: LayerBudget, progress=None) -> list[dict]:
+        """Give every agent its steps under ``budget``; returns the diagnostics of every update."""
+        updates = []
+        for n, (env, agent) in enumerate(zip(self.envs, self.agents)):
+            env.budget = budget
+            if self.config.search.method != "null":
+                updates += _labelled(agent.learn(self.config.lla.timesteps), "LLA", n, agent, self.index)
+            if progress:
+                progress()
+        return updates
+
+    def consensus(self) -> BlockConfig:
+        """Each agent's greedy action from the reset observation, voted and decoded (Eq. 16)."""
+        if self.config.search.method == "null":
+            nvec = np.array(lla_nvec(len(self.shapes)))
+            actions, weights = [self.rng.integers(nvec) for _ in self.agents], None
+        else:
+            actions = [agent.predict(env.reset(), deterministic=True)[0]
+                       for agent, env in zip(self.agents, self.envs)]
+            weights = None
+            if self.config.vote == "confidence":
+                weights = confidence_weights([agent.recent_rewards for agent in self.agents])
+        action = vote_actions(actions, weights)
+        return BlockConfig(decode_lla(action, self.envs[0].budget, self.config.compress), self.shapes)
+
+    @property
+    def bad_rewards(self) -> int:
+        """Rewards so far that were not finite and became −10."""
+        return sum(env.bad_rewards for env in self.envs)
+
+    def state_dict(self) -> dict:
+        """Agents, counters, the budget and the null controller's random state."""
+        budget = self.envs[0].budget
+        return {"agents": [agent.state_dict() for agent in self.agents], "rng": self.rng.bit_generator.state,
+                "bad_rewards": [env.bad_rewards for env in self.envs], "budget": asdict(budget) if budget else None}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        for agent, env, saved, bad in zip(self.agents, self.envs, state["agents"], state["bad_rewards"]):
+            agent.load_state_dict(saved)
+            env.bad_rewards = bad
+            env.budget = LayerBudget(**state["budget"]) if state["budget"] else None
+        self.rng.bit_generator.state = state["rng"]
+
+
+class HLAEnsemble:
+    """High-level agents and their vote (§3.4.2)."""
+
+    def __init__(self, params, sensitivity, config):
+        s = config.hla
+        self.config, self.sensitivity = config, list(sensitivity)
+        self.envs = [HLAEnv(params, sensitivity, config.compress, config.search, s, weights)
+                     for weights in zip(s.alpha, s.beta, s.gamma)]
+        self.agents = [_agent(name, env, hla_nvec(len(self.sensitivity)), config.seed + n, HLA_PPO, HLA_A2C)
+                       for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
+        self.rng = np.random.default_rng(derive_seed(config.seed, "null", "hla"))
+
+    def feedback(self, last_drop: float, last_retained: float, cycle: int) -> None:
+        """Tell every environment what the last cycle measured (§3.7 step 1)."""
+        for env in self.envs:
+            env.feedback(last_drop, last_retained, cycle)
+
+    def train(self, timesteps: int) -> list[dict]:
+        """Train every agent for ``timesteps`` steps; returns the diagnostics of every update."""
+        if self.config.search.method != "hirelc":
+            return []
+        return [row for n, agent in enumerate(self.agents)
+                for row in _labelled(agent.learn(timesteps), "HLA", n, agent, "")]
+
+    def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
+        """Voted budgets from the start state; greedy proposals in the last cycle, drawn ones before (§3.7 step 3)."""
+        method, blocks = self.config.search.method, len(self.sensitivity)
+        if method == "no-hla":
+            return uniform_budgets(blocks, self.config.search, self.config.compress)
+        if method == "null":
+            nvec = np.array(hla_nvec(blocks))
+            actions = [self.rng.integers(nvec) for _ in self.agents]
+        else:
+            actions = [agent.predict(env.reset(), deterministic=deterministic)[0]
+                       for agent, env in zip(self.agents, self.envs)]
+        return vote_budgets([decode_hla(a, self.sensitivity, self.config.compress) for a in actions])
+
+    def state_dict(self) -> dict:
+        """Agents, feedback and the null controller's random state."""
+        env = self.envs[0]
+        return {"agents": [agent.state_dict() for agent in self.agents], "rng": self.rng.bit_generator.state,
+                "feedback": [env.last_drop, env.last_retained, env.cycle]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        for agent, saved in zip(self.agents, state["agents"]):
+            agent.load_state_dict(saved)
+        self.feedback(*state["feedback"])
+        self.rng.bit_generator.state = state["rng"]
+
+
+def _agent(algorithm, env, nvec, seed, ppo, a2c):
+    return PPO(env, nvec, seed=seed, **ppo) if algorithm == "PPO" else A2C(env, nvec, seed=seed, **a2c)
+
+
+def _labelled(updates, level, agent_index, agent, block):
+    """Diagnostics of updates with who made them, as rows for updates.csv."""
+    return [{"level": level, "block": block, "agent": agent_index, "algorithm": type(agent).__name__, **update}
+            for update in updates]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is reported about a search
+
+
+def compliance(config: NetworkConfig, budgets) -> float:
+    """Budget compliance in percent: mean_i (1 - |rho_i - rho*_i| / rho*_i) (Table 4)."""
+    return 100.0 * float(np.mean([1 - abs(block.retained - b.target) / b.target
+                                  for block, b in zip(config.blocks, budgets)]))
+
+
+def random_config(shapes, limits, rng: np.random.Generator) -> NetworkConfig:
+    """A random configuration for the surrogate's warm-up: bits in {4…8}, keep uniform in [0.6, 1] (§3.6).
+
+    shapes: per block the kernels' KernelShape; types and granularities as ``limits`` (config.Compress) allows.
+    """
+    low, high = max(4, limits.bits_min), limits.bits_max
+    blocks = []
+    for block in shapes:
+        kernels = tuple(KernelConfig(
+            bits=int(rng.integers(min(low, high), high + 1)), keep=float(rng.uniform(0.6, 1.0)),
+            qtype=QTYPES[rng.integers(len(QTYPES))] if limits.qtype == "any" else limits.qtype,
+            granularity=(GRANULARITIES[rng.integers(len(GRANULARITIES))] if limits.granularity == "any"
+                         else limits.granularity)) for _ in block)
+        blocks.append(BlockConfig(kernels, tuple(block)))
+    return NetworkConfig(tuple(blocks))
+
+
+def null_controller(shapes, sensitivity, config, draws: int = 200) -> dict:
+    """CR and compliance of a controller that draws every action uniformly and votes as the ensembles do (§11).
+
+    shapes: per block a tuple of KernelShape. Returns means and standard deviations over ``draws`` policies. No
+    network is evaluated: both figures follow from the configuration alone.
+    """
+    rng = np.random.default_rng(derive_seed(config.seed, "null"))
+    blocks, crs, compliances = len(shapes), [], []
+    agents, nvec = len(config.lla.algorithms), np.array(hla_nvec(blocks))
+    for _ in range(draws):
+        if config.search.method == "no-hla":
+            budgets = uniform_budgets(blocks, config.search, config.compress)
+        else:
+            budgets = vote_budgets([decode_hla(rng.integers(nvec), sensitivity, config.compress)
+                                    for _ in config.hla.algorithms])
+        drawn = NetworkConfig(tuple(
+            BlockConfig(decode_lla(vote_actions(rng.integers(np.array(lla_nvec(len(block))), size=(agents, 4 * len(block)))),
+                                   budget, config.compress), tuple(block))
+            for block, budget in zip(shapes, budgets)))
+        crs.append(drawn.cr)
+        compliances.append(compliance(drawn, budgets))
+    return {"draws": draws, "cr_mean": float(np.mean(crs)), "cr_std": float(np.std(crs)),
+            "compliance_mean": float(np.mean(compliances)), "compliance_std": float(np.std(compliances))}

@@ -1,0 +1,608 @@
+"""Tests of rl.py: numbers worked out by hand, exact step counts, seeds, resuming, and learning over five steps."""
+
+import io
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import rl
+from rl import A2C, PPO, Rollout
+
+AGENTS = [PPO, A2C]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Taped:
+    """Episodes of `length` steps, staggered by one per environment; observations are [step in episode, environment].
+
+    The reward depends on the actions, so that different actions lead to different training.
+    """
+
+    obs_dim = 2
+
+    def __init__(self, num_envs=2, length=3):
+        self.num_envs, self.length = num_envs, length
+        self.calls, self.modes = [], []
+
+    def _observe(self):
+        return np.stack([self.clock, np.arange(self.num_envs)], axis=1).astype(np.float32)
+
+    def reset(self):
+        self.calls.append("reset")
+        self.clock = np.arange(self.num_envs) % self.length
+        return self._observe()
+
+    def step(self, actions):
+        self.calls.append("step")
+        self.modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        assert actions.dtype == np.int64 and actions.shape[0] == self.num_envs
+        rewards = actions.sum(axis=1) * 0.1 + self.clock
+        self.clock = self.clock + 1
+        dones = self.clock == self.length
+        self.clock[dones] = 0
+        return self._observe(), rewards, dones, {}
+
+
+def small(agent_class, seed=0, **hyper):
+    return agent_class(Taped(), (2, 3), seed=seed, **{"n_steps": 4, **hyper})
+
+
+def record_rollouts(agent):
+    """Lets `learn` run as usual and keeps every Rollout that it trains on."""
+    rollouts, update = [], agent.update
+    agent.update = lambda rollout: rollouts.append(rollout) or update(rollout)
+    return rollouts
+
+
+def zero_networks(agent):
+    with torch.no_grad():
+        for p in agent.parameters:
+            p.zero_()
+
+
+def same(a, b):
+    """Bitwise equality of nested dictionaries, lists, tensors and numbers."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+# ---------------------------------------------------------------- pure functions
+
+
+@pytest.mark.parametrize(
+    "lam, expected",
+    [
+        # Environment 0 ends an episode at t = 1. deltas: 1 + 0.9*2 - 0.5 = 2.3;  3 - 2 = 1;  5 + 0.9*4 - 1 = 7.6
+        # Environment 1 never ends.               deltas: 2 - 0.9 - 1 = 0.1;  -1 + 1.8 + 1 = 1.8;  0.5 + 2.7 - 2 = 1.2
+        # Environment 2 ends at the last step, so its last_value of 100 counts for nothing. deltas: 0, 0, 1
+        (0.95, [[3.155, 2.51623, 0.731025], [1.0, 2.826, 0.855], [7.6, 1.2, 1.0]]),
+        (1.0, [[3.2, 2.692, 0.81], [1.0, 2.88, 0.9], [7.6, 1.2, 1.0]]),
+    ],
+)
+def test_gae_by_hand(lam, expected):
+    values = torch.tensor([[0.5, 1.0, 0.0], [2.0, -1.0, 0.0], [1.0, 2.0, 0.0]])
+    advantages, returns = rl.gae(
+        rewards=torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 0.0], [5.0, 0.5, 1.0]]),
+        values=values,
+        dones=torch.tensor([[False, False, False], [True, False, False], [False, False, True]]),
+        last_value=torch.tensor([4.0, 3.0, 100.0]),
+        gamma=0.9,
+        lam=lam,
+    )
+    torch.testing.assert_close(advantages, torch.tensor(expected))
+    torch.testing.assert_close(returns, torch.tensor(expected) + values)
+
+
+def test_gae_with_lambda_1_gives_discounted_returns():
+    # 2 - 0.9 + 0.81*0.5 + 0.729*3 = 3.692, whatever the values on the way are
+    for value in (0.0, 7.0):
+        _, returns = rl.gae(
+            torch.tensor([[2.0], [-1.0], [0.5]]), torch.full((3, 1), value), torch.zeros(3, 1, dtype=torch.bool),
+            torch.tensor([3.0]), 0.9, 1.0,
+        )  # fmt: skip
+        assert returns[0, 0].item() == pytest.approx(3.692, abs=1e-5)
+
+
+def test_ppo_loss_by_hand():
+    #   ratio   A    min(ratio A, clipped A)
+    #    1.1   +2     2.2    inside
+    #    1.5   +1     1.2    clipped
+    #    1.5   -1    -1.5    outside, but the unclipped term is the smaller one
+    #    0.5   +1     0.5    the same from below
+    #    0.5   -2    -1.6    clipped
+    ratio = torch.tensor([1.1, 1.5, 1.5, 0.5, 0.5])
+    old = torch.tensor([-1.0, -0.3, -2.0, -0.7, -1.5])
+    log_prob = (old + ratio.log()).requires_grad_()
+    loss, kl, clip_fraction = rl.ppo_loss(log_prob, old, torch.tensor([2.0, 1.0, -1.0, 1.0, -2.0]), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.16, abs=1e-6)
+    assert clip_fraction.item() == pytest.approx(0.8)
+    # (r - 1) - ln r: 0.0046898 once, 0.0945349 twice, 0.1931472 twice
+    assert kl.item() == pytest.approx(0.1160108, abs=1e-6)
+    # d loss / d log_prob = -ratio A / 5 where the unclipped term is taken, 0 where the clipped one is
+    torch.testing.assert_close(log_prob.grad, torch.tensor([-0.44, 0.0, 0.3, -0.1, 0.0]))
+
+
+def test_a2c_loss_by_hand():
+    log_prob = torch.tensor([-0.5, -2.0], requires_grad=True)
+    loss = rl.a2c_loss(log_prob, torch.tensor([3.0, -1.0]))  # -(-1.5 + 2) / 2
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.25)
+    torch.testing.assert_close(log_prob.grad, torch.tensor([-1.5, 0.5]))
+
+
+def test_value_loss_is_the_unhalved_mean_square():
+    assert rl.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.5])).item() == pytest.approx(2.125)
+
+
+def test_explained_variance_by_hand():
+    returns = torch.tensor([1.0, 2.0, 3.0])
+    assert rl.explained_variance(torch.tensor([1.0, 2.0, 2.0]), returns) == pytest.approx(2 / 3)
+    assert rl.explained_variance(returns + 10, returns) == pytest.approx(1.0)
+    assert rl.explained_variance(torch.tensor([5.0, 5.0, 5.0]), returns) == pytest.approx(0.0)
+    assert rl.explained_variance(-returns, returns) == pytest.approx(-3.0)
+    assert math.isnan(rl.explained_variance(returns, torch.ones(3)))
+    assert math.isnan(rl.explained_variance(torch.ones(1), torch.ones(1)))
+
+
+def test_pad_heads_puts_each_logit_into_its_head():
+    table = rl.pad_heads(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]), (2, 3, 1))
+    inf = math.inf
+    assert table.tolist() == [[[1.0, 3.0, 6.0], [2.0, 4.0, -inf], [-inf, 5.0, -inf]]]
+
+
+def test_log_prob_and_entropy_of_unequal_heads_by_hand():
+    # row 0: heads (1/4, 3/4) and (1/4, 1/4, 1/2), actions 1 and 2; row 1: uniform heads, actions 0 and 1
+    logits = torch.tensor([[0.0, math.log(3), 0.0, 0.0, math.log(2)], [7.0, 7.0, -2.0, -2.0, -2.0]])
+    log_prob, entropy = rl.categorical_stats(logits, (2, 3), torch.tensor([[1, 2], [0, 1]]))
+    # ln 3/4 + ln 1/2; ln 1/2 + ln 1/3
+    assert log_prob.tolist() == pytest.approx([-0.9808293, -1.7917595], abs=1e-6)
+    # 0.5623351 + 1.0397208; ln 2 + ln 3
+    assert entropy.tolist() == pytest.approx([1.6020560, 1.7917595], abs=1e-6)
+
+
+def test_gradients_of_log_prob_and_entropy_by_hand():
+    logits = torch.tensor([[0.0, math.log(3), 0.0, 0.0, math.log(2)]], requires_grad=True)
+    log_prob, entropy = rl.categorical_stats(logits, (2, 3), torch.tensor([[1, 2]]))
+    (grad,) = torch.autograd.grad(log_prob.sum(), logits, retain_graph=True)
+    torch.testing.assert_close(grad, torch.tensor([[-0.25, 0.25, -0.25, -0.25, 0.5]]))  # 1[a] - p
+    (grad,) = torch.autograd.grad(entropy.sum(), logits)
+    # -p (ln p + H) per head: -(1/4)(-1.3862944 + 0.5623351) = 0.2059898; -(1/4)(-1.3862944 + 1.0397208) = 0.0866434
+    torch.testing.assert_close(grad, torch.tensor([[0.2059898, -0.2059898, 0.0866434, 0.0866434, -0.1732868]]))
+
+
+# ---------------------------------------------------------------- whole updates
+#
+# With all weights zero the hidden units are 0, so the logits are the last layer's bias, only the two last
+# biases get a gradient, and each update can be followed on paper.
+
+
+def one_step_rollout(actions, rewards):
+    """One step of len(actions) environments that all end there; the observations do not matter."""
+    n = len(actions)
+    return Rollout(
+        observations=torch.ones(2, n, 2),
+        actions=torch.tensor(actions).view(1, n, 1),
+        rewards=torch.tensor(rewards).view(1, n),
+        dones=torch.ones(1, n, dtype=torch.bool),
+    )
+
+
+@pytest.mark.parametrize(
+    "max_grad_norm, policy_step, value_step",
+    [
+        # Action 1 of two, advantage 1, value 0: the gradient is (0.5, -0.5) on the logits and -1 on the value,
+        # norm sqrt(1.5), so the bound scales it by max_grad_norm / 1.2247449. RMSprop's first step is
+        # lr g / (sqrt(0.01) |g| + 1e-5):
+        #   0.5:  g = 0.2041241 and 0.4082483;          1e-4:  g = 4.0824829e-5 and 8.1649658e-5
+        (0.5, 6.9965721e-3, 6.9982857e-3),
+        (1e-4, 2.0292887e-3, 3.1464278e-3),
+    ],
+)
+def test_a2c_update_by_hand(max_grad_norm, policy_step, value_step):
+    agent = A2C(Taped(), (2,), max_grad_norm=max_grad_norm)
+    zero_networks(agent)
+    diagnostics = agent.update(one_step_rollout([1], [1.0]))
+    assert agent.actor[-1].bias.tolist() == pytest.approx([-policy_step, policy_step], rel=1e-4)
+    assert agent.critic[-1].bias.item() == pytest.approx(value_step, rel=1e-4)
+    others = [p for p in agent.parameters if p is not agent.actor[-1].bias and p is not agent.critic[-1].bias]
+    assert len(others) == 10 and not any(p.any() for p in others)
+    assert diagnostics["policy_loss"] == pytest.approx(math.log(2), abs=1e-6)  # -1 * ln 1/2
+    assert diagnostics["value_loss"] == pytest.approx(1.0)
+    assert diagnostics["entropy"] == pytest.approx(math.log(2), abs=1e-6)
+    # after the step r = 2 sigmoid(2 policy_step), and (r - 1) - ln r = (r - 1)^2 / 2 to leading order
+    assert diagnostics["approx_kl"] == pytest.approx(policy_step**2 / 2, rel=0.02, abs=1e-7)
+    assert diagnostics["clip_fraction"] == 0.0
+
+
+def test_a2c_does_not_normalise_advantages():
+    # Both rewards are positive, so both advantages push towards action 0: gradient -(0.5, -0.5)(1 + 3)/2.
+    # Normalised, they would cancel.
+    agent = A2C(Taped(), (2,), value_coef=0.0, max_grad_norm=1e9, lr=1.0)
+    zero_networks(agent)
+    agent.update(one_step_rollout([0, 0], [1.0, 3.0]))
+    assert agent.actor[-1].bias.tolist() == pytest.approx([9.999, -9.999], rel=1e-4)  # 1 / (0.1 + 1e-5)
+
+
+@pytest.mark.parametrize("agent_class, step", [(A2C, 6.6758e-3), (PPO, 2.98551e-4)])
+def test_entropy_bonus_by_hand(agent_class, step):
+    # Probabilities (1/4, 3/4) and no advantage: only -0.01 H is left, whose gradient is -+0.002059898.
+    # A2C: 7e-4 g / (0.1 g + 1e-5); PPO's one sample in one epoch, Adam: 3e-4 g / (g + 1e-5).
+    agent = agent_class(Taped(), (2,), **({"epochs": 1} if agent_class is PPO else {}))
+    zero_networks(agent)
+    with torch.no_grad():
+        agent.actor[-1].bias[1] = math.log(3)
+    agent.update(one_step_rollout([1], [0.0]))
+    assert agent.actor[-1].bias.tolist() == pytest.approx([step, math.log(3) - step], rel=1e-4)
+    assert agent.critic[-1].bias.item() == 0.0
+
+
+def test_ppo_update_of_two_epochs_by_hand():
+    # Two samples in one minibatch: actions 0 and 1 with advantages 1 and 3, normalised to -+0.7071068 (the
+    # standard deviation of two numbers is sqrt 2). Adam at lr 0.5 moves by about 0.5 in its first step.
+    # Epoch 1: ratios 1; logit gradient +-0.3535534, value gradient -2, bound: times 0.5 / 2.0615528 = 0.2425356.
+    # Epoch 2: p = (0.2689414, 0.7310586), ratios 0.5378828 and 1.4621172; both are clipped, so the logits have
+    #   no gradient and move on by momentum alone: 0.5 (0.09/0.19) / sqrt(0.000999/0.001999) = 0.3350297.
+    #   Value 0.5, gradient -1.5, bound to -0.5: m = 0.4929284, v = 0.2426512, step 0.5003367.
+    agent = PPO(Taped(), (2,), lr=0.5, epochs=2, entropy_coef=0.0)
+    zero_networks(agent)
+    diagnostics = agent.update(one_step_rollout([0, 1], [1.0, 3.0]))
+    assert agent.actor[-1].bias.tolist() == pytest.approx([-0.83503, 0.83503], abs=2e-4)
+    assert agent.critic[-1].bias.item() == pytest.approx(1.00034, abs=2e-4)
+    # means over the two epochs
+    assert diagnostics["policy_loss"] == pytest.approx(-0.0707107, abs=1e-4)  # 0 and -(0.7071068/2)(1.2 - 0.8)
+    assert diagnostics["value_loss"] == pytest.approx(4.125, abs=1e-3)  # (1 + 9)/2 and (0.25 + 6.25)/2
+    assert diagnostics["entropy"] == pytest.approx(0.637675, abs=1e-4)  # ln 2 and 0.582203
+    assert diagnostics["approx_kl"] == pytest.approx(0.060057, abs=1e-4)  # 0 and (0.157998 + 0.082232)/2
+    assert diagnostics["clip_fraction"] == pytest.approx(0.5)  # 0 and 1
+    assert diagnostics["explained_variance"] == pytest.approx(0.0)  # the values before the update are all 0
+
+
+def test_ppo_keeps_the_advantage_of_a_single_sample():
+    agent = PPO(Taped(), (2,), epochs=1, value_coef=0.0, entropy_coef=0.0, max_grad_norm=1e-5)
+    zero_networks(agent)
+    agent.update(one_step_rollout([1], [0.25]))
+    # gradient +-0.125, bounded to 1e-5 / sqrt 2 = 7.0710678e-6 each; Adam: 3e-4 * 7.071e-6 / (7.071e-6 + 1e-5)
+    assert agent.actor[-1].bias.tolist() == pytest.approx([-1.242641e-4, 1.242641e-4], rel=1e-3)
+
+
+def test_ppo_minibatches_cover_every_sample_once_per_epoch():
+    agent = PPO(Taped(num_envs=1), (2,), minibatch=3, epochs=2)
+    seen, critic = [], agent.critic
+    agent.critic = lambda obs: seen.append(obs[..., 0].flatten().tolist()) or critic(obs)
+    rollout = Rollout(
+        observations=torch.arange(9.0).view(9, 1, 1).expand(9, 1, 2),
+        actions=torch.zeros(8, 1, 1, dtype=torch.int64),
+        rewards=torch.ones(8, 1),
+        dones=torch.zeros(8, 1, dtype=torch.bool),
+    )
+    agent.update(rollout)
+    minibatches = seen[1:]  # the first call values the whole rollout
+    assert [len(m) for m in minibatches] == [3, 3, 2, 3, 3, 2]
+    epochs = [sum(minibatches[:3], []), sum(minibatches[3:], [])]
+    assert all(sorted(e) == list(range(8)) for e in epochs)
+    assert epochs[0] != epochs[1]
+
+
+# ---------------------------------------------------------------- construction, seeds, randomness
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_initialisation(agent_class):
+    agent = agent_class(Taped(), (5, 3))
+    shapes = [(64, 2), (64,), (64, 64), (64,), (8, 64), (8,), (64, 2), (64,), (64, 64), (64,), (1, 64), (1,)]
+    assert [tuple(p.shape) for p in agent.parameters] == shapes
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in agent.parameters)
+    assert not any(p.any() for p in agent.parameters if p.ndim == 1)
+    for net, gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
+        first, second, head = (layer.weight for layer in net if hasattr(layer, "weight"))
+        torch.testing.assert_close(first.T @ first, 2 * torch.eye(2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(second @ second.T, 2 * torch.eye(64), atol=1e-5, rtol=0)
+        torch.testing.assert_close(head @ head.T, gain**2 * torch.eye(len(head)), atol=1e-5 * gain**2, rtol=0)
+        assert [type(layer) for layer in net[1::2]] == [torch.nn.Tanh, torch.nn.Tanh]
+    assert not torch.equal(agent.actor[0].weight, agent.critic[0].weight)
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_equal_seeds_train_alike_and_others_do_not(agent_class):
+    a, b, c = (small(agent_class, seed) for seed in (5, 5, 6))
+    for agent in (a, b, c):
+        np.random.seed(agent is b)  # what the global generators hold makes no difference
+        torch.manual_seed(agent is b)
+        agent.learn(24)
+    assert same(a.state_dict(), b.state_dict())
+    assert not torch.equal(a.actor[0].weight, c.actor[0].weight)
+    obs = np.zeros((50, 2), np.float32)
+    draws = [agent.predict(obs, deterministic=False) for agent in (a, b, c)]
+    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any()
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_global_random_state_is_left_alone(agent_class):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    agent = small(agent_class)
+    agent.learn(16)
+    agent.predict(np.zeros((3, 2)), deterministic=False)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_predict_takes_the_most_probable_option_or_samples(agent_class):
+    agent = agent_class(Taped(), (2, 4, 1), seed=3)
+    zero_networks(agent)
+    p = [0.3, 0.7, 0.1, 0.5, 0.4, 1e-9, 1.0]
+    with torch.no_grad():
+        agent.actor[-1].bias.copy_(torch.tensor(p).log())
+    obs = np.zeros((20000, 2), np.float32)
+    greedy = agent.predict(obs[:3])
+    assert greedy.dtype == np.int64 and greedy.tolist() == [[1, 1, 0]] * 3
+    draws = agent.predict(obs, deterministic=False)
+    assert draws.dtype == np.int64 and draws.shape == (20000, 3)
+    # five standard errors of a frequency are at most 5 sqrt(0.25 / 20000) = 0.0177
+    assert np.bincount(draws[:, 0]) / 20000 == pytest.approx([0.3, 0.7], abs=0.0177)
+    assert np.bincount(draws[:, 1], minlength=4) / 20000 == pytest.approx([0.1, 0.5, 0.4, 0.0], abs=0.0177)
+    assert not draws[:, 2].any()
+    # heads are independent: P(both 1) = 0.35
+    assert (draws[:, :2] == 1).all(axis=1).mean() == pytest.approx(0.35, abs=0.0177)
+    with pytest.raises(ValueError, match=r"\[n, 2\]"):
+        agent.predict(np.zeros(2))
+
+
+def test_training_samples_from_the_policy_too():
+    env = Taped(num_envs=8)
+    agent = A2C(env, (2, 3), n_steps=1000, seed=1)
+    rollouts = record_rollouts(agent)
+    agent.learn(8000)
+    actions = rollouts[0].actions.flatten(0, 1).numpy()  # before any update the policy is nearly uniform
+    assert np.bincount(actions[:, 0]) / 8000 == pytest.approx([1 / 2] * 2, abs=0.03)
+    assert np.bincount(actions[:, 1]) / 8000 == pytest.approx([1 / 3] * 3, abs=0.03)
+
+
+def test_size_of_observations_comes_from_obs_dim_or_from_one_reset():
+    env = Taped()
+    PPO(env, (2,))
+    assert env.calls == []
+
+    class Bare(Taped):
+        obs_dim = property()  # raises AttributeError, as if it were not there
+
+    env = Bare()
+    assert PPO(env, (2,)).actor[0].in_features == 2
+    assert env.calls == ["reset"]
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_wrong_settings_are_refused(agent_class):
+    with pytest.raises(TypeError, match="leraning_rate.*allowed: lr, n_steps"):
+        small(agent_class, leraning_rate=0.1)
+    with pytest.raises(TypeError, match="n_steps must be an integer"):
+        small(agent_class, n_steps=4.0)
+    with pytest.raises(TypeError, match="lr must be a number"):
+        small(agent_class, lr=True)
+    with pytest.raises(ValueError, match="n_steps"):
+        small(agent_class, n_steps=0)
+    with pytest.raises(ValueError, match="gamma"):
+        small(agent_class, gamma=math.nan)
+    with pytest.raises(ValueError, match="nvec"):
+        agent_class(Taped(), (3, 0))
+    with pytest.raises(ValueError, match="total_timesteps"):
+        small(agent_class).learn(0)
+
+
+def test_a2c_has_no_clip():
+    with pytest.raises(TypeError, match="clip"):
+        A2C(Taped(), (2,), clip=0.2)
+
+
+def test_the_four_columns():
+    assert PPO(Taped(), (2,)).hyper == rl.LLA_PPO and A2C(Taped(), (2,)).hyper == rl.LLA_A2C
+    rows = [(c["lr"], c["n_steps"], c["gamma"], c["lam"]) for c in (rl.LLA_PPO, rl.LLA_A2C, rl.HLA_PPO, rl.HLA_A2C)]
+    assert rows == [(3e-4, 128, 0.99, 0.95), (7e-4, 64, 0.99, 1.0), (1e-4, 64, 0.99, 0.95), (3e-4, 64, 0.99, 1.0)]
+    for column in (rl.LLA_PPO, rl.HLA_PPO):
+        assert (column["minibatch"], column["epochs"], column["clip"]) == (32, 10, 0.2)
+    for column in (rl.LLA_PPO, rl.LLA_A2C, rl.HLA_PPO, rl.HLA_A2C):
+        assert (column["value_coef"], column["entropy_coef"], column["max_grad_norm"]) == (0.5, 0.01, 0.5)
+    PPO(Taped(), (2,), **rl.HLA_PPO)
+    A2C(Taped(), (2,), **rl.HLA_A2C)
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_learn_counts_steps_exactly_and_starts_with_a_reset(agent_class):
+    agent = small(agent_class)  # two environments, rollouts of four steps
+    rollouts = record_rollouts(agent)
+    first = agent.learn(21)  # 11 steps each: 4 + 4 + 3
+    assert agent.env.calls == ["reset"] + ["step"] * 11
+    assert [len(r.actions) for r in rollouts] == [4, 4, 3]
+    assert [u["timesteps"] for u in first] == [8, 16, 22]
+    second = agent.learn(2)  # one step each
+    assert agent.env.calls[12:] == ["reset", "step"]
+    assert [u["timesteps"] for u in second] == [24] and agent.timesteps == 24
+    keys = "policy_loss value_loss entropy approx_kl clip_fraction explained_variance timesteps"
+    for update in first + second:
+        assert set(update) == set(keys.split())
+        assert all(type(update[k]) is float for k in keys.split()[:-1])
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_rollouts_hold_what_the_environment_said(agent_class):
+    agent = small(agent_class)
+    rollouts = record_rollouts(agent)
+    agent.learn(16)
+    # Episodes of three steps; environment 1 starts at its second step. What follows an end is step 0 of the next
+    # episode, and the last observation of a rollout is the first of the next one.
+    clock = [[0, 1], [1, 2], [2, 0], [0, 1], [1, 2], [2, 0], [0, 1], [1, 2], [2, 0]]
+    assert rollouts[0].observations[..., 0].tolist() == clock[:5]
+    assert rollouts[1].observations[..., 0].tolist() == clock[4:]
+    assert rollouts[0].observations[..., 1].tolist() == [[0, 1]] * 5
+    for rollout in rollouts:
+        assert torch.equal(rollout.dones, rollout.observations[:-1, :, 0] == 2)
+        rewards = rollout.actions.sum(dim=2) * 0.1 + rollout.observations[:-1, :, 0]
+        torch.testing.assert_close(rollout.rewards, rewards.float())
+    rewards = torch.cat([r.rewards for r in rollouts]).flatten().tolist()
+    assert list(agent.recent_rewards) == rewards
+    agent.learn(200)
+    assert len(agent.recent_rewards) == 100
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_the_environment_runs_outside_no_grad_and_inference_mode(agent_class):
+    agent = small(agent_class)
+    agent.learn(8)
+    assert set(agent.env.modes) == {(True, False)}
+
+
+def test_predict_under_inference_mode_does_not_spoil_training():
+    agent = PPO(Taped(), (3, 5, 7), n_steps=4)
+    with torch.inference_mode():
+        agent.predict(np.zeros((1, 2)))
+    assert len(agent.learn(8)) == 1
+
+
+def test_a_last_rollout_of_one_sample_works():
+    agent = PPO(Taped(num_envs=1), (2, 3), n_steps=4)
+    agent.learn(5)
+    assert all(p.isfinite().all() for p in agent.parameters)
+
+
+def test_observations_of_another_shape_are_refused():
+    agent = small(PPO)
+    agent.env = Taped()
+    agent.env.reset = lambda: np.zeros((2, 7), np.float32)
+    with pytest.raises(ValueError, match=r"\(2, 7\), expected \(2, 2\)"):
+        agent.learn(8)
+
+
+# ---------------------------------------------------------------- saved state
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_training_goes_on_bit_for_bit_after_loading(agent_class):
+    agent = small(agent_class, seed=1)
+    agent.learn(60)
+    state = agent.state_dict()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+
+    went_on = agent.learn(60)
+    loaded = small(agent_class, seed=2)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert same(loaded.state_dict(), state)  # and the agent's own training since has not changed `state`
+    assert not same(agent.state_dict(), state)
+    resumed = loaded.learn(60)
+
+    assert went_on == resumed
+    assert same(agent.state_dict(), loaded.state_dict())
+    assert loaded.timesteps == 120 and len(loaded.recent_rewards) == 100
+    obs = np.zeros((50, 2), np.float32)
+    assert (agent.predict(obs, deterministic=False) == loaded.predict(obs, deterministic=False)).all()
+
+
+def test_state_of_another_agent_is_refused():
+    state = small(PPO, seed=1).state_dict()
+    for other, what in (
+        (small(A2C), "algorithm"),
+        (PPO(Taped(), (3, 2), n_steps=4), "nvec"),
+        (small(PPO, lr=1e-3), "hyper"),
+    ):
+        before = other.state_dict()
+        with pytest.raises(ValueError, match=what):
+            other.load_state_dict(state)
+        assert same(before, other.state_dict())
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_what_is_not_finite_is_named_and_no_step_is_made(agent_class):
+    rollout = one_step_rollout([0, 1], [1.0, 2.0])
+    bad_rewards = rollout._replace(rewards=torch.tensor([[1.0, math.nan]]))
+    bad_observations = rollout._replace(observations=torch.full((2, 2, 2), math.inf))
+
+    def bad_loss(agent):
+        with torch.no_grad():
+            agent.critic[-1].bias.fill_(1e30)  # the squared error overflows
+
+    def bad_gradient(agent):
+        agent.actor[0].weight.register_hook(lambda g: g * math.nan)
+
+    for change, data, message in (
+        (None, bad_rewards, "rewards that are not finite"),
+        (None, bad_observations, "observations that are not finite"),
+        (bad_loss, rollout, "loss is not finite"),
+        (bad_gradient, rollout, "gradient norm is not finite"),
+    ):
+        agent = agent_class(Taped(), (2,))
+        if change:
+            change(agent)
+        before = agent.state_dict()
+        with pytest.raises(FloatingPointError, match=f"{agent_class.__name__}: .*{message}"):
+            agent.update(data)
+        after = agent.state_dict()
+        assert all(same(before[k], after[k]) for k in ("actor", "critic", "optimizer"))
+
+
+# ---------------------------------------------------------------- learning
+
+
+class FirstActionCounts:
+    """Episodes of five steps whose reward comes at the end: the share of right choices in the *first* action.
+
+    The observation tells the step and nothing else, so the first action is credited only through the values
+    and returns of the four steps after it. With gamma = 0 it has no effect on anything that the agent learns from.
+    """
+
+    nvec, right = (3, 2, 4), np.array([2, 0, 3])
+    obs_dim, num_envs = 5, 2
+
+    def _observe(self):
+        return np.tile(np.eye(5, dtype=np.float32)[self.t], (self.num_envs, 1))
+
+    def reset(self):
+        self.t = 0
+        return self._observe()
+
+    def step(self, actions):
+        if self.t == 0:
+            self.score = (actions == self.right).mean(axis=1)
+        self.t = (self.t + 1) % 5
+        done = self.t == 0
+        rewards = self.score if done else np.zeros(self.num_envs)
+        return self._observe(), rewards, np.full(self.num_envs, done), {}
+
+    def mean_return(self, agent):
+        """Of the stochastic policy, from 4,000 draws (standard error below 0.005)."""
+        first = np.tile(np.eye(5, dtype=np.float32)[0], (4000, 1))
+        return (agent.predict(first, deterministic=False) == self.right).mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("agent_class, timesteps", [(PPO, 5120), (A2C, 12800)])
+def test_learns_what_pays_five_steps_later(agent_class, timesteps, seed):
+    env = FirstActionCounts()
+    agent = agent_class(env, env.nvec, seed=seed)
+    assert env.mean_return(agent) < 0.45  # chance is (1/3 + 1/2 + 1/4) / 3 = 0.36
+    agent.learn(timesteps)
+    assert env.mean_return(agent) >= 0.95  # the best policy returns 1
+
+    blind = agent_class(env, env.nvec, seed=seed, gamma=0.0)
+    blind.learn(timesteps)
+    assert env.mean_return(blind) < 0.6

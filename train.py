@@ -1,0 +1,198 @@
+"""Training, evaluation and block sensitivity (paper §3.3, §3.5, §3.7).
+
+Sets of images are objects with ``len()`` and ``batches(batch_size, device, generator=None, limit=0)``, as
+:class:`data.Images`: with a generator shuffled and augmented, without one in stored order. Accuracies are in
+percentage points.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compress import apply_masks
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network's parameters live."""
+    return next(model.parameters()).device
+
+
+@torch.no_grad()
+def correct(model: nn.Module, images, batch_size: int = 256, limit: int = 0, progress=None) -> Tensor:
+    """Which of the first ``limit`` (0 = all) images the network classifies rightly: bool [n] on the CPU.
+
+    Runs in eval mode and puts the mode back as it was, so that the next training epoch trains (ledger D20).
+    """
+    was_training, device = model.training, device_of(model)
+    total = min(limit, len(images)) if limit else len(images)
+    model.eval()
+    hits, done = [], 0
+    for x, y in images.batches(batch_size, device, limit=limit):
+        hits.append((model(x).argmax(dim=1) == y).cpu())
+        done += len(y)
+        if progress:
+            progress("evaluation", done, total)
+    model.train(was_training)
+    return torch.cat(hits)
+
+
+def accuracy(hits: Tensor) -> float:
+    """Share of hits in percentage points."""
+    return 100.0 * int(hits.sum()) / len(hits)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One training epoch: its number from 1, mean training loss, learning rate at its start, accuracy after it."""
+    epoch: int
+    loss: float
+    lr: float
+    acc: float
+
+
+class Trainer:
+    """AdamW with a cosine schedule, early stopping, masks, and the best epoch kept (§3.5, §3.7 step 7).
+
+    Per epoch, in train mode: every batch takes a step, after which the pruned rows are zeroed again; then the
+    accuracy on the first ``eval_images`` test images is measured. Training ends after ``epochs`` epochs, or when
+    ``patience`` epochs in a row brought no better accuracy (0 = never early). The state before the first epoch is
+    not a candidate. With ``warmup_epochs`` = 0 the learning rate is constant within an epoch, as in
+    lr * (1 + cos(pi * epoch / epochs)) / 2; with a warm-up it rises linearly and then follows the cosine step by
+    step.
+    """
+
+    def __init__(self, model, train, test, *, epochs, lr, weight_decay, patience, batch_size, eval_images,
+                 eval_batch_size, generator, blocks=None, masks=None, warmup_epochs=0.0):
+        self.model, self.train_set, self.test_set = model, train, test
+        self.epochs, self.lr, self.patience, self.warmup_epochs = epochs, lr, patience, warmup_epochs
+        self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
+        self.generator, self.blocks, self.masks = generator, blocks, masks
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        self.history: list[Epoch] = []
+        self.best_state: dict[str, Tensor] = {}
+
+    @property
+    def best(self) -> Epoch:
+        """The epoch of the highest accuracy, the first of equals."""
+        return max(self.history, key=lambda e: (e.acc, -e.epoch))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the epoch limit is reached or the patience used up."""
+        done = len(self.history)
+        return done >= self.epochs or bool(done and self.patience and done - self.best.epoch >= self.patience)
+
+    def rate(self, epoch: int, fraction: float) -> float:
+        """Learning rate in epoch ``epoch`` (from 0) after ``fraction`` of its batches."""
+        if not self.warmup_epochs:
+            return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+        position = epoch + fraction
+        if position < self.warmup_epochs:
+            return self.lr * (position + 0.01) / (self.warmup_epochs + 0.01)
+        left = max(self.epochs - self.warmup_epochs, 1e-9)
+        return self.lr * (1 + math.cos(math.pi * min((position - self.warmup_epochs) / left, 1.0))) / 2
+
+    def run_epoch(self, progress=None, what="training") -> Epoch:
+        """Trains one epoch and measures it. Raises FloatingPointError when the loss is not finite."""
+        epoch, device = len(self.history), device_of(self.model)
+        steps = math.ceil(len(self.train_set) / self.batch_size)
+        total_loss, seen = torch.zeros((), device=device), 0
+        self.model.train()
+        for step, (x, y) in enumerate(self.train_set.batches(self.batch_size, device, generator=self.generator)):
+            if len(y) == 1 and step:
+                continue  # one image alone has no batch statistics where the feature maps are 1 x 1
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(epoch, step / steps)
+            loss = F.cross_entropy(self.model(x), y)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            if self.masks is not None:
+                apply_masks(self.blocks, self.masks)
+            total_loss += loss.detach() * len(y)
+            seen += len(y)
+            if progress:
+                progress(f"{what}, epoch {epoch + 1} of {self.epochs}", step + 1, steps)
+        mean_loss = total_loss.item() / max(seen, 1)
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"{what}: the loss of epoch {epoch + 1} is {mean_loss}; lower the learning rate "
+                                     f"({self.lr:g})")
+        acc = accuracy(correct(self.model, self.test_set, self.eval_batch_size, self.eval_images))
+        result = Epoch(epoch + 1, mean_loss, self.rate(epoch, 0.0), acc)
+        self.history.append(result)
+        if self.best is result:
+            self.best_state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        return result
+
+    def run(self, progress=None, what="training", log=None) -> Epoch:
+        """Trains to the end, leaves the network at its best epoch in eval mode, and returns that epoch."""
+        while not self.finished:
+            e = self.run_epoch(progress, what)
+            if log:
+                log(f"  {what}: epoch {e.epoch}, loss {e.loss:.4f}, lr {e.lr:.2e}, accuracy {e.acc:.2f}")
+        self.model.load_state_dict(self.best_state)
+        self.model.eval()
+        return self.best
+
+    def state_dict(self) -> dict:
+        """Plain tensors and numbers from which :meth:`load_state_dict` goes on."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "generator": self.generator.get_state(), "best_state": self.best_state,
+                "history": [asdict(e) for e in self.history]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what :meth:`state_dict` returned, on a Trainer made with the same arguments."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.best_state = state["best_state"]
+        self.history = [Epoch(**e) for e in state["history"]]
+
+
+def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> list[float]:
+    """Empirical Fisher information of every block, not normalised (Eq. 14-15, before the division).
+
+    images [N, 3, H, W], labels [N]. F_j = (1/N) sum_n (d loss_n / d theta_j)^2 with the cross-entropy of *one*
+    image each, in eval mode; a block's value is the sum over ``block.parameters``. The script squares the gradient
+    of the batch mean instead, which is another quantity (ledger D4). The network is left as it was.
+    """
+    was_training = model.training
+    model.eval()
+    named = dict(model.named_parameters())
+    wanted = [[named[name] for name in block.parameters] for block in blocks]
+    flat = [p for params in wanted for p in params]
+    frozen = [p for p in flat if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    totals = torch.zeros(len(blocks), dtype=torch.float64)
+    # One backward pass per image. Vectorising over images (vmap) holds N copies of every gradient and, on a CPU,
+    # was slower than this loop for the convolutional networks.
+    for x, y in zip(images, labels):
+        loss = F.cross_entropy(model(x[None]), y[None])
+        gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+        for i, params in enumerate(wanted):
+            for _ in params:
+                gradient = next(gradients)
+                if gradient is not None:
+                    totals[i] += gradient.double().square().sum().cpu()
+    for p in frozen:
+        p.requires_grad_(False)
+    model.train(was_training)
+    return (totals / len(images)).tolist()
+
+
+def fisher_sensitivity(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> list[float]:
+    """s_i in [0, 1]: the Fisher information of each block divided by the largest (Eq. 15).
+
+    All ones where no block has any (a network whose loss is flat). Raises FloatingPointError when it is not finite.
+    """
+    values = block_fisher(model, blocks, images, labels)
+    largest = max(values)
+    if not all(map(math.isfinite, values)):
+        raise FloatingPointError("the Fisher information is not finite: the network's loss or gradients overflow")
+    return [value / largest for value in values] if largest > 0 else [1.0] * len(values)
