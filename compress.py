@@ -47,7 +47,8 @@ class KernelConfig:
         if self.qtype not in QTYPES:
             raise ValueError(f"qtype={self.qtype!r}: expected one of {', '.join(QTYPES)}")
         if self.granularity not in (*GRANULARITIES, "log-script"):
-            raise ValueError(f"granularity={self.granularity!r}: expected one of {', '.join(GRANULARITIES)}, log-script")
+            raise ValueError(f"granularity={self.granularity!r}: expected one of {', '.join(GRANULARITIES)} or "
+                             "log-script")
 
     @property
     def storage_bits(self) -> int:

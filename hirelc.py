@@ -15,6 +15,7 @@ import copy
 import csv
 import dataclasses
 import io
+import json
 import math
 import os
 import platform
@@ -30,23 +31,26 @@ import torchvision
 
 import data
 import models
-from compress import (NetworkConfig, compress_network, kernel_shapes, snap_to_grid, to_policy, whole_model_ratio)
+from compress import (NetworkConfig, compress_network, from_policy, kernel_shapes, snap_to_grid, to_policy,
+                      whole_model_ratio)
 from config import EXPERIMENTS, Config, InputError, flatten, from_flat, override
 from log import Log, duration
-from report import read_results, results_table, wilson, write_json, write_text
-from search import (DropEstimator, HLAEnsemble, LLAEnsemble, Proxy, Surrogate, block_features, compliance, derive_seed,
-                    null_controller, random_config)
+from report import results_table, wilson, write_json, write_text
+from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, block_features, compliance,
+                    derive_seed, null_controller, random_config)
 from train import Trainer, accuracy, correct, fisher_sensitivity
 
 __all__ = ["EXPERIMENTS", "HiReLC", "compress_model", "fisher_sensitivity", "main", "run_experiment"]
 
 SMOKE = {  # small enough for two CPU cores; blocks, kernels and the code path stay
-    "smoke": True, "data.name": "synthetic", "data.classes": 10, "data.image_size": 32, "data.train_images": 1024,
-    "data.test_images": 256, "data.batch_size": 32, "model.weights": "none", "search.cycles": 2, "lla.timesteps": 32,
-    "hla.timesteps": 64, "hla.burst": 64, "search.proxy_batches": 1, "sensitivity.images": 16, "scratch.epochs": 8,
-    "scratch.lr": 2e-3, "scratch.warmup_epochs": 0.5, "baseline.epochs": 1, "finetune.epochs": 2,
-    "surrogate.min_samples": 1, "surrogate.epochs": 20,
-    "surrogate.epochs_after_warmup": 40}
+    "smoke": True, "out": "runs-smoke", "model.weights": "none",
+    "data.name": "synthetic", "data.classes": 10, "data.image_size": 32, "data.train_images": 1024,
+    "data.test_images": 256, "data.batch_size": 32,
+    "scratch.epochs": 8, "scratch.lr": 2e-3, "scratch.warmup_epochs": 0.5, "baseline.epochs": 1,
+    "finetune.epochs": 2, "finetune.lr": 5e-4,
+    "search.cycles": 2, "search.proxy_batches": 1, "sensitivity.images": 16,
+    "lla.timesteps": 32, "hla.timesteps": 64, "hla.burst": 64,
+    "surrogate.min_samples": 1, "surrogate.epochs": 20, "surrogate.epochs_after_warmup": 40}
 SMOKE_MODEL = {  # model.width and model.patch_size per network
     "deit_small_patch16_224": (0.125, 16), "deit_base_patch16_224": (0.0834, 16),
     "vit_base_patch32_clip_224": (0.0834, 16),
@@ -66,6 +70,7 @@ class Cycle:
     drop: float
     on_grid_acc: float | None = None
     acc_before_finetune: float | None = None
+    retained: float = 1.0
     cr: float = 1.0
     msr: float = 0.0
     cr_unweighted: float = 1.0
@@ -100,37 +105,37 @@ class HiReLC:
 
     def run(self) -> dict:
         """Algorithm 1; returns the content of result.json."""
-        c = self.config
-        self.train_baseline()
-        self.estimate_sensitivity()
-        self.make_agents()
-        self.warm_up_surrogate()
-        self.train_hla(c.hla.timesteps)
-        last_drop, last_retained = 0.0, 1.0
-        for cycle in range(1, c.search.cycles + 1):
-            self.hla.feedback(last_drop, last_retained, cycle)
+        if not self.cycles:
+            self.train_baseline()
+            self.estimate_sensitivity()
+            self.make_agents()
+            self.warm_up_surrogate()
+            self.train_hla(self.config.hla.timesteps)
+        last_cycle = self.config.search.cycles
+        for cycle in range(len(self.cycles), last_cycle + 1):  # row 0 is the baseline
+            self.hla.feedback(self.cycles[-1].drop, self.cycles[-1].retained, cycle)
             if cycle > 1:
-                self.train_hla(c.hla.burst)
-            budgets = self.hla.budgets(deterministic=cycle == c.search.cycles)
+                self.train_hla(self.config.hla.burst)
+            budgets = self.hla.budgets(deterministic=cycle == last_cycle)
             chosen = self.search_blocks(cycle, budgets)
             masks = self.apply(chosen)
             row = self.finetune_and_measure(cycle, chosen, masks, budgets)
             self.update_surrogate(chosen, row)
             self.keep_best(row, chosen, masks, budgets)
-            last_drop, last_retained = row.drop, chosen.retained
             self.save(self)
         return self.report()
 
     # -- before the first cycle
 
     def train_baseline(self) -> None:
-        """theta_0 and the baseline accuracy: from scratch where there are no weights, then the fine-tuning of §3.1.1."""
+        """theta_0 and the baseline accuracy: from scratch where there are no weights, then fine-tuning (§3.1.1)."""
         c = self.config
         if c.model.weights == "none":
             with self._timed("scratch"):
                 s = c.scratch
-                best = self._trainer("scratch", s.epochs, s.lr, s.weight_decay, patience=0,
-                                     warmup_epochs=s.warmup_epochs).run(self.log.progress, "from scratch", self.log.info)
+                trainer = self._trainer("scratch", s.epochs, s.lr, s.weight_decay, patience=0,
+                                        warmup_epochs=s.warmup_epochs)
+                best = trainer.run(self.log.progress, "from scratch", self.log.info)
             self.log.info(f"trained from scratch: AdamW {s.lr:g}, weight decay {s.weight_decay:g}, {s.epochs} epochs, "
                           f"warm-up {s.warmup_epochs:g}, accuracy {best.acc:.2f} (epoch {best.epoch})")
         with self._timed("baseline"):
@@ -185,7 +190,8 @@ class HiReLC:
                 self.model.load_state_dict(self.theta0)
                 sample = random_config(self.shapes, self.config.compress, rng)
                 masks = compress_network(self.blocks, sample)
-                trainer = self._trainer(f"warmup {n}", 1, s.warmup_lr, self.config.finetune.weight_decay, 0, masks=masks)
+                trainer = self._trainer(f"warmup {n}", 1, s.warmup_lr, self.config.finetune.weight_decay, patience=0,
+                                        masks=masks)
                 acc = trainer.run(None, f"warm-up sample {n + 1}").acc
                 self.surrogate.add(sample, acc)
                 self.log.info(f"  warm-up {n + 1}/{s.warmup}: CR {sample.cr:.2f}, accuracy {acc:.2f}")
@@ -248,7 +254,8 @@ class HiReLC:
         features = [v for block in chosen.blocks for v in block_features(block)]
         row = Cycle(
             cycle=cycle, acc=best.acc, drop=self.baseline_acc - best.acc, on_grid_acc=on_grid,
-            acc_before_finetune=before, cr=chosen.cr, msr=chosen.msr, cr_unweighted=chosen.cr_unweighted,
+            acc_before_finetune=before, retained=chosen.retained, cr=chosen.cr, msr=chosen.msr,
+            cr_unweighted=chosen.cr_unweighted,
             whole_model_ratio=whole_model_ratio(self.model, self.blocks, chosen), sparsity=chosen.sparsity,
             average_bits=chosen.average_bits, average_keep=chosen.average_keep,
             compliance=compliance(chosen, budgets), finetune_epochs=len(trainer.history),
@@ -324,6 +331,42 @@ class HiReLC:
             entry["budget"] = dataclasses.asdict(budget)
         return policy
 
+    def state_dict(self) -> dict:
+        """Everything that the next cycle depends on, as plain tensors, numbers, lists and dictionaries.
+
+        Meant for the end of a cycle (``save``). Phases draw from generators of their own, derived from the seed, so
+        no other random state is needed.
+        """
+        consensus = NetworkConfig(tuple(self.estimator.consensus))
+        return {
+            "theta0": self.theta0, "baseline_acc": self.baseline_acc, "sensitivity": self.sensitivity,
+            "carried": self.carried, "cycles": [dataclasses.asdict(row) for row in self.cycles],
+            "consensus": to_policy(self.blocks, consensus), "surrogate": self.surrogate.state_dict(),
+            "hla": self.hla.state_dict(), "lla": [lla.state_dict() for lla in self.lla],
+            "best": {"cycle": self.best.cycle, "policy": to_policy(self.blocks, self.best_config),
+                     "masks": self.best_masks, "state": self.best_state,
+                     "budgets": [dataclasses.asdict(budget) for budget in self.best_budgets]},
+            "updates": self.updates, "timings": self.timings, "notes": self.log.notes}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over a :meth:`state_dict`; :meth:`run` then goes on with the next cycle and ends in the same result."""
+        self.theta0, self.carried = state["theta0"], state["carried"]
+        self.baseline_acc, self.sensitivity = state["baseline_acc"], state["sensitivity"]
+        self.model.load_state_dict(self.theta0)
+        self.make_agents()
+        self.surrogate.load_state_dict(state["surrogate"])
+        self.hla.load_state_dict(state["hla"])
+        for lla, saved in zip(self.lla, state["lla"]):
+            lla.load_state_dict(saved)
+        self.estimator.consensus = list(from_policy(state["consensus"], self.blocks).blocks)
+        self.cycles = [Cycle(**row) for row in state["cycles"]]
+        best = state["best"]
+        self.best, self.best_config = self.cycles[best["cycle"]], from_policy(best["policy"], self.blocks)
+        self.best_masks, self.best_state = best["masks"], best["state"]
+        self.best_budgets = tuple(LayerBudget(**budget) for budget in best["budgets"])
+        self.updates, self.timings = list(state["updates"]), dict(state["timings"])
+        self.log.notes = list(state["notes"])
+
     # -- helpers
 
     @property
@@ -373,7 +416,7 @@ def compress_model(model, train, test, **settings):
     ``search__cycles=1``. Returns (compressed network, policy, result) as policy.json and result.json hold them; the
     given network is left untouched. Raises InputError for settings or a network that cannot be used.
     """
-    # "file": the network is trained already, so nothing is trained from scratch.
+    # weights "given": the network is trained already, nothing is trained from scratch.
     config = override(Config(model=dataclasses.replace(Config().model, weights="given")),
                       {key.replace("__", "."): value for key, value in settings.items()})
     model = copy.deepcopy(model).to(_device(config), memory_format=torch.channels_last)
@@ -476,7 +519,7 @@ def _check_directory(path: Path, config: Config) -> None:
     old = path / "config.json"
     if old.exists():
         try:
-            before = flatten(from_flat(read_json(old)["settings"]))
+            before = flatten(from_flat(json.loads(old.read_text(encoding="utf-8"))["settings"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{old}: cannot be read as this program's settings ({error}); move the folder away or "
                              "choose another --out or --name") from None
@@ -502,12 +545,6 @@ def _check_directory(path: Path, config: Config) -> None:
     finally:
         for folder in reversed(made):
             folder.rmdir()
-
-
-def read_json(path):
-    """Parsed JSON of a file; raises ValueError where it is none."""
-    import json
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _provenance(device) -> dict:
@@ -556,14 +593,15 @@ def _parser() -> argparse.ArgumentParser:
                      "learning, as in arXiv 2606.26002.")
     parser.add_argument("--exp", type=int, nargs="+", metavar="N", help="experiments of the paper, one after the other")
     parser.add_argument("--list", action="store_true", help="the experiments with the paper's numbers")
-    parser.add_argument("--smoke", action="store_true", help="seconds instead of hours: narrow network, synthetic images")
+    parser.add_argument("--smoke", action="store_true", help="seconds, not hours: narrow network, synthetic images")
     parser.add_argument("--seed", type=int, help="seed of the run (42)")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--data-dir", help="folder of the data sets")
     parser.add_argument("--weights", help="auto, none (train from scratch), or a file or URL")
     parser.add_argument("--weights-dir", help="folder for downloaded weights")
-    parser.add_argument("--out", help="folder that receives the run directories (runs)")
+    parser.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
     parser.add_argument("--name", help="name of a variant, part of the run directory")
+    parser.add_argument("--no-table", action="store_true", help="leave out the results table at the end")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="any setting, for example --set data.image_size=64 lla.timesteps=64; "
                              "an unknown key lists the known ones")
@@ -576,10 +614,10 @@ FLAGS = {"smoke": "smoke", "seed": "seed", "device": "device", "data_dir": "data
 
 def list_experiments() -> str:
     """The experiments with the paper's numbers, as a table."""
-    lines = [f"{'exp':3}  {'network, data':40}  {'cycles':6}  {'epochs':6}  {'baseline':8}  {'final':6}  {'drop':6}  CR"]
+    lines = ["exp  network, data                             cycles  epochs  paper: baseline   final    drop    CR"]
     for e in EXPERIMENTS.values():
         lines.append(f"{e.number:3}  {e.title:40}  {e.settings['search.cycles']:6}  {e.settings['finetune.epochs']:6}  "
-                     f"{e.paper.baseline:8.2f}  {e.paper.final:6.2f}  {e.paper.drop:6.2f}  {e.paper.cr:.2f}")
+                     f"{e.paper.baseline:15.2f}  {e.paper.final:6.2f}  {e.paper.drop:6.2f}  {e.paper.cr:4.2f}")
     return "\n".join(lines)
 
 
@@ -609,7 +647,7 @@ def main(argv=None) -> int:
             return _fail("stopped by Ctrl-C; the run directory holds what was finished", 130)
         finally:
             log.close()
-    if done:
+    if done and not args.no_table:
         print("\n" + results_table(done))
     return code
 

@@ -660,7 +660,7 @@ def null_controller(shapes, sensitivity, config, draws: int = 200) -> dict:
             budgets = vote_budgets([decode_hla(rng.integers(nvec), sensitivity, config.compress)
                                     for _ in config.hla.algorithms])
         drawn = NetworkConfig(tuple(
-            BlockConfig(decode_lla(vote_actions(rng.integers(np.array(lla_nvec(len(block))), size=(agents, 4 * len(block)))),
+            BlockConfig(decode_lla(vote_actions(rng.integers(lla_nvec(len(block)), size=(agents, 4 * len(block)))),
                                    budget, config.compress), tuple(block))
             for block, budget in zip(shapes, budgets)))
         crs.append(drawn.cr)

@@ -170,8 +170,8 @@ def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> li
     for p in frozen:
         p.requires_grad_(True)
     totals = torch.zeros(len(blocks), dtype=torch.float64)
-    # One backward pass per image. Vectorising over images (vmap) holds N copies of every gradient and, on a CPU,
-    # was slower than this loop for the convolutional networks.
+    # One backward pass per image. Vectorising over images (vmap) in chunks of 8 holds eight copies of every gradient
+    # and took 3.5 times as long on a CPU for ResNet18 and DeiT-Small at 64 px.
     for x, y in zip(images, labels):
         loss = F.cross_entropy(model(x[None]), y[None])
         gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))

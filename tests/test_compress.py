@@ -1,0 +1,873 @@
+"""The operator T(theta, C) on numbers worked out by hand, its properties over many tensors, and the accounting."""
+
+import copy
+import json
+import os
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import compress  # noqa: E402
+from compress import (BlockConfig, KernelConfig, KernelShape, NetworkConfig, apply_masks,  # noqa: E402
+                      compress_kernel, compress_network, from_policy, kernel_bytes, kernel_retained, model_bytes,
+                      prune_mask, quantize, snap_to_grid, to_policy, whole_model_ratio)
+from config import InputError  # noqa: E402
+
+LINEAR = [("INT", "uniform"), ("FLOAT", "uniform"), ("INT", "per-channel"), ("FLOAT", "per-channel"),
+          ("INT", "learned")]
+LOG = [("INT", "log"), ("INT", "log-script")]
+QUANTIZERS = LINEAR + LOG
+# All that a configuration can ask for: 2 types x 4 granularities, and the script's grid.
+EVERY = [(qtype, granularity) for qtype in ("INT", "FLOAT")
+         for granularity in ("uniform", "log", "per-channel", "learned", "log-script")]
+BITS = [2, 3, 4, 5, 6, 7, 8, 12]
+# One rounding to the input's type, as a fraction of the value.
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2 ** -11, torch.bfloat16: 2 ** -8}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tensor_cases():
+    """Name → weight, made to catch a quantiser out; the same at every call."""
+    generator = torch.Generator().manual_seed(7)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    cases = {
+        "linear": randn(6, 10), "conv": randn(5, 3, 3, 3), "depthwise": randn(5, 1, 3, 3), "vector": randn(9),
+        "positive": randn(4, 7).abs() + 0.1, "negative": -randn(4, 7).abs() - 0.1,
+        "constant": torch.full((3, 4), 0.37), "negative constant": torch.full((3, 4), -2.9),
+        "single": torch.tensor([[1.7]]), "single negative": torch.tensor([[-0.003]]), "zeros": torch.zeros(3, 4),
+        # low = -high: the zero-point (2^b - 1) / 2 is a half at every bitwidth
+        "symmetric": (lambda half: torch.cat([half, -half], dim=1))(randn(4, 8)),
+        "ends": torch.tensor([[-1.0, 1.0], [-3.7, 3.7]]),
+        # a zero-point of exactly 0.5 and 2.5 at two bits, of 3.5 at three
+        "halves": torch.tensor([[-0.5, 2.5, 1.0], [-2.5, 0.5, 0.1], [-3.5, 3.5, 0.6]]),
+        "nearly constant": 1 + 1e-6 * randn(4, 8), "close together": -1e-3 * (1 + 1e-4 * randn(4, 8)),
+        "nine decades": torch.sign(randn(8, 16)) * 10 ** (9 * torch.rand(8, 16, generator=generator) - 6),
+        "decades by channel": randn(8, 16) * 10 ** (9 * torch.arange(8.0)[:, None] / 7 - 6),
+        "sparse": randn(4, 8) * (torch.rand(4, 8, generator=generator) > 0.6),
+        "large": 1e30 * randn(3, 5),
+        # below or around the smallest scale, 1e-8 (dead channels of trained networks are such)
+        "1e-6": 1e-6 * randn(4, 8), "1e-7": 1e-7 * randn(4, 8), "1e-9": 1e-9 * randn(4, 8),
+    }
+    cases["zero channel"] = randn(4, 6)
+    cases["zero channel"][2] = 0
+    cases["dead channel"] = randn(4, 6)
+    cases["dead channel"][1] *= 1e-9
+    for name in range(10):
+        cases[f"random {name}"] = randn(*random.Random(name).choices(range(1, 9), k=2)) * 10 ** (name - 5)
+    return cases
+
+
+CASES = tensor_cases()
+REDUCED = ["linear", "conv", "depthwise", "positive", "negative", "constant", "single", "zeros", "symmetric", "halves",
+           "zero channel", "sparse", "nine decades"]
+
+
+def in_rows(weight, granularity):
+    """[groups that share a scale, values]"""
+    return weight.reshape(weight.shape[0] if granularity in ("per-channel", "learned") else 1, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# KernelConfig
+
+
+def test_kernel_config_defaults_to_no_compression():
+    assert (KernelConfig().bits, KernelConfig().keep) == (32, 1.0)
+
+
+@pytest.mark.parametrize("bits", [1, 0, -4, 4.0, "4", None, True])
+def test_kernel_config_refuses_bits(bits):
+    with pytest.raises(ValueError, match="bits="):
+        KernelConfig(bits=bits)
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.0001, float("nan"), float("inf")])
+def test_kernel_config_refuses_keep(keep):
+    with pytest.raises(ValueError, match="keep="):
+        KernelConfig(keep=keep)
+
+
+@pytest.mark.parametrize("field, value", [("qtype", "int"), ("qtype", "any"), ("qtype", 0), ("granularity", "any"),
+                                          ("granularity", "per_channel"), ("granularity", None)])
+def test_kernel_config_refuses_other_names(field, value):
+    with pytest.raises(ValueError, match=f"{field}=.*expected one of .*(INT|learned)"):
+        KernelConfig(**{field: value})
+
+
+def test_names_are_in_the_order_of_the_actions():
+    assert compress.QTYPES == ("INT", "FLOAT")
+    assert compress.GRANULARITIES == ("uniform", "log", "per-channel", "learned")
+
+
+def test_only_the_scripts_log_grid_takes_a_bit_more():
+    assert [KernelConfig(4, 1.0, "INT", g).storage_bits for g in (*compress.GRANULARITIES, "log-script")] \
+        == [4, 4, 4, 4, 5]
+    assert KernelConfig(32, 1.0, "INT", "log-script").storage_bits == 32
+
+
+@pytest.mark.parametrize("arguments", [(1,), (4, "int"), (4, "INT", "channel"), (4.0,)])
+def test_quantize_refuses_what_a_kernel_config_refuses(arguments):
+    with pytest.raises(ValueError):
+        quantize(torch.ones(2, 2), *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Quantisers by hand
+
+# One scale for all: max 3 over q_max 3.
+INT_UNIFORM = ([[3.0, -1.4, 0.6], [0.75, -0.3, 0.0]],
+               [[3.0, -1.0, 1.0], [1.0, 0.0, 0.0]])
+# Scales 1 and 0.25, and a row without a weight.
+INT_CHANNEL = ([[3.0, -1.4, 0.4], [0.75, -0.3, 0.1], [0.0, 0.0, 0.0]],
+               [[3.0, -1.0, 0.0], [0.75, -0.25, 0.0], [0.0, 0.0, 0.0]])
+# Range -1 … 2 over 3 steps: scale 1, zero-point 1.
+FLOAT_UNIFORM = ([[-1.0, 2.0], [0.4, 1.3]],
+                 [[-1.0, 2.0], [0.0, 1.0]])
+# Scales 1, 0.25, 0.5 (widened down to 0) and 2 (widened up to 0); zero-points 1, 2, 0 and 3.
+FLOAT_CHANNEL = ([[-1.0, 2.0, 0.4], [-0.5, 0.25, 0.1], [0.5, 0.8, 1.5], [-6.0, -3.2, -1.2]],
+                 [[-1.0, 2.0, 0.0], [-0.5, 0.25, 0.0], [0.5, 1.0, 1.5], [-6.0, -4.0, -2.0]])
+# Magnitudes 1, 2, 4: log2 1.3 = 0.38, log2 3 = 1.58, log2 2.7 = 1.43.
+LOG_HAND = ([[1.0, -4.0, 1.3], [-3.0, 0.0, 2.7]],
+            [[1.0, -4.0, 1.0], [-4.0, 0.0, 2.0]])
+
+
+@pytest.mark.parametrize("bits, qtype, granularity, numbers", [
+    (3, "INT", "uniform", INT_UNIFORM), (3, "INT", "per-channel", INT_CHANNEL),
+    (2, "FLOAT", "uniform", FLOAT_UNIFORM), (2, "FLOAT", "per-channel", FLOAT_CHANNEL),
+    (3, "INT", "learned", INT_CHANNEL), (3, "FLOAT", "learned", INT_CHANNEL),
+    (3, "INT", "log", LOG_HAND), (3, "FLOAT", "log", LOG_HAND),
+    # the script has 2^b - 1 magnitudes: three of them at two bits already
+    (2, "INT", "log-script", LOG_HAND), (2, "FLOAT", "log-script", LOG_HAND),
+    # one magnitude left, in the middle of 1 and 4 on the log scale
+    (2, "INT", "log", ([[1.0, -4.0], [0.0, 3.0]], [[2.0, -2.0], [0.0, 2.0]])),
+    # 7 magnitudes 1/8 … 8; log2 0.7 = -0.51 and log2 0.72 = -0.47 fall on either side of a half
+    (4, "INT", "log", ([[0.125, 8.0, -0.7, 0.72, 5.6, -5.7]], [[0.125, 8.0, -0.5, 1.0, 4.0, -8.0]])),
+    # ternary: -2^(b-1) is never needed
+    (2, "INT", "uniform", ([[2.0, -0.9, 1.1, 0.0, -2.0]], [[2.0, 0.0, 2.0, 0.0, -2.0]])),
+    (8, "INT", "uniform", ([[127.0, -126.6, 0.4, -3.7]], [[127.0, -127.0, 0.0, -4.0]])),
+    (8, "FLOAT", "uniform", ([[-100.0, 155.0, 0.4, -3.7]], [[-100.0, 155.0, 0.0, -4.0]])),
+])
+def test_quantiser_by_hand(bits, qtype, granularity, numbers):
+    weight, expected = (torch.tensor(n) for n in numbers)
+    torch.testing.assert_close(quantize(weight, bits, qtype, granularity), expected, rtol=1e-6, atol=0)
+
+
+def test_a_row_may_have_more_dimensions():
+    weight, expected = (torch.tensor(n) for n in INT_CHANNEL)
+    torch.testing.assert_close(quantize(weight.reshape(3, 1, 3, 1), 3, "INT", "per-channel"),
+                               expected.reshape(3, 1, 3, 1), rtol=1e-6, atol=0)
+
+
+def test_defaults_are_int_uniform():
+    weight, expected = (torch.tensor(n) for n in INT_UNIFORM)
+    torch.testing.assert_close(quantize(weight, 3), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["uniform", "per-channel", "learned"])
+def test_scale_is_at_least_1e_8(granularity):
+    # 3e-9 / 127 would be the scale; on the grid of 1e-8 both go to zero, and 2.4e-8 of another row to 2e-8.
+    assert not quantize(torch.tensor([[3e-9, -1e-9]]), 8, "INT", granularity).any()
+    torch.testing.assert_close(quantize(torch.tensor([[2.4e-8, -1.6e-8]]), 8, "INT", granularity),
+                               torch.tensor([[2e-8, -2e-8]]), rtol=1e-6, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Quantisers: properties
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_levels_error_and_zeros(name):
+    weight = CASES[name]
+    for dtype in ROUNDING if name in REDUCED else [torch.float32]:
+        given = weight.to(dtype)
+        for qtype, granularity in QUANTIZERS:
+            for bits in BITS:
+                result = quantize(given, bits, qtype, granularity)
+                what = f"{dtype} {qtype} {granularity} {bits} bits"
+                assert result.dtype == dtype and result.shape == given.shape, what
+                assert bool(result.isfinite().all()), what
+                assert not result[given == 0].any(), what
+                rows, exact = in_rows(result.double(), granularity), in_rows(given.double(), granularity)
+                most = 2 ** (bits + 1) - 1 if granularity == "log-script" else 2 ** bits
+                assert max(len(row.unique()) for row in rows) <= most, what
+                if granularity in ("log", "log-script"):
+                    check_log(exact, rows, 2 ** bits - 1 if granularity == "log-script" else 2 ** (bits - 1) - 1,
+                              ROUNDING[dtype], what)
+                    continue
+                if qtype == "INT":
+                    scale = exact.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+                else:
+                    scale = (exact.amax(1, keepdim=True).clamp_min(0) - exact.amin(1, keepdim=True).clamp_max(0)) \
+                        / (2 ** bits - 1)
+                # The grid's ends lie at most half a step further out than the weights.
+                slack = ROUNDING[dtype] * (exact.abs().amax(1, keepdim=True) + scale) + (dtype is torch.float16) * 6e-8
+                assert bool(((rows - exact).abs() <= scale.clamp_min(1e-8) / 2 + slack).all()), what
+
+
+def check_log(exact, rows, magnitudes, rounding, what):
+    """At most so many magnitudes; signs kept; log2 of the magnitude within half a step (float16's subnormals apart)."""
+    assert len(rows[rows != 0].abs().unique()) <= magnitudes, what
+    assert torch.equal(rows.sign(), exact.sign()), what
+    logs = exact[exact != 0].abs().log2()
+    if len(logs) == 0:
+        return
+    step = logs.max() - logs.min()
+    if magnitudes > 1:
+        step = step / (magnitudes - 1)
+    normal = (exact != 0) & ((exact.abs() > 6.2e-5) | (rounding != ROUNDING[torch.float16]))
+    error = (exact[normal].abs().log2() - rows[normal].abs().log2()).abs()
+    # float32 log2 of numbers up to 2^100 is good to about 1e-5
+    assert bool((error <= step / 2 + 2 * rounding + 1e-5).all()), what
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("name", CASES)
+def test_a_second_pass_changes_nothing(name, dtype):
+    weight = CASES[name].to(dtype)
+    if not bool(weight.isfinite().all()):
+        pytest.skip("not representable")
+    # FLOAT: 1e-6 max|W| where the output holds the grid, else one step of the output's type
+    allowed = {torch.float32: 1e-6, torch.float16: 2 ** -10, torch.bfloat16: 2 ** -7}[dtype]
+    for qtype, granularity in QUANTIZERS:
+        for bits in BITS:
+            once = quantize(weight, bits, qtype, granularity)
+            twice = quantize(once, bits, qtype, granularity)
+            what = f"{qtype} {granularity} {bits} bits"
+            if qtype == "INT":
+                assert torch.equal(once, twice), what
+            else:
+                limit = allowed * in_rows(weight, granularity).abs().amax(1, keepdim=True).float() \
+                    + (dtype is torch.float16) * 6e-8
+                moved = (in_rows(once, granularity).float() - in_rows(twice, granularity).float()).abs()
+                assert bool((moved <= limit).all()), what
+
+
+def test_a_second_pass_changes_nothing_over_many_tensors():
+    generator = torch.Generator().manual_seed(1)
+    for trial in range(400):
+        bits = 2 + trial % 7
+        weight = torch.randn(4, 6, generator=generator) * 10 ** (trial % 5 - 3.0)
+        for granularity in ("uniform", "per-channel", "learned", "log", "log-script"):
+            once = quantize(weight, bits, "INT", granularity)
+            assert torch.equal(once, quantize(once, bits, "INT", granularity)), (trial, granularity)
+        for granularity in ("uniform", "per-channel"):
+            once = quantize(weight, bits, "FLOAT", granularity)
+            moved = (once - quantize(once, bits, "FLOAT", granularity)).abs().max()
+            assert moved <= 1e-6 * weight.abs().max(), (trial, granularity)
+
+
+def test_a_dead_channel_stays_as_small_under_float():
+    # On a scale of at least 1e-8 the weights of 1e-9 may become 0 or 1e-8 at most, not 255 steps of it.
+    weight = torch.tensor([[1e-9, 2e-9, -1e-9], [1.0, -0.5, 0.25]])
+    assert quantize(weight, 8, "FLOAT", "per-channel")[0].abs().max() <= 1e-8
+    assert quantize(weight[:1], 8, "FLOAT", "uniform").abs().max() <= 1e-8
+
+
+@pytest.mark.parametrize("low, high, bits", [(-1.0, 1.0, 2), (-1.0, 1.0, 3), (-0.5, 2.5, 2), (-1.5, 1.5, 8),
+                                             (-7.5, 7.5, 4), (-3.1, 3.1, 5)])
+def test_float_grid_keeps_its_width_when_the_zero_point_is_a_half(low, high, bits):
+    result = quantize(torch.tensor([[low, 0.0, high]]), bits, "FLOAT")[0]
+    step = (high - low) / (2 ** bits - 1)
+    assert result[1] == 0
+    assert (result[2] - result[0]).item() == pytest.approx(high - low, rel=1e-6)
+    assert abs(result[0].item() - low) == pytest.approx(step / 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("qtype, granularity", EVERY)
+def test_from_32_bits_on_nothing_changes(qtype, granularity):
+    for bits in (32, 33, 64):
+        for weight in (torch.randn(3, 5), torch.randn(3, 5).half(), torch.randn(3, 5).double()):
+            result = quantize(weight, bits, qtype, granularity)
+            assert torch.equal(result, weight) and result.dtype == weight.dtype
+            assert result.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize("qtype, granularity", EVERY)
+def test_the_given_tensor_is_left_alone(qtype, granularity):
+    weight = torch.randn(3, 5, requires_grad=True)
+    before = weight.detach().clone()
+    result = quantize(weight, 4, qtype, granularity)
+    assert torch.equal(weight, before) and not result.requires_grad
+    compress_kernel(weight, KernelConfig(4, 0.5, qtype, granularity))
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_qtype_has_no_effect_on_log_and_learned(bits):
+    for weight in CASES.values():
+        for granularity in ("log", "learned", "log-script"):
+            assert torch.equal(quantize(weight, bits, "INT", granularity), quantize(weight, bits, "FLOAT", granularity))
+
+
+def test_qtype_and_granularity_have_an_effect_elsewhere():
+    outcomes = [quantize(CASES["positive"], 3, *quantizer) for quantizer in EVERY if quantizer not in (
+        ("FLOAT", "log"), ("FLOAT", "learned"), ("FLOAT", "log-script"), ("INT", "learned"))]
+    assert all(not torch.equal(a, b) for i, a in enumerate(outcomes) for b in outcomes[:i])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_learned_equals_int_per_channel_bit_for_bit(bits):  # ledger D2
+    for name, weight in CASES.items():
+        learned, per_channel = (quantize(weight, bits, "INT", g) for g in ("learned", "per-channel"))
+        # adding 0 makes every zero a positive one
+        assert torch.equal((learned + 0.0).view(torch.int32), (per_channel + 0.0).view(torch.int32)), name
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_log_uses_all_of_its_b_bits(bits):  # ledger D3
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(3))
+    weight[0] = 0
+    magnitudes = quantize(weight, bits, "INT", "log").abs().unique()
+    assert magnitudes[0] == 0 and len(magnitudes) <= 2 ** (bits - 1)
+    if bits <= 4:  # of the many levels of more bits the lowest are too fine for 4,000 weights to hit all
+        assert len(magnitudes) == 2 ** (bits - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+def test_log_script_is_the_log_grid_of_one_bit_more(bits):  # ledger D3
+    for name, weight in CASES.items():
+        assert torch.equal(quantize(weight, bits, "INT", "log-script"), quantize(weight, bits + 1, "INT", "log")), name
+
+
+def test_log_script_has_a_fifth_to_a_third_of_the_error_at_four_bits():  # ledger D3
+    ratios = []
+    for seed in range(3):
+        weight = 0.05 * torch.randn(384, 384, generator=torch.Generator().manual_seed(seed))
+        ours, script = (torch.linalg.vector_norm(quantize(weight, 4, "INT", g) - weight) for g in ("log", "log-script"))
+        ratios.append((script / ours).item())
+    assert 0.2 <= sum(ratios) / 3 <= 1 / 3
+
+
+@pytest.mark.parametrize("qtype, granularity", QUANTIZERS)
+def test_memory_layout_does_not_matter(qtype, granularity):
+    plain = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(5))
+    layouts = {"channels_last": plain.to(memory_format=torch.channels_last),
+               "transposed": plain.transpose(0, 2).contiguous().transpose(0, 2),
+               "strided": torch.stack([plain, plain + 1], dim=-1)[..., 0]}
+    config = KernelConfig(4, 0.5, qtype, granularity)
+    for name, weight in layouts.items():
+        assert not weight.is_contiguous() and torch.equal(weight, plain)
+        assert torch.equal(quantize(weight, 4, qtype, granularity), quantize(plain, 4, qtype, granularity)), name
+        for ours, expected in zip(compress_kernel(weight, config), compress_kernel(plain, config)):
+            assert torch.equal(ours, expected), name
+
+
+def test_channels_do_not_influence_each_other_per_channel():
+    weight = CASES["linear"]
+    for qtype, granularity in [("INT", "per-channel"), ("FLOAT", "per-channel"), ("INT", "learned")]:
+        together = quantize(weight, 4, qtype, granularity)
+        alone = torch.cat([quantize(row[None], 4, qtype, "uniform") for row in weight])
+        assert torch.equal(together, alone)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pruning
+
+
+@pytest.mark.parametrize("keep, expected", [
+    # norms 5, 1, 13, 5, 2: of the two fives the first stays
+    (1.0, [1, 1, 1, 1, 1]), (0.8, [1, 0, 1, 1, 1]), (0.6, [1, 0, 1, 1, 0]), (0.4, [1, 0, 1, 0, 0]),
+    (0.59, [1, 0, 1, 0, 0]), (0.2, [0, 0, 1, 0, 0]), (0.19, [0, 0, 1, 0, 0]), (0.001, [0, 0, 1, 0, 0])])
+def test_prune_mask_by_hand(keep, expected):
+    weight = torch.tensor([[3.0, -4.0], [0.0, 1.0], [-5.0, -12.0], [-4.0, 3.0], [2.0, 0.0]])
+    for shaped in (weight, weight.reshape(5, 1, 2, 1), weight.reshape(5, 2, 1, 1)):
+        mask = prune_mask(shaped, keep)
+        assert mask.dtype == torch.bool and mask.tolist() == [bool(e) for e in expected]
+
+
+def test_the_l2_norm_decides_not_the_sum_or_the_largest():
+    # L1 norms 5 and 6, L2 norms 5 and 3.46
+    assert prune_mask(torch.tensor([[5.0, 0.0, 0.0], [2.0, 2.0, 2.0]]), 0.5).tolist() == [True, False]
+    # largest entries 3 and 2, L2 norms 3 and 3.46
+    assert prune_mask(torch.tensor([[3.0, 0.0, 0.0], [2.0, 2.0, 2.0]]), 0.5).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("n_out", [1, 2, 7, 40, 300])
+def test_ties_keep_the_lowest_indices(n_out):
+    for weight in (torch.zeros(n_out, 3), torch.ones(n_out, 3), -torch.ones(n_out, 2, 3, 3)):
+        kept = max(1, n_out // 2)
+        assert prune_mask(weight, 0.5).tolist() == [True] * kept + [False] * (n_out - kept)
+
+
+@pytest.mark.parametrize("keep, n_out, kept", [
+    (0.29, 100, 29), (0.57, 100, 57), (0.58, 50, 29), (0.7, 10, 7), (1 - 0.4, 5, 3), (1 - 0.6, 5, 2),
+    (0.4, 6, 2), (0.999, 1000, 999), (0.9989, 1000, 998), (0.4, 1, 1), (0.01, 64, 1), (0.3333333, 3, 1), (1.0, 7, 7)])
+def test_number_of_channels_kept(keep, n_out, kept):
+    weight = torch.randn(n_out, 2, generator=torch.Generator().manual_seed(n_out))
+    mask = prune_mask(weight, keep)
+    assert int(mask.sum()) == kept
+    norms = (weight ** 2).sum(1)
+    assert kept == n_out or norms[mask].min() >= norms[~mask].max()
+
+
+def test_every_percentage_of_a_hundred_channels():
+    weight = torch.randn(100, 2)
+    assert [int(prune_mask(weight, percent / 100).sum()) for percent in range(1, 101)] == list(range(1, 101))
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5, 1.01, float("nan")])
+def test_prune_mask_refuses_keep(keep):
+    with pytest.raises(ValueError, match="keep="):
+        prune_mask(torch.ones(3, 3), keep)
+
+
+def test_half_precision_norms_are_compared_in_full():
+    # sqrt(1 + 1/256) = 1.002 is 1 in bfloat16, yet no tie
+    assert prune_mask(torch.tensor([[1.0, 0.0], [1.0, 0.0625]], dtype=torch.bfloat16), 0.5).tolist() == [False, True]
+    # norms 84,853 and 120,000: both beyond float16's largest number
+    assert prune_mask(torch.tensor([[6e4, 6e4, 0, 0], [6e4] * 4], dtype=torch.float16), 0.5).tolist() == [False, True]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One kernel: prune, then quantise
+
+
+def test_compress_kernel_by_hand():
+    # Norms 4 and 5: the first row goes and with it the largest weight, so that the scale is 2.5 / 1 and not 4 / 1.
+    weight = torch.tensor([[4.0, 0.0, 0.0, 0.0], [2.5, -2.5, 2.5, 2.4]])
+    result, mask = compress_kernel(weight, KernelConfig(2, 0.5))
+    assert mask.tolist() == [False, True]
+    torch.testing.assert_close(result, torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.5, -2.5, 2.5, 2.5]]))
+    # The tiny weights go and do not stretch the log grid: 1, 2, 4 remain of three bits.
+    weight = torch.tensor([[1e-6, 1e-6], [1.0, -4.0], [1.3, 2.7]])
+    result, mask = compress_kernel(weight, KernelConfig(3, 0.67, "INT", "log"))
+    assert mask.tolist() == [False, True, True]
+    torch.testing.assert_close(result, torch.tensor([[0.0, 0.0], [1.0, -4.0], [1.0, 2.0]]))
+
+
+@pytest.mark.parametrize("qtype, granularity", EVERY)
+def test_compress_kernel_is_quantisation_of_the_pruned_tensor(qtype, granularity):
+    for name, weight in CASES.items():
+        for keep in (1.0, 0.75, 0.4, 0.01):
+            for bits in (2, 3, 5, 8, 32):
+                result, mask = compress_kernel(weight, KernelConfig(bits, keep, qtype, granularity))
+                assert mask.dtype == torch.bool and torch.equal(mask, prune_mask(weight, keep)), name
+                assert not result[~mask].any() and result.dtype == weight.dtype, name
+                pruned = weight.clone()
+                pruned[~mask] = 0
+                assert torch.equal(result, quantize(pruned, bits, qtype, granularity)), (name, keep, bits)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Accounting: Eq. 21-22, 29-36
+
+
+@pytest.mark.parametrize("bits, keep, granularity, n_out, expected", [
+    (8, 1.0, "uniform", 7, 0.25), (4, 0.5, "uniform", 8, 0.0625), (3, 0.4, "learned", 10, 0.0375),
+    (3, 0.4, "log", 6, 0.03125), (3, 0.4, "log-script", 10, 0.05), (8, 1.0, "log-script", 3, 0.28125),
+    (8, 0.01, "per-channel", 4, 0.0625), (32, 1.0, "uniform", 5, 1.0), (32, 0.29, "log-script", 100, 0.29),
+    (40, 0.5, "uniform", 4, 0.5)])
+def test_kernel_retained_by_hand(bits, keep, granularity, n_out, expected):
+    for qtype in ("INT", "FLOAT"):
+        assert kernel_retained(KernelConfig(bits, keep, qtype, granularity), n_out) == pytest.approx(expected, rel=1e-12)
+
+
+# Two blocks. Retained fractions of the kernels:
+#   4/32 * 4/8 = 1/16 of 64 weights (4), 8/32 of 32 (8)                                          → 12 of 96
+#   3/32 * 4/10 = 0.0375 of 160 (6), 8/32 * 3/6 = 0.125 of 48 (6), 4/32 of 16 (2)                → 14 of 224
+FIRST = BlockConfig((KernelConfig(4, 0.5), KernelConfig(8, 1.0, "FLOAT", "per-channel")),
+                    (KernelShape(8, 64), KernelShape(4, 32)))
+SECOND = BlockConfig((KernelConfig(3, 0.4, "INT", "log"), KernelConfig(8, 0.6, "INT", "learned"), KernelConfig(4, 1.0)),
+                     (KernelShape(10, 160), KernelShape(6, 48), KernelShape(2, 16)))
+NETWORK = NetworkConfig((FIRST, SECOND))
+
+
+def test_block_statistics_by_hand():
+    assert (FIRST.params, SECOND.params) == (96, 224)
+    assert FIRST.per_kernel == pytest.approx((0.0625, 0.25))
+    assert SECOND.per_kernel == pytest.approx((0.0375, 0.125, 0.125))
+    assert (FIRST.retained, SECOND.retained) == pytest.approx((0.125, 0.0625))
+    assert (FIRST.cr, SECOND.cr) == pytest.approx((8.0, 16.0))
+    assert (FIRST.retained_unweighted, SECOND.retained_unweighted) == pytest.approx((0.15625, 0.2875 / 3))
+    assert (FIRST.average_bits, SECOND.average_bits) == pytest.approx((6.0, 5.0))
+    assert (FIRST.average_keep, SECOND.average_keep) == pytest.approx((0.75, 1.9 / 3))  # 0.6 of 6 channels is 3
+    assert (FIRST.pruned, SECOND.pruned) == pytest.approx((32, 120))
+
+
+def test_network_statistics_by_hand():
+    assert NETWORK.params == 320
+    assert NETWORK.retained == pytest.approx(0.08125)  # 26 / 320
+    assert NETWORK.cr == pytest.approx(12.3076923)
+    assert NETWORK.msr == pytest.approx(0.91875)
+    assert NETWORK.cr_unweighted == pytest.approx(7.9338843)  # 2 / (0.15625 + 0.0958333)
+    assert NETWORK.sparsity == pytest.approx(0.475)  # 152 / 320
+    assert NETWORK.average_bits == pytest.approx(5.4)  # over five kernels, not two blocks
+    assert NETWORK.average_keep == pytest.approx(0.68)
+
+
+def test_the_scripts_log_grid_is_charged_in_every_ratio():
+    block = BlockConfig((KernelConfig(3, 0.5, "INT", "log-script"),), (KernelShape(4, 64),))
+    assert block.retained == block.retained_unweighted == NetworkConfig((block,)).retained == 0.0625
+    assert NetworkConfig((block,)).cr == NetworkConfig((block,)).cr_unweighted == 16
+    assert kernel_bytes(block.kernels[0], block.shapes[0]) == 25  # 32 weights of 4 bits, two ends, a map of 1 byte
+
+
+def test_block_config_refuses_other_counts():
+    for kernels, shapes in [((KernelConfig(),), ()), ((), ()), ((KernelConfig(),), (KernelShape(2, 4),) * 2)]:
+        with pytest.raises(ValueError, match="kernel configurations"):
+            BlockConfig(kernels, shapes)
+
+
+def random_network(rng, n_out, keep):
+    return NetworkConfig(tuple(
+        BlockConfig(tuple(KernelConfig(rng.randint(3, 8), keep(), rng.choice(compress.QTYPES),
+                                       rng.choice(compress.GRANULARITIES)) for _ in range(count)),
+                    tuple(KernelShape(n, n * rng.randint(1, 500)) for n in (n_out() for _ in range(count))))
+        for count in (rng.randint(1, 5) for _ in range(rng.randint(1, 12)))))
+
+
+def test_bounds_where_the_channels_divide():  # Eq. 32-36: rho in [3/32 * 0.4, 8/32], CR in [4, 26.67]
+    rng = random.Random(0)
+    for _ in range(300):
+        config = random_network(rng, lambda: 5 * rng.randint(1, 60), lambda: rng.randint(2, 5) / 5)
+        for retained in (config.retained, *(b.retained for b in config.blocks),
+                         *(r for b in config.blocks for r in b.per_kernel)):
+            assert 0.0375 - 1e-12 <= retained <= 0.25 + 1e-12
+        assert 4 - 1e-9 <= config.cr <= 26.666667 and 4 - 1e-9 <= config.cr_unweighted <= 26.666667
+        assert 0.75 - 1e-12 <= config.msr <= 0.9625 + 1e-12 and 0 <= config.sparsity <= 0.6 + 1e-12
+
+
+def test_bounds_on_the_requested_keep():
+    # The kept channels are at most the requested ones and less than one channel fewer: CR >= 4 in any case.
+    rng = random.Random(1)
+    for _ in range(300):
+        config = random_network(rng, lambda: rng.randint(1, 70), lambda: rng.uniform(0.4, 1.0))
+        requested = lost = 0.0
+        for block in config.blocks:
+            for kernel, shape, retained in zip(block.kernels, block.shapes, block.per_kernel):
+                asked = kernel.bits / 32 * kernel.keep
+                assert 0.0375 <= asked <= 0.25
+                assert asked - 0.25 / shape.n_out < retained
+                assert retained <= asked + 1e-9 or shape.n_out * kernel.keep < 1
+                requested += shape.params * asked / config.params
+                lost += shape.params * 0.25 / shape.n_out / config.params
+        assert requested - lost < config.retained <= 0.25 + 1e-12 and config.cr >= 4 - 1e-9
+
+
+def test_extremes_of_the_bounds():
+    def network(bits, keep, n_out):
+        return NetworkConfig((BlockConfig((KernelConfig(bits, keep),), (KernelShape(n_out, 9 * n_out),)),))
+    assert network(8, 1.0, 10).cr == pytest.approx(4.0)
+    assert network(3, 0.4, 10).cr == pytest.approx(26.6666667)
+    assert network(4, 0.4, 10).cr == pytest.approx(20.0)  # under the high-level agents' min_bits
+    assert network(3, 0.4, 6).cr == pytest.approx(32.0)  # 2 channels of 6: below the bound of the requested keep
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A network of ten weights
+
+
+class Ten(nn.Module):
+    """Kernels of 2x3 and 2x2 weights, with biases and a norm that compression must not touch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(3, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor([[3.0, -1.4, 0.6], [0.5, 0.5, 0.5]]))
+            self.b.weight.copy_(torch.tensor([[-1.0, 2.0], [0.4, 1.3]]))
+            self.a.bias.copy_(torch.tensor([0.123, -0.456]))
+            self.norm.weight.copy_(torch.tensor([0.777, 1.111]))
+            self.norm.running_mean.copy_(torch.tensor([0.333, 0.123]))
+
+    def blocks(self):
+        return [SimpleNamespace(name="first", kernels={"a": self.a}),
+                SimpleNamespace(name="second", kernels={"b": self.b})]
+
+
+TEN = NetworkConfig((BlockConfig((KernelConfig(3, 0.5),), (KernelShape(2, 6),)),
+                     BlockConfig((KernelConfig(2, 1.0, "FLOAT"),), (KernelShape(2, 4),))))
+KERNELS = ("a.weight", "b.weight")
+
+
+def others(model):
+    return {name: t.clone() for name, t in model.state_dict().items() if name not in KERNELS}
+
+
+def unchanged(before, model):
+    after = others(model)
+    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_compress_network_by_hand():
+    model = Ten()
+    before, parameter = others(model), model.a.weight
+    masks = compress_network(model.blocks(), TEN)
+    assert {name: mask.tolist() for name, mask in masks.items()} == {"a": [True, False], "b": [True, True]}
+    torch.testing.assert_close(model.a.weight.data, torch.tensor([[3.0, -1.0, 1.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(model.b.weight.data, torch.tensor([[-1.0, 2.0], [0.0, 1.0]]))
+    assert model.a.weight is parameter and parameter.requires_grad
+    assert unchanged(before, model)
+    assert TEN.sparsity == pytest.approx(0.3)
+    assert TEN.retained == pytest.approx(0.053125)  # (6 * 3/64 + 4 * 1/16) / 10
+
+
+def test_compress_network_without_compression_changes_nothing():
+    model = Ten()
+    before = copy.deepcopy(model.state_dict())
+    plain = NetworkConfig(tuple(BlockConfig((KernelConfig(),), block.shapes) for block in TEN.blocks))
+    masks = compress_network(model.blocks(), plain)
+    assert all(bool(mask.all()) for mask in masks.values())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_compress_network_refuses_another_network():
+    model = Ten()
+    before = copy.deepcopy(model.state_dict())
+    for blocks in (model.blocks()[:1], model.blocks() * 2, []):
+        with pytest.raises(ValueError, match="configuration of 2 blocks"):
+            compress_network(blocks, TEN)
+    for blocks in (model.blocks()[::-1],
+                   [SimpleNamespace(name="both", kernels={"a": model.a, "b": model.b}), model.blocks()[1]]):
+        with pytest.raises(ValueError, match="block (first|second|both): .*shapes"):
+            compress_network(blocks, TEN)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_compress_network_treats_every_kernel_by_its_own_configuration():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    blocks = [SimpleNamespace(name="0", kernels={"0": model[0], "2": model[2]}),
+              SimpleNamespace(name="1", kernels={"3": model[3]})]
+    kernels = (KernelConfig(3, 0.5), KernelConfig(4, 0.75, "FLOAT", "per-channel"), KernelConfig(5, 0.5, "INT", "log"))
+    config = NetworkConfig((BlockConfig(kernels[:2], (KernelShape(8, 216), KernelShape(8, 72))),
+                            BlockConfig(kernels[2:], (KernelShape(4, 32),))))
+    expected = {name: compress_kernel(model[int(name)].weight, kernel) for name, kernel in zip("023", kernels)}
+    masks = compress_network(blocks, config)
+    assert list(masks) == ["0", "2", "3"]
+    for name, (weight, mask) in expected.items():
+        assert torch.equal(model[int(name)].weight, weight) and torch.equal(masks[name], mask)
+    zeros = sum(int((m.weight.flatten(1) == 0).all(1).sum()) * m.weight[0].numel() for m in (model[0], model[2], model[3]))
+    assert zeros == 4 * 27 + 2 * 9 + 2 * 8 and config.sparsity == pytest.approx(zeros / 320)
+
+
+def fine_tuned():
+    """The ten-weight network after 𝒯 and after steps that moved every kernel weight, the pruned ones too."""
+    model = Ten()
+    masks = compress_network(model.blocks(), TEN)
+    with torch.no_grad():
+        model.a.weight.copy_(torch.tensor([[6.0, -1.7, 2.8], [9.0, 9.0, 9.0]]))
+        model.b.weight.copy_(torch.tensor([[-0.5, 1.0], [0.2, 0.65]]))
+    return model, masks
+
+
+def test_snap_to_grid_by_hand():
+    model, masks = fine_tuned()
+    before = others(model)
+    kept = {name: mask.clone() for name, mask in masks.items()}
+    snap_to_grid(model.blocks(), TEN, masks)
+    # scale 6 / 3 (the pruned nines count for nothing); scale 1.5 / 3 with zero-point 1
+    torch.testing.assert_close(model.a.weight.data, torch.tensor([[6.0, -2.0, 2.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(model.b.weight.data, torch.tensor([[-0.5, 1.0], [0.0, 0.5]]))
+    assert unchanged(before, model)
+    assert all(torch.equal(kept[name], masks[name]) for name in kept)
+    once = copy.deepcopy(model.state_dict())
+    snap_to_grid(model.blocks(), TEN, masks)
+    assert all(torch.equal(once[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_snap_to_grid_keeps_the_mask_when_norms_have_changed_places():
+    model, masks = fine_tuned()
+    with torch.no_grad():
+        model.a.weight.copy_(torch.tensor([[0.3, -0.2, 0.1], [0.0, 0.0, 0.0]]))
+    assert masks["a"].tolist() == [True, False]
+    swapped = {"a": torch.tensor([False, True]), "b": masks["b"]}
+    snap_to_grid(model.blocks(), TEN, masks)
+    torch.testing.assert_close(model.a.weight.data, torch.tensor([[0.3, -0.2, 0.1], [0.0, 0.0, 0.0]]))
+    snap_to_grid(model.blocks(), TEN, swapped)
+    assert not model.a.weight.any()
+
+
+def test_apply_masks_by_hand():
+    model, masks = fine_tuned()
+    before = others(model)
+    apply_masks(model.blocks(), masks)
+    assert torch.equal(model.a.weight, torch.tensor([[6.0, -1.7, 2.8], [0.0, 0.0, 0.0]]))  # kept rows off the grid
+    assert torch.equal(model.b.weight, torch.tensor([[-0.5, 1.0], [0.2, 0.65]]))
+    assert unchanged(before, model)
+
+
+def test_apply_masks_on_convolutions():
+    conv = nn.Conv2d(2, 3, 3, groups=1)
+    expected = conv.weight.detach().clone()
+    expected[1] = 0
+    apply_masks([SimpleNamespace(name="0", kernels={"c": conv})], {"c": torch.tensor([True, False, True])})
+    assert torch.equal(conv.weight, expected)
+
+
+@pytest.mark.parametrize("masks, message", [
+    ({"a": torch.tensor([True, False])}, r"kernels \['b'\] have no mask"),
+    ({"a": torch.tensor([True, False]), "c": torch.tensor([True, True])}, r"masks for \['c'\] have no kernel"),
+    ({"a": torch.tensor([True, False]), "b": torch.tensor([True, True]), "d": torch.tensor([True])}, r"\['d'\]"),
+    ({}, r"\['a', 'b'\]"),
+    ({"a": torch.tensor([1.0, 0.0]), "b": torch.tensor([True, True])}, "mask of a: expected bool"),
+    ({"a": torch.tensor([1, 0]), "b": torch.tensor([True, True])}, "mask of a: expected bool"),
+    ({"a": torch.tensor([True, False]), "b": torch.tensor([True])}, "mask of b: expected bool"),
+    ({"a": torch.tensor([[True], [False]]), "b": torch.tensor([True, True])}, "mask of a: expected bool"),
+    ({"a": torch.tensor([True, False, True]), "b": torch.tensor([True, True])}, "mask of a: expected bool"),
+    ({"a": torch.tensor(True), "b": torch.tensor([True, True])}, "mask of a: expected bool")])
+def test_apply_masks_refuses(masks, message):
+    with pytest.raises(ValueError, match=message):
+        apply_masks(Ten().blocks(), masks)
+
+
+def test_kernel_shapes():
+    block = SimpleNamespace(kernels={"x": nn.Conv2d(6, 4, 3, groups=2), "y": nn.Linear(5, 7)})
+    assert compress.kernel_shapes(block) == (KernelShape(4, 108), KernelShape(7, 35))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+@pytest.mark.parametrize("bits, keep, qtype, granularity, expected", [
+    # 10 channels of 16 weights
+    (3, 1.0, "INT", "uniform", 60 + 4), (3, 0.4, "INT", "uniform", 24 + 4 + 2),
+    (4, 1.0, "FLOAT", "uniform", 80 + 5), (12, 1.0, "FLOAT", "uniform", 240 + 4 + 2),
+    (4, 0.4, "INT", "per-channel", 32 + 4 * 4 + 2), (4, 0.4, "FLOAT", "per-channel", 32 + 4 * 5 + 2),
+    (8, 1.0, "FLOAT", "per-channel", 160 + 10 * 5),
+    (4, 0.5, "INT", "learned", 40 + 5 * 4 + 2), (4, 0.5, "FLOAT", "learned", 40 + 5 * 4 + 2),
+    (3, 1.0, "INT", "log", 60 + 8), (3, 0.9, "FLOAT", "log", 54 + 8 + 2), (3, 1.0, "INT", "log-script", 80 + 8),
+    (32, 1.0, "INT", "uniform", 640), (32, 0.4, "FLOAT", "per-channel", 256 + 2), (32, 1.0, "INT", "log-script", 640)])
+def test_kernel_bytes_by_hand(bits, keep, qtype, granularity, expected):
+    assert kernel_bytes(KernelConfig(bits, keep, qtype, granularity), KernelShape(10, 160)) == expected
+
+
+def test_kernel_bytes_are_whole_and_a_map_is_there_only_when_a_channel_goes():
+    assert kernel_bytes(KernelConfig(3, 1.0), KernelShape(1, 3)) == 2 + 4  # nine bits
+    assert kernel_bytes(KernelConfig(3, 0.4), KernelShape(1, 3)) == 2 + 4  # the one channel stays
+    assert kernel_bytes(KernelConfig(8, 0.9), KernelShape(8, 8)) == 7 + 4 + 1
+    assert kernel_bytes(KernelConfig(8, 0.9), KernelShape(9, 9)) == 8 + 4 + 2
+
+
+def test_model_bytes_by_hand():
+    # a: 6 + 2, norm: weight, bias, mean and variance of 2 and one int64, b: 4 + 2
+    assert model_bytes(Ten()) == (8 + 8 + 6) * 4 + 8
+    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    assert model_bytes(tied) == 72
+    tied[1].weight = tied[0].weight
+    assert model_bytes(tied) == 36
+    assert model_bytes(nn.Linear(3, 2).half()) == 16
+    model = nn.Module()
+    model.register_buffer("table", torch.zeros(5, dtype=torch.uint8))
+    assert model_bytes(model) == 5
+
+
+def test_whole_model_ratio_by_hand():
+    model = Ten()
+    # 96 bytes, 40 of them kernels. a: 3 weights of 3 bits (2), a scale (4), a map (1); b: 4 of 2 bits (1), 4 + 1.
+    assert whole_model_ratio(model, model.blocks(), TEN) == pytest.approx(96 / (96 - 40 + 7 + 6))
+    plain = NetworkConfig(tuple(BlockConfig((KernelConfig(),), block.shapes) for block in TEN.blocks))
+    assert whole_model_ratio(model, model.blocks(), plain) == 1.0
+
+
+def test_whole_model_ratio_does_not_depend_on_the_weights_being_compressed():
+    model = Ten()
+    before = whole_model_ratio(model, model.blocks(), TEN)
+    compress_network(model.blocks(), TEN)
+    assert whole_model_ratio(model, model.blocks(), TEN) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Policies
+
+
+def test_policy_holds_what_was_asked_and_what_it_came_to():
+    policy = to_policy(Ten().blocks(), TEN)
+    first, second = policy["blocks"]
+    assert policy["format"] == 1 and (first["name"], second["name"]) == ("first", "second")
+    assert (first["retained"], second["retained"]) == pytest.approx((0.046875, 0.0625))
+    assert (first["cr"], second["cr"]) == pytest.approx((21.3333333, 16.0))
+    assert first["kernels"] == [{"name": "a", "bits": 3, "keep": 0.5, "qtype": "INT", "granularity": "uniform",
+                                 "channels": 2, "channels_kept": 1, "keep_actual": 0.5, "retained": 0.046875}]
+    model = nn.Linear(4, 6)
+    policy = to_policy([SimpleNamespace(name="x", kernels={"k": model})],
+                       NetworkConfig((BlockConfig((KernelConfig(3, 0.4),), (KernelShape(6, 24),)),)))
+    kernel = policy["blocks"][0]["kernels"][0]
+    assert (kernel["keep"], kernel["channels_kept"]) == (0.4, 2)  # requested and real differ
+    assert (kernel["keep_actual"], kernel["retained"]) == pytest.approx((0.3333333, 0.03125))
+
+
+def test_policy_round_trip_through_json():
+    blocks = Ten().blocks()
+    assert from_policy(json.loads(json.dumps(to_policy(blocks, TEN))), blocks) == TEN
+    rng = random.Random(2)
+    for _ in range(50):
+        kernels = [KernelConfig(rng.randint(2, 32), rng.uniform(0.01, 1), rng.choice(compress.QTYPES),
+                                rng.choice((*compress.GRANULARITIES, "log-script"))) for _ in range(2)]
+        config = NetworkConfig(tuple(BlockConfig((k,), b.shapes) for k, b in zip(kernels, TEN.blocks)))
+        assert from_policy(json.loads(json.dumps(to_policy(blocks, config))), blocks) == config
+
+
+def test_a_policy_is_read_by_kernel_names():
+    blocks = Ten().blocks()
+    policy = to_policy(blocks, TEN)
+    policy["blocks"].reverse()
+    assert from_policy(policy, blocks) == TEN
+
+
+def changed(path, value):
+    """The ten-weight network's policy with one entry replaced, or dropped where value is `changed`."""
+    policy = to_policy(Ten().blocks(), TEN)
+    *way, last = path
+    inner = policy
+    for step in way:
+        inner = inner[step]
+    if value is changed:
+        del inner[last]
+    else:
+        inner[last] = value
+    return policy
+
+
+KERNEL = ("blocks", 0, "kernels", 0)
+
+
+@pytest.mark.parametrize("path, value", [
+    ((*KERNEL, "name"), "other"), ((*KERNEL, "name"), "b"), (("blocks",), []), (("blocks", 1), changed),
+    ((*KERNEL, "bits"), 1), ((*KERNEL, "bits"), 4.5), ((*KERNEL, "bits"), "4"), ((*KERNEL, "bits"), None),
+    ((*KERNEL, "keep"), 0), ((*KERNEL, "keep"), 1.5), ((*KERNEL, "keep"), "0.5"), ((*KERNEL, "keep"), None),
+    ((*KERNEL, "keep"), float("nan")), ((*KERNEL, "keep"), [0.5]),
+    ((*KERNEL, "qtype"), "INT8"), ((*KERNEL, "qtype"), ["INT"]), ((*KERNEL, "granularity"), "any"),
+    ((*KERNEL, "name"), changed), ((*KERNEL, "bits"), changed), ((*KERNEL, "granularity"), changed),
+    ((*KERNEL, "name"), ["a"]), ((*KERNEL, "name"), None), (("format",), 2), (("format",), changed),
+    (("blocks",), changed), (("blocks",), None), (("blocks",), {"a": 1}), (("blocks", 0), None),
+    (("blocks", 0, "kernels"), changed), (("blocks", 0, "kernels"), "a"), (KERNEL, 3)])
+def test_from_policy_refuses(path, value):
+    with pytest.raises(InputError, match="policy"):
+        from_policy(changed(path, value), Ten().blocks())
+
+
+@pytest.mark.parametrize("policy", [None, [], {}, 3, "policy", [1, 2], {"format": 1}])
+def test_from_policy_refuses_what_is_no_policy(policy):
+    with pytest.raises(InputError, match="policy"):
+        from_policy(policy, Ten().blocks())
+
+
+def test_from_policy_refuses_names_of_several_kinds():
+    policy = to_policy(Ten().blocks(), TEN)
+    policy["blocks"][0]["kernels"][0]["name"] = None
+    policy["blocks"][1]["kernels"][0]["name"] = "other"
+    with pytest.raises(InputError, match="policy"):
+        from_policy(policy, Ten().blocks())
+
+
+def test_the_message_of_a_policy_for_another_network_names_the_kernels():
+    with pytest.raises(InputError, match=r"another network.*\['a'\].*\['other'\]"):
+        from_policy(changed((*KERNEL, "name"), "other"), Ten().blocks())
