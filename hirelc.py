@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -549,8 +550,10 @@ def _check_directory(path: Path, config: Config) -> None:
 
 def _provenance(device) -> dict:
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-                         capture_output=True, text=True) if (here / ".git").exists() else None
+    git = None
+    if (here / ".git").exists() and shutil.which("git"):
+        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+                             capture_output=True, text=True)
     return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "git": git.stdout.strip() if git and git.returncode == 0 else None,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
