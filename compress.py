@@ -10,6 +10,7 @@ Retained fractions are size ratios in (0, 1]; CR = 1 / retained fraction.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass
 
@@ -21,6 +22,7 @@ from config import InputError
 QTYPES = ("INT", "FLOAT")  # in the order of the action's type index
 GRANULARITIES = ("uniform", "log", "per-channel", "learned")  # in the order of the action's granularity index
 FULL_BITS = 32
+SMALLEST_SCALE = 1e-8
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -191,7 +193,8 @@ def prune_mask(weight: Tensor, keep: float) -> Tensor:
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep={keep!r}: expected a number in (0, 1]")
     n_out = weight.shape[0]
-    norms = torch.linalg.vector_norm(weight.detach().reshape(n_out, -1), dim=1)
+    values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))  # half precision would make ties
+    norms = torch.linalg.vector_norm(values.reshape(n_out, -1), dim=1)
     order = torch.sort(norms, descending=True, stable=True).indices
     mask = torch.zeros(n_out, dtype=torch.bool, device=weight.device)
     mask[order[:channels_kept(keep, n_out)]] = True
@@ -231,11 +234,13 @@ def _symmetric_scale(largest: Tensor, q_max: int) -> Tensor:
     """scale = max|W| / q_max, at least 1e-8 (Eq. 19).
 
     In floats, (q_max * scale) / q_max may differ from scale in the last bit, and a second quantisation would then
-    move every value by that bit. Repeating the round trip ends in a scale that reproduces itself.
+    move every value by that bit. Repeating the round trip ends in a scale that reproduces itself. The divisor is a
+    tensor because CUDA divides by a plain number through its rounded reciprocal.
     """
-    scale = (largest / q_max).clamp_min(1e-8)
+    divisor = largest.new_full((), q_max)
+    scale = (largest / divisor).clamp_min(SMALLEST_SCALE)
     for _ in range(2):
-        scale = ((scale * q_max) / q_max).clamp_min(1e-8)
+        scale = ((scale * divisor) / divisor).clamp_min(SMALLEST_SCALE)
     return scale
 
 
@@ -259,13 +264,15 @@ def _asymmetric(values: Tensor, bits: int, per_channel: bool) -> Tensor:
     rows = values.reshape(values.shape[0], -1) if per_channel else values.reshape(1, -1)
     low, high = torch.aminmax(rows, dim=1, keepdim=True)
     low, high = low.clamp_max(0), high.clamp_min(0)
-    scale = ((high - low) / top).clamp_min(1e-8)
+    scale = (high - low) / top
+    full_range = scale >= SMALLEST_SCALE
+    scale = scale.clamp_min(SMALLEST_SCALE)
     zero = (-low / scale).round_()
     codes = (rows / scale).round_().add_(zero).clamp_(0, top)
     # When the zero-point falls on a half, both ends may round inwards, and a second pass would find a narrower
     # range. The extremes take the end codes: still within scale / 2, and the range reproduces itself.
-    codes.masked_fill_((rows == low) & (low < 0), 0)
-    codes = torch.where((rows == high) & (high > 0), top, codes)
+    codes.masked_fill_((rows == low) & (low < 0) & full_range, 0)
+    codes = torch.where((rows == high) & (high > 0) & full_range, top, codes)
     return codes.sub_(zero).mul_(scale).reshape(values.shape)
 
 
@@ -300,6 +307,18 @@ def compress_kernel(weight: Tensor, config: KernelConfig) -> tuple[Tensor, Tenso
     result = torch.zeros_like(weight)
     result[mask] = quantize(weight.detach()[mask], config.bits, config.qtype, config.granularity)
     return result, mask
+
+
+@contextlib.contextmanager
+def eval_mode(model: torch.nn.Module):
+    """Eval mode inside, and afterwards every module back in the mode that it had, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
@@ -403,7 +422,7 @@ def from_policy(policy: dict, blocks) -> NetworkConfig:
     try:
         if policy["format"] != 1:
             raise InputError(f"policy: format {policy['format']!r} is not known, expected 1")
-        given = {kernel["name"]: KernelConfig(*(kernel[k] for k in ("bits", "keep", "qtype", "granularity")))
+        given = {str(kernel["name"]): KernelConfig(*(kernel[k] for k in ("bits", "keep", "qtype", "granularity")))
                  for block in policy["blocks"] for kernel in block["kernels"]}
     except InputError:
         raise

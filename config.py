@@ -277,7 +277,7 @@ def _scalar(key, wanted, value, limits):
             if not isinstance(text, str):
                 raise ValueError
             result = text
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         name = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[wanted]
         raise InputError(f"{key}={value}: expected {name} ({limits['help']})") from None
     choices, low, high = limits["choices"], limits["low"], limits["high"]

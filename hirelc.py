@@ -36,7 +36,7 @@ from compress import (NetworkConfig, compress_network, from_policy, kernel_shape
                       whole_model_ratio)
 from config import EXPERIMENTS, Config, InputError, flatten, from_flat, override
 from log import Log, duration
-from report import results_table, wilson, write_json, write_text
+from report import results_table, survive_ascii, wilson, write_json, write_text
 from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, block_features, compliance,
                     derive_seed, null_controller, random_config)
 from train import Trainer, accuracy, correct, fisher_sensitivity
@@ -131,6 +131,8 @@ class HiReLC:
     def train_baseline(self) -> None:
         """theta_0 and the baseline accuracy: from scratch where there are no weights, then fine-tuning (§3.1.1)."""
         c = self.config
+        if len(self.train_set) % c.data.batch_size == 1 and c.data.batch_size > 1:
+            self.log.note("the last batch of each training epoch holds one image and is left out (BatchNorm)")
         if c.model.weights == "none":
             with self._timed("scratch"):
                 s = c.scratch
@@ -626,6 +628,7 @@ def list_experiments() -> str:
 
 def main(argv=None) -> int:
     """Runs the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
+    survive_ascii()
     try:
         args = _parser().parse_args(argv)
         if args.list:

@@ -28,7 +28,7 @@ class Log:
         self.file, self.early = None, []
         self.interval = interval
         self.live = self.stream.isatty()
-        self.what, self.started, self.shown, self.width = None, 0.0, 0.0, 0
+        self.what, self.started, self.shown, self.first, self.width = None, 0.0, 0.0, 0, 0
         self.notes: list[str] = []
 
     def open(self, path) -> None:
@@ -57,7 +57,7 @@ class Log:
         """``done`` of ``total`` steps of ``what`` are finished; shows how long the rest will take."""
         now = time.monotonic()
         if what != self.what or done == 0:
-            self.what, self.started, self.shown = what, now, now
+            self.what, self.started, self.shown, self.first = what, now, now, done
         if done >= total:
             self._wipe()
             self.what = None
@@ -65,7 +65,8 @@ class Log:
         if now - self.shown < (0.2 if self.live else self.interval):
             return
         self.shown = now
-        left = f", {duration((now - self.started) / done * (total - done))} left" if done else ""
+        timed = done - self.first  # steps before the first call were not timed
+        left = f", {duration((now - self.started) / timed * (total - done))} left" if timed > 0 else ""
         line = f"  {what}: {done}/{total} ({100 * done // max(total, 1)} %){left}"
         if self.live:
             self.stream.write("\r" + line.ljust(self.width))

@@ -44,9 +44,11 @@ def read_results(out) -> list[dict]:
     for path in Path(out).glob("*/result.json"):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            result["exp"], result["seed"]
+            int(result["exp"]) + int(result["seed"])
+            results_table([result])  # whatever the table needs is there and of the right kind
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a result of this program ({error}); remove it or run again") from None
+            raise InputError(f"{path}: not a result of this program ({type(error).__name__}: {error}); remove it or "
+                             "run again") from None
         results.append(result)
     return sorted(results, key=lambda r: (r["exp"], r["name"], r["seed"]))
 
@@ -55,9 +57,8 @@ def _number(value, form="{:.2f}"):
     return "-" if value is None else form.format(value)
 
 
-COLUMNS = (("exp", 4), ("network, data", 44), ("seed", 5), ("baseline", 8), ("final", 6), ("drop", 6), ("on grid", 7),
-           ("CR", 5), ("file", 5), ("compl.", 6), ("Eq. 3", 5), ("null: CR", 11), ("compl.", 10), ("paper: base", 11),
-           ("final", 6), ("drop", 6), ("CR", 5), ("compl.", 6))
+COLUMNS = ("exp", "network, data", "seed", "baseline", "final", "drop", "on grid", "CR", "file", "compl.", "Eq. 3",
+           "null: CR", "compl.", "paper: base", "final", "drop", "CR", "compl.")
 
 
 def _row(result: dict) -> list[str]:
@@ -80,7 +81,7 @@ def _row(result: dict) -> list[str]:
 
 def results_table(results, markdown: bool = False) -> str:
     """One row per run: measured, the null controller, and what the paper reports; with a legend below."""
-    rows = [[title for title, _ in COLUMNS]] + [_row(r) for r in results]
+    rows = [list(COLUMNS)] + [_row(r) for r in results]
     if markdown:
         lines = ["| " + " | ".join(cells) + " |" for cells in rows]
         lines.insert(1, "|" + "---|" * len(COLUMNS))
@@ -92,8 +93,8 @@ def results_table(results, markdown: bool = False) -> str:
     counts = sorted({r["eval_images"] for r in results})
     legend = [
         "",
-        f"Accuracies and drops in percentage points on the first {' or '.join(map(str, counts))} test images, which also "
-        "chose epoch and cycle (the paper's protocol).",
+        f"Accuracies and drops in percentage points on the first {' or '.join(map(str, counts))} test images, which "
+        "also chose epoch and cycle (the paper's protocol).",
         "final: FP32 weights after fine-tuning, as the paper scores them; on grid: the same weights put back on their "
         "quantisation grid.",
         "CR: kernels only (Eq. 22); file: FP32 bytes of the whole network / bytes with packed kernels; compl.: budget "
@@ -112,12 +113,22 @@ def results_table(results, markdown: bool = False) -> str:
             legend.append(f"  exp {r['exp']}{'-' + r['name'] if r['name'] else ''} seed {r['seed']}: baseline "
                           f"{r['baseline_acc_full']:.2f} [{b_low:.2f}, {b_high:.2f}], final {r['final_acc_full']:.2f} "
                           f"[{low:.2f}, {high:.2f}], on grid {r['on_grid_acc_full']:.2f} (n = {r['test_images']})")
-    return "\n".join(lines + (["", *legend[1:]] if markdown else legend))
+    if markdown:  # a list, since Markdown would join the lines of a paragraph
+        legend = [f"- {line.strip()}" if line else "" for line in legend]
+    return "\n".join(lines + legend)
+
+
+def survive_ascii() -> None:
+    """Let a terminal without Unicode show a question mark rather than end the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def main(argv=None) -> int:
     """``report.py OUT``: print the table of all runs below OUT and write it to OUT/results.md."""
     argv = sys.argv[1:] if argv is None else argv
+    survive_ascii()
     try:
         if len(argv) != 1:
             raise InputError("usage: python report.py OUT, where OUT holds run directories")

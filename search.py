@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig, compress_kernel,
-                      kernel_shapes)
+                      eval_mode, kernel_shapes)
 from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO
 
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
@@ -233,8 +233,8 @@ def dynamic_reward(mean_target, last_retained, last_drop, wanted, max_drop) -> f
 
 
 def proxy_drop(mse: float) -> float:
-    """Drop in points from the logit MSE: min(20 MSE, 50) (Eq. 23)."""
-    return min(20.0 * mse, 50.0)
+    """Drop in points from the logit MSE: min(20 MSE, 50) (Eq. 23); not finite where the MSE is not."""
+    return min(20.0 * mse, 50.0) if math.isfinite(mse) else mse
 
 
 class Proxy:
@@ -252,18 +252,16 @@ class Proxy:
     @torch.inference_mode()
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drop of each candidate configuration of block ``index``."""
-        was_training = self.model.training
-        self.model.eval()
-        if self.reference is None:
-            self.reference = [self.model(x) for x in self.batches]
         modules, results = self.blocks[index].kernels, []
-        for config in configs:
-            weights = {f"{name}.weight": compress_kernel(module.weight, kernel)[0]
-                       for (name, module), kernel in zip(modules.items(), config.kernels)}
-            errors = [F.mse_loss(functional_call(self.model, weights, (x,)), logits).item()
-                      for x, logits in zip(self.batches, self.reference)]
-            results.append(proxy_drop(sum(errors) / len(errors)))
-        self.model.train(was_training)
+        with eval_mode(self.model):
+            if self.reference is None:
+                self.reference = [self.model(x) for x in self.batches]
+            for config in configs:
+                weights = {f"{name}.weight": compress_kernel(module.weight, kernel)[0]
+                           for (name, module), kernel in zip(modules.items(), config.kernels)}
+                errors = [F.mse_loss(functional_call(self.model, weights, (x,)), logits).item()
+                          for x, logits in zip(self.batches, self.reference)]
+                results.append(proxy_drop(sum(errors) / len(errors)))
         return results
 
 
@@ -283,7 +281,7 @@ def block_features(config: BlockConfig) -> list[float]:
 
 
 class Surrogate:
-    """MLP 5 sum K_i → 64 → 32 → 1 that predicts accuracy after fine-tuning, and its replay buffer (§3.6, Eq. 24).
+    """MLP 5 sum K_i → 64 → 32 → 1 that predicts accuracy after fine-tuning, and its buffer (§3.6, Eq. 24).
 
     ReLU, dropout 0.3 in training, sigmoid × 100. ``settings``: config.Surrogate. It is active once the buffer
     holds ``min_samples`` pairs. Random numbers come from a generator of its own.
@@ -348,7 +346,7 @@ class Surrogate:
 
     def state_dict(self) -> dict:
         """Weights, buffer and random state."""
-        return {"layers": self.layers.state_dict(), "buffer": [[f, a] for f, a in self.buffer],
+        return {"layers": {k: v.clone() for k, v in self.layers.state_dict().items()}, "buffer": [[f, a] for f, a in self.buffer],
                 "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
@@ -630,13 +628,14 @@ def compliance(config: NetworkConfig, budgets) -> float:
 def random_config(shapes, limits, rng: np.random.Generator) -> NetworkConfig:
     """A random configuration for the surrogate's warm-up: bits in {4…8}, keep uniform in [0.6, 1] (§3.6).
 
-    shapes: per block the kernels' KernelShape; types and granularities as ``limits`` (config.Compress) allows.
+    shapes: per block the kernels' KernelShape; all within what ``limits`` (config.Compress) allows.
     """
-    low, high = max(4, limits.bits_min), limits.bits_max
+    low, high = max(4, limits.bits_min), min(8, limits.bits_max)
     blocks = []
     for block in shapes:
         kernels = tuple(KernelConfig(
-            bits=int(rng.integers(min(low, high), high + 1)), keep=float(rng.uniform(0.6, 1.0)),
+            bits=int(rng.integers(min(low, high), high + 1)),
+            keep=float(rng.uniform(max(0.6, 1 - limits.max_pruning), 1.0)),
             qtype=QTYPES[rng.integers(len(QTYPES))] if limits.qtype == "any" else limits.qtype,
             granularity=(GRANULARITIES[rng.integers(len(GRANULARITIES))] if limits.granularity == "any"
                          else limits.granularity)) for _ in block)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress import apply_masks
+from compress import apply_masks, eval_mode
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -26,18 +26,17 @@ def device_of(model: nn.Module) -> torch.device:
 def correct(model: nn.Module, images, batch_size: int = 256, limit: int = 0, progress=None) -> Tensor:
     """Which of the first ``limit`` (0 = all) images the network classifies rightly: bool [n] on the CPU.
 
-    Runs in eval mode and puts the mode back as it was, so that the next training epoch trains (ledger D20).
+    Runs in eval mode and puts the modes back as they were, so that the next training epoch trains (ledger D20).
     """
-    was_training, device = model.training, device_of(model)
+    device = device_of(model)
     total = min(limit, len(images)) if limit else len(images)
-    model.eval()
     hits, done = [], 0
-    for x, y in images.batches(batch_size, device, limit=limit):
-        hits.append((model(x).argmax(dim=1) == y).cpu())
-        done += len(y)
-        if progress:
-            progress("evaluation", done, total)
-    model.train(was_training)
+    with eval_mode(model):
+        for x, y in images.batches(batch_size, device, limit=limit):
+            hits.append((model(x).argmax(dim=1) == y).cpu())
+            done += len(y)
+            if progress:
+                progress("evaluation", done, total)
     return torch.cat(hits)
 
 
@@ -98,26 +97,33 @@ class Trainer:
         return self.lr * (1 + math.cos(math.pi * min((position - self.warmup_epochs) / left, 1.0))) / 2
 
     def run_epoch(self, progress=None, what="training") -> Epoch:
-        """Trains one epoch and measures it. Raises FloatingPointError when the loss is not finite."""
+        """Trains one epoch and measures it. Raises FloatingPointError when the loss is not finite.
+
+        A last batch of a single image is left out where batches are larger: BatchNorm has no statistics of one.
+        """
         epoch, device = len(self.history), device_of(self.model)
         steps = math.ceil(len(self.train_set) / self.batch_size)
         total_loss, seen = torch.zeros((), device=device), 0
         self.model.train()
-        for step, (x, y) in enumerate(self.train_set.batches(self.batch_size, device, generator=self.generator)):
-            if len(y) == 1 and step:
-                continue  # one image alone has no batch statistics where the feature maps are 1 x 1
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(epoch, step / steps)
-            loss = F.cross_entropy(self.model(x), y)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            if self.masks is not None:
-                apply_masks(self.blocks, self.masks)
-            total_loss += loss.detach() * len(y)
-            seen += len(y)
-            if progress:
-                progress(f"{what}, epoch {epoch + 1} of {self.epochs}", step + 1, steps)
+        # Dropout draws from the global generators: they start each epoch from this trainer's seed, and are put back.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.generator.initial_seed() + epoch)
+            batches = self.train_set.batches(self.batch_size, device, generator=self.generator)
+            for step, (x, y) in enumerate(batches):
+                if len(y) == 1 and step and self.batch_size > 1:
+                    continue
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate(epoch, step / steps)
+                loss = F.cross_entropy(self.model(x), y)
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimizer.step()
+                if self.masks is not None:
+                    apply_masks(self.blocks, self.masks)
+                total_loss += loss.detach() * len(y)
+                seen += len(y)
+                if progress:
+                    progress(f"{what}, epoch {epoch + 1} of {self.epochs}", step + 1, steps)
         mean_loss = total_loss.item() / max(seen, 1)
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"{what}: the loss of epoch {epoch + 1} is {mean_loss}; lower the learning rate "
@@ -161,28 +167,28 @@ def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> li
     image each, in eval mode; a block's value is the sum over ``block.parameters``. The script squares the gradient
     of the batch mean instead, which is another quantity (ledger D4). The network is left as it was.
     """
-    was_training = model.training
-    model.eval()
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters(remove_duplicate=False))  # a shared tensor goes by each of its names
     wanted = [[named[name] for name in block.parameters] for block in blocks]
     flat = [p for params in wanted for p in params]
     frozen = [p for p in flat if not p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(True)
     totals = torch.zeros(len(blocks), dtype=torch.float64)
-    # One backward pass per image. Vectorising over images (vmap) in chunks of 8 holds eight copies of every gradient
-    # and took 3.5 times as long on a CPU for ResNet18 and DeiT-Small at 64 px.
-    for x, y in zip(images, labels):
-        loss = F.cross_entropy(model(x[None]), y[None])
-        gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
-        for i, params in enumerate(wanted):
-            for _ in params:
-                gradient = next(gradients)
-                if gradient is not None:
-                    totals[i] += gradient.double().square().sum().cpu()
-    for p in frozen:
-        p.requires_grad_(False)
-    model.train(was_training)
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with eval_mode(model):
+            # One backward pass per image. Vectorising over images (vmap) in chunks of 8 holds eight copies of every
+            # gradient and took 3.5 times as long on a CPU for ResNet18 and DeiT-Small at 64 px.
+            for x, y in zip(images, labels):
+                loss = F.cross_entropy(model(x[None]), y[None])
+                gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+                for i, params in enumerate(wanted):
+                    for _ in params:
+                        gradient = next(gradients)
+                        if gradient is not None:
+                            totals[i] += gradient.double().square().sum().cpu()
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
     return (totals / len(images)).tolist()
 
 

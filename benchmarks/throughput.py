@@ -160,11 +160,11 @@ def main() -> int:
         ours, plain = our_loops(splits, args.images), plain_loops(folder / "tiny-imagenet-200", args.images,
                                                                   splits.num_classes)
         print(f"ResNet18, 64 px, {args.images} images per pass, {args.rounds} rounds in turn; median [range] images/s")
-        for what, our, other in (("training, batch 64", ours[0], plain[0]), ("evaluation, batch 256", ours[1], plain[1])):
+        for what, our, other in zip(("training, batch 64", "evaluation, batch 256"), ours, plain):
             mine, theirs = take_turns(our, other, args.rounds, args.images)
             ratio = statistics.median(mine) / statistics.median(theirs)
-            print(f"  {what:22} here {statistics.median(mine):6.0f} [{mine[0]:.0f}, {mine[-1]:.0f}]   torchvision + "
-                  f"DataLoader {statistics.median(theirs):6.0f} [{theirs[0]:.0f}, {theirs[-1]:.0f}]   ratio {ratio:.2f}",
+            print(f"  {what:22} here {statistics.median(mine):6.0f} [{mine[0]:.0f}, {mine[-1]:.0f}]   torchvision "
+                  f"+ DataLoader {statistics.median(theirs):6.0f} [{theirs[0]:.0f}, {theirs[-1]:.0f}]   ratio {ratio:.2f}",
                   flush=True)
     print("LLA environment steps/s on the middle block, two environments")
     both = Compress(), Compress(qtype="any", granularity="any")

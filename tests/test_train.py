@@ -188,6 +188,19 @@ def test_one_block_that_overflows_is_an_error_even_beside_finite_ones():
             fisher_sensitivity(Square(), parts(*order), x, y)
 
 
+def test_one_block_without_a_number_is_an_error_wherever_it_stands():
+    class Vanishing(Three):
+        def forward(self, x):
+            return torch.cat([self.a * (0 * x) * x * x + self.c, self.b * x], dim=1)
+
+    x, y = torch.tensor([[1e30], [1e30]]), torch.tensor([0, 1])  # backwards, a's gradient is infinity times 0
+    first, second = block_fisher(Vanishing(), parts("c", "a"), x, y)
+    assert first == 0.25 and math.isnan(second)
+    for order in (("c", "a"), ("a", "c")):  # max() of 0.25 and NaN is whichever comes first
+        with pytest.raises(FloatingPointError):
+            fisher_sensitivity(Vanishing(), parts(*order), x, y)
+
+
 def test_large_gradients_are_squared_without_overflow():
     x, y = torch.tensor([[1e30], [1e30]]), torch.tensor([0, 1])  # gradients 5e29: finite, their squares not in float32
     assert block_fisher(Three(), parts("a"), x, y) == [pytest.approx(2.5e59, rel=1e-5)]
