@@ -44,13 +44,15 @@ class KernelConfig:
     def __post_init__(self):
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or self.bits < 2:
             raise ValueError(f"bits={self.bits!r}: expected a whole number of at least 2")
-        if not 0.0 < self.keep <= 1.0:
+        if isinstance(self.keep, bool) or not 0.0 < self.keep <= 1.0:
             raise ValueError(f"keep={self.keep!r}: expected a number in (0, 1]")
         if self.qtype not in QTYPES:
             raise ValueError(f"qtype={self.qtype!r}: expected one of {', '.join(QTYPES)}")
         if self.granularity not in (*GRANULARITIES, "log-script"):
             raise ValueError(f"granularity={self.granularity!r}: expected one of {', '.join(GRANULARITIES)} or "
                              "log-script")
+        if self.granularity.startswith("log") and 16 < self.bits < FULL_BITS:
+            raise ValueError(f"bits={self.bits}: a log grid has at most 16, its table holds every level")
 
     @property
     def storage_bits(self) -> int:
@@ -107,8 +109,8 @@ class BlockConfig:
 
     @property
     def average_bits(self) -> float:
-        """Mean bits over the kernels, unweighted."""
-        return sum(k.bits for k in self.kernels) / len(self.kernels)
+        """Mean bits that a weight takes, over the kernels, unweighted."""
+        return sum(k.storage_bits for k in self.kernels) / len(self.kernels)
 
     @property
     def average_keep(self) -> float:
@@ -165,9 +167,9 @@ class NetworkConfig:
 
     @property
     def average_bits(self) -> float:
-        """Mean bits over all kernels, unweighted."""
+        """Mean bits that a weight takes, over all kernels, unweighted."""
         kernels = [kernel for block in self.blocks for kernel in block.kernels]
-        return sum(kernel.bits for kernel in kernels) / len(kernels)
+        return sum(kernel.storage_bits for kernel in kernels) / len(kernels)
 
     @property
     def average_keep(self) -> float:
@@ -205,7 +207,7 @@ def quantize(weight: Tensor, bits: int, qtype: str = "INT", granularity: str = "
     """De-quantised copy of ``weight`` on a grid of at most 2^bits values (§3.5.2).
 
     weight [n_out, …], any float type, in and out; arithmetic is float32. Zero stays exactly zero. A second pass
-    changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT). bits >= 32 returns a copy.
+    changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT, float32 in). bits >= 32 returns a copy.
     ``log`` and ``learned`` ignore ``qtype``. Raises ValueError for values outside KernelConfig's ranges.
     """
     KernelConfig(bits, 1.0, qtype, granularity)  # checks the values
@@ -233,15 +235,10 @@ def _channel_max(values: Tensor) -> Tensor:
 def _symmetric_scale(largest: Tensor, q_max: int) -> Tensor:
     """scale = max|W| / q_max, at least 1e-8 (Eq. 19).
 
-    In floats, (q_max * scale) / q_max may differ from scale in the last bit, and a second quantisation would then
-    move every value by that bit. Repeating the round trip ends in a scale that reproduces itself. The divisor is a
-    tensor because CUDA divides by a plain number through its rounded reciprocal.
+    The divisor is a tensor because CUDA divides by a plain number through its rounded reciprocal. With a correctly
+    rounded quotient, (q_max * scale) / q_max gives scale back, so that a second quantisation changes no bit.
     """
-    divisor = largest.new_full((), q_max)
-    scale = (largest / divisor).clamp_min(SMALLEST_SCALE)
-    for _ in range(2):
-        scale = ((scale * divisor) / divisor).clamp_min(SMALLEST_SCALE)
-    return scale
+    return (largest / largest.new_full((), q_max)).clamp_min(SMALLEST_SCALE)
 
 
 def _symmetric(values: Tensor, bits: int, per_channel: bool) -> Tensor:
@@ -269,9 +266,8 @@ def _asymmetric(values: Tensor, bits: int, per_channel: bool) -> Tensor:
     scale = scale.clamp_min(SMALLEST_SCALE)
     zero = (-low / scale).round_()
     codes = (rows / scale).round_().add_(zero).clamp_(0, top)
-    # When the zero-point falls on a half, both ends may round inwards, and a second pass would find a narrower
-    # range. The extremes take the end codes: still within scale / 2, and the range reproduces itself.
-    codes.masked_fill_((rows == low) & (low < 0) & full_range, 0)
+    # When the zero-point falls on a half, the upper end may round inwards, and a second pass would find a narrower
+    # range. It takes the top code: still within scale / 2, and the range reproduces itself.
     codes = torch.where((rows == high) & (high > 0) & full_range, top, codes)
     return codes.sub_(zero).mul_(scale).reshape(values.shape)
 
@@ -321,18 +317,36 @@ def eval_mode(model: torch.nn.Module):
             module.training = training
 
 
+def _check_fit(blocks, config: NetworkConfig) -> None:
+    """ValueError unless C was made for these blocks; before anything is changed."""
+    if len(blocks) != len(config.blocks):
+        raise ValueError(f"configuration of {len(config.blocks)} blocks for {len(blocks)} blocks")
+    for block, block_config in zip(blocks, config.blocks):
+        if kernel_shapes(block) != block_config.shapes:
+            raise ValueError(f"block {block.name}: the configuration was made for kernels of other shapes")
+
+
+def _check_masks(blocks, masks: dict[str, Tensor]) -> None:
+    """ValueError unless there is a bool mask [n_out] for every kernel and for nothing else."""
+    modules = {name: module for block in blocks for name, module in block.kernels.items()}
+    if set(modules) != set(masks):
+        raise ValueError(f"masks for {sorted(set(masks) - set(modules))} have no kernel, "
+                         f"kernels {sorted(set(modules) - set(masks))} have no mask")
+    for name, mask in masks.items():
+        n_out = modules[name].weight.shape[0]
+        if mask.dtype != torch.bool or mask.shape != (n_out,):
+            raise ValueError(f"mask of {name}: expected bool [{n_out}], got {mask.dtype} {list(mask.shape)}")
+
+
 @torch.no_grad()
 def compress_network(blocks, config: NetworkConfig) -> dict[str, Tensor]:
     """theta = T(theta_0, C) (Eq. 1), in place on the modules of ``blocks``.
 
     Returns the pruning masks, kernel name → bool [n_out]. Raises ValueError when C does not fit the blocks.
     """
-    if len(blocks) != len(config.blocks):
-        raise ValueError(f"configuration of {len(config.blocks)} blocks for {len(blocks)} blocks")
+    _check_fit(blocks, config)
     masks = {}
     for block, block_config in zip(blocks, config.blocks):
-        if kernel_shapes(block) != block_config.shapes:
-            raise ValueError(f"block {block.name}: the configuration was made for kernels of other shapes")
         for (name, module), kernel in zip(block.kernels.items(), block_config.kernels):
             weight, masks[name] = compress_kernel(module.weight, kernel)
             module.weight.copy_(weight)
@@ -342,6 +356,8 @@ def compress_network(blocks, config: NetworkConfig) -> dict[str, Tensor]:
 @torch.no_grad()
 def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> None:
     """Put fine-tuned kernels back on their grids (ledger D14), in place; the masks stay as they are."""
+    _check_fit(blocks, config)
+    _check_masks(blocks, masks)
     for block, block_config in zip(blocks, config.blocks):
         for (name, module), kernel in zip(block.kernels.items(), block_config.kernels):
             mask = masks[name]
@@ -353,17 +369,11 @@ def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> Non
 @torch.no_grad()
 def apply_masks(blocks, masks: dict[str, Tensor]) -> None:
     """Zero the pruned rows again, in place; run after every optimiser step (§3.5.1). Checks names and shapes."""
-    names = [name for block in blocks for name in block.kernels]
-    if set(names) != set(masks):
-        raise ValueError(f"masks for {sorted(set(masks) - set(names))} have no kernel, "
-                         f"kernels {sorted(set(names) - set(masks))} have no mask")
+    _check_masks(blocks, masks)
     for block in blocks:
         for name, module in block.kernels.items():
-            mask = masks[name]
-            if mask.dtype != torch.bool or mask.shape != module.weight.shape[:1]:
-                raise ValueError(f"mask of {name}: expected bool [{module.weight.shape[0]}], "
-                                 f"got {mask.dtype} {list(mask.shape)}")
-            module.weight.mul_(mask.to(module.weight.dtype).reshape(-1, *[1] * (module.weight.dim() - 1)))
+            mask = masks[name].to(module.weight.dtype)
+            module.weight.mul_(mask.reshape(-1, *[1] * (module.weight.dim() - 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -422,16 +432,21 @@ def from_policy(policy: dict, blocks) -> NetworkConfig:
     try:
         if policy["format"] != 1:
             raise InputError(f"policy: format {policy['format']!r} is not known, expected 1")
-        given = {str(kernel["name"]): KernelConfig(*(kernel[k] for k in ("bits", "keep", "qtype", "granularity")))
-                 for block in policy["blocks"] for kernel in block["kernels"]}
+        kernels = [kernel for block in policy["blocks"] for kernel in block["kernels"]]
+        given = {str(k["name"]): KernelConfig(k["bits"], k["keep"], k["qtype"], k["granularity"]) for k in kernels}
+        channels = {str(k["name"]): k["channels"] for k in kernels}
     except InputError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"policy: not a policy.json of this program ({error})") from None
-    names = [name for block in blocks for name in block.kernels]
-    if set(names) != set(given):
+    modules = {name: module for block in blocks for name, module in block.kernels.items()}
+    if set(modules) != set(given):
         raise InputError(f"policy: made for another network; kernels without a configuration: "
-                         f"{sorted(set(names) - set(given))}; configurations without a kernel: "
-                         f"{sorted(set(given) - set(names))}")
+                         f"{sorted(set(modules) - set(given))}; configurations without a kernel: "
+                         f"{sorted(set(given) - set(modules))}")
+    other = [f"{name} ({channels[name]} there, {module.weight.shape[0]} here)" for name, module in modules.items()
+             if channels[name] != module.weight.shape[0]]
+    if other:
+        raise InputError(f"policy: made for a network of other widths: {', '.join(other)}")
     return NetworkConfig(tuple(BlockConfig(tuple(given[name] for name in block.kernels), kernel_shapes(block))
                                for block in blocks))

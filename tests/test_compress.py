@@ -855,10 +855,46 @@ def test_policy_round_trip_through_json():
     assert from_policy(json.loads(json.dumps(to_policy(blocks, TEN))), blocks) == TEN
     rng = random.Random(2)
     for _ in range(50):
-        kernels = [KernelConfig(rng.randint(2, 32), rng.uniform(0.01, 1), rng.choice(compress.QTYPES),
+        kernels = [KernelConfig(rng.choice((*range(2, 17), 32)), rng.uniform(0.01, 1), rng.choice(compress.QTYPES),
                                 rng.choice((*compress.GRANULARITIES, "log-script"))) for _ in range(2)]
         config = NetworkConfig(tuple(BlockConfig((k,), b.shapes) for k, b in zip(kernels, TEN.blocks)))
         assert from_policy(json.loads(json.dumps(to_policy(blocks, config))), blocks) == config
+
+
+def test_a_policy_for_other_widths_is_refused():
+    blocks = Ten().blocks()
+    policy = to_policy(blocks, TEN)
+    kernel = policy["blocks"][0]["kernels"][0]
+    kernel["channels"] += 1
+    with pytest.raises(InputError, match=f"{kernel['name']} .{kernel['channels']} there, {kernel['channels'] - 1} here"):
+        from_policy(policy, blocks)
+
+
+def test_nothing_changes_when_a_later_block_does_not_fit():
+    blocks = Ten().blocks()
+    before = [module.weight.clone() for block in blocks for module in block.kernels.values()]
+    first, second = TEN.blocks
+    other = NetworkConfig((first, BlockConfig(second.kernels, (compress.KernelShape(7, 7),) * len(second.kernels))))
+    masks = {name: torch.ones(len(m.weight), dtype=torch.bool) for block in blocks for name, m in block.kernels.items()}
+    for change in (lambda: compress_network(blocks, other), lambda: snap_to_grid(blocks, other, masks),
+                   lambda: snap_to_grid(blocks, NetworkConfig((first,)), masks),
+                   lambda: snap_to_grid(blocks, TEN, {})):
+        with pytest.raises(ValueError):
+            change()
+    after = [module.weight for block in blocks for module in block.kernels.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_a_log_grid_of_more_than_16_bits_is_refused():
+    assert KernelConfig(16, 1.0, "INT", "log") and KernelConfig(32, 1.0, "INT", "log")
+    with pytest.raises(ValueError, match="at most 16"):
+        KernelConfig(17, 1.0, "INT", "log")
+
+
+def test_average_bits_charge_the_scripts_sign():
+    shapes = (compress.KernelShape(4, 8), compress.KernelShape(4, 8))
+    block = BlockConfig((KernelConfig(4, 1.0, "INT", "log-script"), KernelConfig(4, 1.0, "INT", "log")), shapes)
+    assert block.average_bits == 4.5 and NetworkConfig((block,)).average_bits == 4.5
 
 
 def test_a_policy_is_read_by_kernel_names():
