@@ -45,6 +45,7 @@ __all__ = ["EXPERIMENTS", "HiReLC", "compress_model", "fisher_sensitivity", "mai
 
 SMOKE = {  # small enough for two CPU cores; blocks, kernels and the code path stay
     "smoke": True, "out": "runs-smoke", "model.weights": "none",
+    "threads": 1,  # tensors this small gain nothing from a second one, and waiting for it costs on a busy machine
     "data.name": "synthetic", "data.classes": 10, "data.image_size": 32, "data.train_images": 1024,
     "data.test_images": 256, "data.batch_size": 32,
     "scratch.epochs": 8, "scratch.lr": 2e-3, "scratch.warmup_epochs": 0.5, "baseline.epochs": 1,
@@ -461,6 +462,8 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
     _check_directory(path, config)
     title = EXPERIMENTS[config.exp].title
     log.info(f"experiment {config.exp}: {title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}")
+    if config.threads:
+        torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(config.seed)
     splits = data.load(config.data, log.progress)
