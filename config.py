@@ -51,6 +51,8 @@ class Model:
     source: str = setting("", "module:function or file.py:function that makes a network of one's own; --model")
     weights: str = setting("auto", "auto = published weights, none = train from scratch, or a file or URL; --weights")
     weights_dir: str = setting("weights", "folder for downloaded weights")
+    quick_gelu: str = setting("auto", "activation of CLIP weights: auto = QuickGELU for OpenAI's TorchScript archive, "
+                                      "else the network's own", choices=("auto", "on", "off"))
     width: float = setting(1.0, "factor on the number of channels; blocks and kernels stay", low=0.01, high=4.0)
     patch_size: int = setting(0, "side of a ViT's patches in pixels; 0 = the network's own", low=0)
 

@@ -255,12 +255,13 @@ class Proxy:
         was_training = self.model.training
         self.model.eval()
         if self.reference is None:
-            self.reference = [self.model(x) for x in self.batches]
-        modules, results = self.blocks[index].kernels, []
+            self.reference = [self.model(x.clone()) for x in self.batches]
+        block, results = self.blocks[index], []
         for config in configs:
-            weights = {f"{name}.weight": compress_kernel(module.weight, kernel)[0]
-                       for (name, module), kernel in zip(modules.items(), config.kernels)}
-            errors = [F.mse_loss(functional_call(self.model, weights, (x,)), logits).item()
+            weights = block.replaced(compress_kernel(holder.weight, kernel)[0]
+                                     for holder, kernel in zip(block.kernels.values(), config.kernels))
+            # A clone: the network may write into its input.
+            errors = [F.mse_loss(functional_call(self.model, weights, (x.clone(),), tie_weights=False), logits).item()
                       for x, logits in zip(self.batches, self.reference)]
             results.append(proxy_drop(sum(errors) / len(errors)))
         self.model.train(was_training)
