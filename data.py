@@ -1,41 +1,38 @@
-"""Image sets: where they come from, their order, and batches augmented on the device (§4; ledger D15, D19).
+"""Image sets: batches augmented on the device, data sets by name, adapters for one's own (§4; ledger D15, D19).
 
-A split is one uint8 tensor in CPU memory. A batch is picked from it, moved to the device as uint8 and only there
-resized, augmented and normalised, all images at once. Every random number is drawn from a CPU generator that the
-caller passes, so that a run sees the same batches on a CPU and on a GPU.
+A split is one uint8 tensor in CPU memory, often the mapped cache of :mod:`sources`, or a list of files that worker
+processes decode. A batch is picked from it, moved to the device as uint8 and only there resized, augmented and
+normalised, all images at once. Every random number is drawn from a CPU generator that the caller passes, so that a
+run sees the same batches on a CPU and on a GPU, from memory and from disk.
 
-| data set | train augmentation, after the resize | images come from |
-|---|---|---|
-| cifar10, cifar100 | flip, crop, jitter | class folders, or the published archive through torchvision |
-| tiny-imagenet | flip, jitter | the published folder tree, downloaded where absent |
-| synthetic | flip, crop | drawn here |
+| data set | train augmentation, after the resize |
+|---|---|
+| cifar10, cifar100 | flip, crop, jitter |
+| tiny-imagenet, imagenet, folder | flip, jitter |
+| synthetic (drawn here) | flip, crop |
 
-Against a torchvision pipeline: the resize works on floats, so it does not round to 1/255 before the augmentation;
-flips are taken before the resize, which gives the same pixels and moves fewer bytes; the order of the three colour
-operations is drawn per batch, not per image; jitter factors are drawn per image, as there.
+Against a torchvision pipeline: the resize of CIFAR and Tiny ImageNet works on floats, so it does not round to 1/255
+before the augmentation (imagenet and folder are resized as they are decoded, and do); flips are taken before the
+resize, which gives the same pixels and moves fewer bytes; the order of the three colour operations is drawn per batch,
+not per image; jitter factors are drawn per image, as there.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import http.client
 import math
+import multiprocessing
 import os
-import pathlib
-import shutil
-import tarfile
-import urllib.request
-import zipfile
-import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+import sources
 from config import Data, InputError
+from sources import silent
 
 CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100_STATS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -44,46 +41,69 @@ SYNTHETIC_STATS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 JITTER = 0.2                       # colour factors are uniform in [1 - JITTER, 1 + JITTER]
 LUMA = (0.2989, 0.587, 0.114)      # weights of red, green, blue in a grey value (ITU-R 601), as torchvision's
-ORDER_SEED = 2606                  # of the fixed permutation of files; no setting, so that test subsets stay the same
 SYNTHETIC_SEED = 26002             # of the synthetic images; independent of the run's seed for the same reason
 SYNTHETIC_TRAIN, SYNTHETIC_TEST = 2000, 1000
-TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-PUBLISHED = {"cifar10": (10, 50_000, 10_000), "cifar100": (100, 50_000, 10_000),
-             "tiny-imagenet": (200, 100_000, 10_000)}    # classes, training images, test images
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
-def silent(what: str, done: int, total: int) -> None:
-    """The progress callback that says nothing."""
+class ImageSet:
+    """What the splits below share: fields ``labels`` int64 [N], ``size``, ``mean``, ``std``, ``augment``, ``padding``,
+    and how a batch of uint8 images becomes floats."""
 
+    def __len__(self) -> int:
+        return len(self.labels)
 
-@dataclass(frozen=True, eq=False)
-class Images:
-    """One split. ``size`` is the side in pixels after the resize; ``augment`` is what a generator switches on.
-
-    ``images`` uint8 [N, 3, h, w] and ``labels`` int64 [N], both in CPU memory; ``mean`` and ``std`` per channel
-    for values in [0, 1]; ``padding`` in pixels at ``size``. Raises ValueError for tensors of another kind.
-    """
-    images: torch.Tensor
-    labels: torch.Tensor
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    augment: tuple[str, ...] = ()
-    padding: int = 4
-
-    def __post_init__(self):
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or self.images.shape[1] != 3:
-            raise ValueError(f"images must be uint8 [N, 3, h, w], not {self.images.dtype} {list(self.images.shape)}")
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"labels must be int64 [{len(self.images)}], "
-                             f"not {self.labels.dtype} {list(self.labels.shape)}")
+    def _check(self):
         unknown = set(self.augment) - {"flip", "crop", "jitter"}
         if unknown:
             raise ValueError(f"augment knows flip, crop and jitter, not {', '.join(sorted(unknown))}")
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def _prepare(self, x, device, generator):
+        """Resize, flip, crop, jitter, normalise (ledger D15's table); the middle three only with a generator, which
+        must be a CPU one. x uint8 [n, C, h, w] on the CPU, not changed → float32 [n, C, size, size] on ``device``."""
+        x = x.to(device, non_blocking=True)                 # the bytes move, not the floats
+        n, draw = len(x), generator is not None
+        if draw and "flip" in self.augment:
+            x = flip(x, torch.rand(n, generator=generator) < 0.5)
+        x = resize(x, self.size)
+        if draw and "crop" in self.augment:
+            corner = torch.randint(0, 2 * self.padding + 1, (2, n), generator=generator)
+            x = crop(x, corner[0], corner[1], self.padding)
+        if not (draw and "jitter" in self.augment):         # one pass over the floats less
+            return normalise_(x.to(torch.float32), self.mean, self.std, 255)
+        x = x.to(torch.float32).div_(255)
+        factors = 1 - JITTER + 2 * JITTER * torch.rand(3, n, generator=generator)
+        factors = factors.to(device).view(3, n, 1, 1, 1)
+        for which in torch.randperm(3, generator=generator).tolist():
+            (brightness_, contrast_, saturation_)[which](x, factors[which])
+        return normalise_(x, self.mean, self.std)
+
+
+@dataclass(frozen=True, eq=False)
+class Images(ImageSet):
+    """One split in memory. ``size`` is the side in pixels after the resize; ``augment`` is what a generator switches
+    on.
+
+    ``images`` uint8 [N, C, h, w] and ``labels`` int64 [N], both in CPU memory; ``mean`` and ``std`` per channel
+    for values in [0, 1]; ``padding`` in pixels at ``size``. Jitter is for three channels. Raises ValueError for
+    tensors of another kind.
+    """
+    images: torch.Tensor
+    labels: torch.Tensor
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: tuple[str, ...] = ()
+    padding: int = 4
+
+    def __post_init__(self):
+        channels = len(self.mean)
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or self.images.shape[1] != channels:
+            raise ValueError(f"images must be uint8 [N, {channels}, h, w], "
+                             f"not {self.images.dtype} {list(self.images.shape)}")
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels must be int64 [{len(self.images)}], "
+                             f"not {self.labels.dtype} {list(self.labels.shape)}")
+        self._check()
 
     def subset(self, index) -> Images:
         """The images at ``index`` (int64 tensor or list: a copy; slice: a view), with the same settings."""
@@ -92,28 +112,13 @@ class Images:
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
     def batch(self, index, device="cpu", generator=None):
-        """Images at ``index`` (int64 [n] or list) → (x float32 [n, 3, size, size], y int64 [n]) on ``device``.
+        """Images at ``index`` (int64 [n] or list) → (x float32 [n, C, size, size], y int64 [n]) on ``device``.
 
-        Resize, flip, crop, jitter, normalise (ledger D15's table); the middle three only with a generator, which
-        must be a CPU one. The stored images are never changed.
+        Augmented with a generator only. The stored images are never changed.
         """
         index = torch.as_tensor(index, dtype=torch.int64)
-        x = self.images.index_select(0, index).to(device, non_blocking=True)   # the bytes move, not the floats
-        y = self.labels.index_select(0, index).to(device, non_blocking=True)
-        n, draw = len(index), generator is not None
-        if draw and "flip" in self.augment:
-            x = flip(x, torch.rand(n, generator=generator) < 0.5)
-        x = resize(x, self.size)
-        if draw and "crop" in self.augment:
-            corner = torch.randint(0, 2 * self.padding + 1, (2, n), generator=generator)
-            x = crop(x, corner[0], corner[1], self.padding)
-        x = x.to(torch.float32).div_(255)
-        if draw and "jitter" in self.augment:
-            factors = 1 - JITTER + 2 * JITTER * torch.rand(3, n, generator=generator)
-            factors = factors.to(device).view(3, n, 1, 1, 1)
-            for which in torch.randperm(3, generator=generator).tolist():
-                (brightness_, contrast_, saturation_)[which](x, factors[which])
-        return normalise_(x, self.mean, self.std), y
+        x = self._prepare(self.images.index_select(0, index), device, generator)
+        return x, self.labels.index_select(0, index).to(device, non_blocking=True)
 
     def batches(self, batch_size, device="cpu", generator=None, limit=0):
         """Yield :meth:`batch` over the split; the last batch may be smaller.
@@ -121,21 +126,134 @@ class Images:
         Without a generator in stored order and unaugmented; with one in an order drawn from it, augmented. With
         ``limit`` > 0 it ends after the first ``limit`` images of that order.
         """
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
-        for index in (order[:limit] if limit > 0 else order).split(batch_size):
-            if len(index):
+        if generator is not None:
+            for index in _order(len(self), generator, limit).split(batch_size):
                 yield self.batch(index, device, generator)
+            return
+        count = min(limit, len(self)) if limit > 0 else len(self)
+        for start in range(0, count, batch_size):
+            part = slice(start, min(start + batch_size, count))     # a view: nothing is gathered
+            yield self._prepare(self.images[part], device, None), self.labels[part].clone().to(device)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream(ImageSet):
+    """One split that stays on disk: the files ``names`` (encoded, relative to ``folder``), decoded and resized to
+    ``size`` by ``workers`` processes (-1 = one per core, 0 = in this one) while batches are used.
+
+    The same batches for the same generator as :class:`Images` of the same files at that side. The processes start
+    with the first pass and stay for the next; they draw no random numbers. An image that cannot be read raises
+    InputError naming it, from :meth:`batch` and :meth:`batches`.
+    """
+    folder: str
+    names: np.ndarray                                       # bytes: a list of strings would be copied by every process
+    labels: torch.Tensor
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: tuple[str, ...] = ()
+    padding: int = 4
+    workers: int = -1
+    _loaders: list = field(default_factory=list, init=False, repr=False)    # idle ones, at most one
+
+    def __post_init__(self):
+        if self.names.dtype.kind != "S" or self.labels.dtype != torch.int64 or len(self.names) != len(self.labels):
+            raise ValueError(f"a stream needs N encoded names and int64 labels [N], not {self.names.dtype} "
+                             f"[{len(self.names)}] and {self.labels.dtype} {list(self.labels.shape)}")
+        self._check()
+
+    def subset(self, index) -> Stream:
+        """The images at ``index`` (int64 tensor, list or slice), with the same settings."""
+        index = index if isinstance(index, slice) else torch.as_tensor(index, dtype=torch.int64)
+        which = index if isinstance(index, slice) else index.numpy()
+        return dataclasses.replace(self, names=self.names[which], labels=self.labels[index])
+
+    def batch(self, index, device="cpu", generator=None):
+        """As :meth:`Images.batch`; decoded here."""
+        index = torch.as_tensor(index, dtype=torch.int64)
+        paths = [os.path.join(self.folder, os.fsdecode(name)) for name in self.names[index.numpy()]]
+        x = torch.from_numpy(sources.decode(paths, self.size)[0])
+        return self._prepare(x, device, generator), self.labels[index].to(device, non_blocking=True)
+
+    def batches(self, batch_size, device="cpu", generator=None, limit=0):
+        """As :meth:`Images.batches`, two batches per process ahead."""
+        chunks = _order(len(self), generator, limit).split(batch_size) if len(self) else ()
+        if not self.workers:
+            for index in chunks:
+                yield self.batch(index, device, generator)
+            return
+        # Taken out while in use: a second pass at the same time starts processes of its own.
+        loader = self._loaders.pop() if self._loaders else self._loader()
+        try:
+            loader.batch_sampler.chunks = chunks
+            for index, (x, problem) in zip(chunks, loader):
+                if problem:
+                    raise InputError(problem)
+                yield self._prepare(x, device, generator), self.labels[index].to(device, non_blocking=True)
+        finally:
+            if not self._loaders:
+                self._loaders.append(loader)
+
+    def _loader(self):
+        count = sources.cores() if self.workers < 0 else self.workers
+        return DataLoader(_Decoder(self.folder, self.names, self.size), batch_sampler=_Chunks(), collate_fn=_same,
+                          num_workers=count, persistent_workers=True, generator=torch.Generator(),
+                          multiprocessing_context=_context())
+
+
+class _Decoder:
+    """What a stream's DataLoader reads: a list of positions → (uint8 [n, 3, size, size], ""), or (empty, why)."""
+
+    def __init__(self, folder, names, size):
+        self.folder, self.names, self.size = folder, names, size
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitems__(self, index):
+        paths = [os.path.join(self.folder, os.fsdecode(self.names[i])) for i in index]
+        try:
+            return torch.from_numpy(sources.decode(paths, self.size, workers=1)[0]), ""
+        except InputError as error:                         # raised here it would arrive as a traceback of many lines
+            return torch.empty(0), str(error)
+
+
+class _Chunks:
+    """A batch sampler whose batches are given before each pass; persistent workers need one object throughout."""
+    chunks = ()
+
+    def __iter__(self):
+        return (index.tolist() for index in self.chunks)
+
+    def __len__(self):
+        return len(self.chunks)
+
+
+def _same(batch):
+    return batch
+
+
+def _context():
+    """Worker processes are forked where that exists: other ways import the user's script once more."""
+    return "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+
+
+def _order(n, generator, limit):
+    """Positions int64 [n or limit]: drawn from the generator, or in order without one."""
+    order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+    return order[:limit] if limit > 0 else order
 
 
 @dataclass(frozen=True, eq=False)
 class Splits:
     """A data set. ``notes``: one line for everything that was substituted, converted, skipped or cut (for the log
-    and result.json)."""
-    train: Images
-    test: Images
+    and result.json); ``skipped``: how many files data.skip_corrupt left out."""
+    train: Images | Stream
+    test: Images | Stream
     num_classes: int
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
+    skipped: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -194,320 +312,184 @@ def saturation_(x, factor):
     return x.mul_(factor).add_(pale).clamp_(0, 1)
 
 
-def normalise_(x, mean, std):
-    """(x − mean)/std per channel, in place; x float [n, 3, h, w] in [0, 1]."""
-    mean, std = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (mean, std))
-    return x.sub_(mean).mul_(1 / std)
+def normalise_(x, mean, std, top=1):
+    """(x/top − mean)/std per channel, in place; x float [n, C, h, w] in [0, top]."""
+    mean, std = (torch.tensor(values, device=x.device).view(1, -1, 1, 1) for values in (mean, std))
+    return x.mul_(1 / (top * std)).sub_(mean / std)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Loading a data set by its name
 
 
-def load(settings: Data, progress=silent) -> Splits:
+def load(settings: Data, progress=silent, pretrained_stats=None) -> Splits:
     """Read, download or draw the data set that ``settings`` name, only the images that it asks for.
 
     ``train_images``: the first n of a fixed pseudo-random permutation (every class is in it early on);
     ``test_images``: the first n of the test order (ledger D15, D19); 0 = all. ``progress(what, done, total)`` is
-    called while files are read (images) or downloaded (bytes).
-    Raises InputError when the data is not there, cannot be had, is incomplete or damaged, or holds fewer images.
+    called while files are read (images) or downloaded (bytes). ``pretrained_stats``: (mean, std) of the network's
+    published weights, which data.normalize=pretrained uses.
+    Raises InputError when the data is not there, cannot be had, is incomplete or damaged, or holds fewer images;
+    ValueError without the ``pretrained_stats`` that the settings need.
     """
-    if settings.name == "synthetic":
-        return _load_synthetic(settings)
-    reader = {"cifar10": _load_cifar, "cifar100": _load_cifar, "tiny-imagenet": _load_tiny_imagenet}[settings.name]
-    train, test, names, notes = reader(settings, progress)
-    known = zip(("classes", "training images", "test images"),
-                (len(names), train.available, test.available), PUBLISHED[settings.name])
-    for what, found, published in known:
-        if found != published:
-            notes.append(f"{settings.name}: {found} {what} found, the published set has {published}")
-    for what, part in (("training images: the first {} of a fixed permutation of {}", train),
-                       ("test images: the first {} of the test order of {}", test)):
-        if len(part.labels) < part.available:
-            notes.append(f"{settings.name}: " + what.format(len(part.labels), part.available))
+    if settings.normalize == "pretrained" and pretrained_stats is None:
+        raise ValueError("data.normalize=pretrained needs pretrained_stats, the network's (mean, std)")
+    splits = _load_synthetic(settings) if settings.name == "synthetic" else _load_files(settings, progress)
+    if settings.normalize == "pretrained":
+        mean, std = (tuple(values) for values in pretrained_stats)
+        train, test = (dataclasses.replace(part, mean=mean, std=std) for part in (splits.train, splits.test))
+        note = f"{settings.name}: normalised with the mean {mean} and std {std} of the network's weights"
+        splits = dataclasses.replace(splits, train=train, test=test, notes=splits.notes + (note,))
+    return splits
+
+
+def _load_files(settings, progress):
+    *parts, names, notes = sources.read(settings, progress)
     mean, std = {"cifar10": CIFAR10_STATS, "cifar100": CIFAR100_STATS}.get(settings.name, IMAGENET_STATS)
-    augment = ("flip", "jitter") if settings.name == "tiny-imagenet" else ("flip", "crop", "jitter")
-    return Splits(Images(train.images, train.labels, settings.image_size, mean, std, augment),
-                  Images(test.images, test.labels, settings.image_size, mean, std),
-                  len(names), tuple(names), tuple(notes))
+    augment = ("flip", "crop", "jitter") if settings.name.startswith("cifar") else ("flip", "jitter")
+    splits = []
+    for part, how in zip(parts, (augment, ())):
+        labels, common = torch.from_numpy(part.labels), (settings.image_size, mean, std, how)
+        if part.files is None:
+            splits.append(Images(torch.from_numpy(part.pixels), labels, *common))
+        else:
+            encoded = np.array([os.fsencode(name) for name in part.files.names])
+            splits.append(Stream(str(part.files.folder), encoded, labels, *common, workers=settings.workers))
+    return Splits(*splits, len(names), tuple(names), tuple(notes), sum(part.skipped for part in parts))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images of one's own
+
+
+def as_images(source):
+    """What a user has → an object with ``len()``, ``batch`` and ``batches`` as :class:`Images` has them.
+
+    - such an object: as it is
+    - (x, y), y int64 [N]: x float [N, C, H, W] is taken as normalised; x uint8 [N, C, h, h] is only divided by 255.
+      Neither is augmented
+    - a map-style torch Dataset of (image float tensor [C, H, W], label int)
+    - a DataLoader over one: its data set, collate_fn, num_workers and worker_init_fn are kept. Its order, batch size
+      and drop_last are not, so one that draws a subset or a weighting is refused
+
+    What a Dataset or DataLoader augments it does on its own, with or without a generator.
+    Raises InputError for anything else.
+    """
+    if all(hasattr(source, name) for name in ("batch", "batches", "__len__")):
+        return source
+    if isinstance(source, (tuple, list)) and len(source) == 2 and all(isinstance(t, torch.Tensor) for t in source):
+        return _from_tensors(*source)
+    if isinstance(source, DataLoader):
+        return _from_loader(source)
+    if isinstance(source, IterableDataset):
+        raise InputError("an IterableDataset cannot be shuffled or read in part: give a map-style Dataset (with "
+                         "__getitem__ and __len__)")
+    if isinstance(source, torch.utils.data.Dataset) or hasattr(source, "__getitem__") and hasattr(source, "__len__") \
+            and not isinstance(source, (tuple, list, dict, str, torch.Tensor, np.ndarray)):
+        return Loaded(source, torch.utils.data.default_collate)
+    raise InputError(f"images must be data.Images, a pair of tensors (x, y), a torch Dataset or a DataLoader, "
+                     f"not {type(source).__name__}")
+
+
+def _from_tensors(x, y):
+    if x.dim() != 4 or y.dim() != 1 or len(x) != len(y) or not len(x):
+        raise InputError(f"a pair of tensors must be x [N, C, H, W] and y [N], not {list(x.shape)} and {list(y.shape)}")
+    if y.dtype != torch.int64:
+        raise InputError(f"labels must be int64 class indices, not {y.dtype}")
+    if x.dtype == torch.uint8:
+        if x.shape[2] != x.shape[3]:
+            raise InputError(f"uint8 images must be square, not {x.shape[2]} x {x.shape[3]}; give floats instead")
+        channels = x.shape[1]
+        return Images(x.cpu(), y.cpu(), x.shape[2], (0.0,) * channels, (1.0,) * channels)
+    if not x.dtype.is_floating_point:
+        raise InputError(f"images must be uint8, or floats already normalised, not {x.dtype}")
+    return Tensors(x, y)
+
+
+def _from_loader(loader):
+    if isinstance(loader.dataset, IterableDataset):
+        raise InputError("a DataLoader over an IterableDataset cannot be shuffled or read in part: give one over a "
+                         "map-style Dataset (with __getitem__ and __len__)")
+    sampler = loader.sampler
+    whole = type(sampler) is SequentialSampler or type(sampler) is RandomSampler and not sampler.replacement and \
+        sampler.num_samples == len(loader.dataset)
+    if type(loader.batch_sampler) is not BatchSampler or not whole:
+        raise InputError(f"a DataLoader with batch_size=None, a batch sampler or a {type(sampler).__name__} that does "
+                         "not give every item once: choose the items with torch.utils.data.Subset instead")
+    return Loaded(loader.dataset, loader.collate_fn, loader.num_workers, loader.worker_init_fn)
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A split as read: the asked-for images and labels, and how many there are in all."""
-    images: torch.Tensor
-    labels: torch.Tensor
-    available: int
+class Tensors:
+    """Images x float [N, C, H, W], used as they are, and labels y int64 [N], on any device."""
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def batch(self, index, device="cpu", generator=None):
+        """Images and labels at ``index`` (int64 [n] or list): copies, float32."""
+        index = torch.as_tensor(index, dtype=torch.int64, device=self.x.device)
+        y = self.y.index_select(0, index.to(self.y.device))
+        return self.x.index_select(0, index).to(device, torch.float32), y.to(device)
+
+    def batches(self, batch_size, device="cpu", generator=None, limit=0):
+        """As :meth:`Images.batches`, never augmented."""
+        for index in _order(len(self), generator, limit).split(batch_size):
+            yield self.batch(index, device)
 
 
-def fixed_order(n: int) -> list[int]:
-    """The one permutation of n items behind every order and subset here (ledger D19).
+class Loaded:
+    """A map-style ``dataset`` of (image float tensor, label int), read by ``workers`` processes (0 = here).
 
-    RandomState: numpy guarantees that its stream never changes, so subsets stay comparable across versions.
+    Raises InputError when its first items do not collate to (x float [n, …], y integer [n]), and later when a batch
+    does not.
     """
-    return np.random.RandomState(ORDER_SEED).permutation(n).tolist()
 
-
-def _asked(settings, key, available, where):
-    """How many images to take: the setting, or all for 0; InputError when there are fewer."""
-    wanted = getattr(settings, key)
-    if wanted > available:
-        raise InputError(f"data.{key}={wanted}: {where} holds {available}; give at most {available}, or 0 for all")
-    return wanted or available
-
-
-def _read_part(settings, key, items, side, progress, notes) -> Part:
-    """Decode the first asked-for ``items`` (path, label), which are in their final order already."""
-    split = key.removesuffix("_images")
-    count = _asked(settings, key, len(items), f"the {split} split of {settings.name} in {settings.dir}")
-    chosen = items[:count]
-    images, resized, recoloured = decode([path for path, _ in chosen], side, f"reading {split} images", progress)
-    if resized:
-        notes.append(f"{settings.name}: {resized} {split} images were not {side} x {side} and were resized to it")
-    if recoloured:
-        notes.append(f"{settings.name}: {recoloured} {split} images were not RGB (grey, palette) and were converted")
-    return Part(images, torch.tensor([label for _, label in chosen], dtype=torch.int64), len(items))
-
-
-def decode(paths, side, what="reading images", progress=silent, workers=None):
-    """Image files → (uint8 [N, 3, side, side], number resized to that side, number converted to RGB).
-
-    A pool of threads (Pillow decodes outside the interpreter lock) writes straight into the one tensor: all of
-    Tiny ImageNet takes 1.35 GB, and no second copy of it is made.
-    Raises InputError that names the first file that cannot be read.
-    """
-    images = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
-    pixels = images.numpy()                                 # the same memory
-
-    def read(start):
-        resized = recoloured = 0
-        for i in range(start, min(start + chunk, len(paths))):
-            try:
-                with Image.open(paths[i]) as image:
-                    if image.mode != "RGB":
-                        image, recoloured = image.convert("RGB"), recoloured + 1
-                    if image.size != (side, side):
-                        image, resized = image.resize((side, side), Image.Resampling.BILINEAR), resized + 1
-                    pixels[i] = np.asarray(image).transpose(2, 0, 1)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                reason = " ".join(str(error).split())
-                raise InputError(f"{paths[i]}: not a readable image ({reason}); replace the file, or remove its "
-                                 "data set's folder and get it again") from None
-        return resized, recoloured
-
-    chunk, done, counts = 250, 0, (0, 0)
-    progress(what, 0, len(paths))
-    pool = concurrent.futures.ThreadPoolExecutor(workers or os.cpu_count() or 1)
-    try:
-        for start, found in zip(range(0, len(paths), chunk), pool.map(read, range(0, len(paths), chunk))):
-            counts = (counts[0] + found[0], counts[1] + found[1])
-            done = min(start + chunk, len(paths))
-            progress(what, done, len(paths))
-    finally:
-        pool.shutdown(cancel_futures=True)                  # after an error, do not read on
-    return images, *counts
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# CIFAR-10 and CIFAR-100
-
-
-def _load_cifar(settings, progress):
-    """→ train Part, test Part, class names, notes; from class folders where there are any, else from the archive."""
-    folder = pathlib.Path(settings.dir) / settings.name
-    if folder.exists():
-        return _load_class_folders(settings, folder, progress)
-    import torchvision                                      # takes a second; only this branch needs it
-    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[settings.name]
-    parts = {}
-    for key in ("train_images", "test_images"):
-        stored = _open_cifar(kind, settings, key == "train_images", progress)
-        count = _asked(settings, key, len(stored.data), f"the archive of {settings.name}")
-        # The published files are in random order: the test split keeps theirs.
-        order = fixed_order(len(stored.data)) if key == "train_images" else list(range(len(stored.data)))
-        images = torch.from_numpy(np.ascontiguousarray(stored.data[order[:count]].transpose(0, 3, 1, 2)))
-        labels = torch.tensor(stored.targets, dtype=torch.int64)[order[:count]]
-        parts[key] = Part(images, labels, len(stored.data))
-    return parts["train_images"], parts["test_images"], stored.classes, []
-
-
-def _open_cifar(kind, settings, train, progress):
-    """torchvision's data set object; its files are fetched here first, with a time limit, where they are absent."""
-    archive = pathlib.Path(settings.dir) / kind.filename
-    try:
-        return kind(settings.dir, train=train, download=False)
-    except (RuntimeError, OSError):
-        pass                                                # absent, or not what its checksums say
-    try:
-        if not archive.is_file():
-            fetch(kind.url, archive, progress)
-        return kind(settings.dir, train=train, download=True)       # checks the archive, extracts it, reads it
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{settings.name} is not in {settings.dir} and could not be had from {kind.url} ({reason}); "
-                         f"put {kind.filename} or its folder {kind.base_folder} into {settings.dir}, or images as "
-                         f"{settings.dir}/{settings.name}/train/CLASS/*.png and .../test/CLASS/*.png") from None
-
-
-def _load_class_folders(settings, folder, progress):
-    """``folder/{train,test}/<class>/*.png|jpg|jpeg``: class index = place in the sorted class names.
-
-    Both splits are sorted, then put in the fixed permutation's order (ledger D19): in name order the first 1,280
-    test images would be of two classes.
-    """
-    notes = [f"{settings.name}: read from class folders in {folder}; both splits in one fixed pseudo-random order"]
-    names, parts = None, {}
-    for split in ("train", "test"):
-        layout = f"expected {folder}/{split}/CLASS/*.png or .jpg, one folder per class"
-        found = sorted(entry.name for entry in _entries(folder / split, layout)
-                       if entry.is_dir() and not entry.name.startswith("."))
-        if names is not None and found != names:
-            odd = sorted(set(found) ^ set(names))
-            raise InputError(f"{folder}: train and test do not have the same class folders; only one has "
-                             f"{', '.join(odd[:5])}")
-        names, items, skipped = found, [], 0
-        for label, name in enumerate(names):
-            files, others = _image_files(folder / split / name, layout)
-            items += [(path, label) for path in files]
-            skipped += others
-        if not items:
-            raise InputError(f"{folder / split}: no class folders; {layout}")
-        if skipped:
-            notes.append(f"{settings.name}: skipped {skipped} {split} files that are not PNG or JPEG")
-        items = [items[i] for i in fixed_order(len(items))]
-        parts[split] = _read_part(settings, f"{split}_images", items, 32, progress, notes)
-    return parts["train"], parts["test"], names, notes
-
-
-def _entries(folder, mend):
-    """The entries of a folder; InputError (with the way to mend it) when it is missing or not readable."""
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except FileNotFoundError:
-        raise InputError(f"{folder} is missing; {mend}") from None
-    except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error.strerror}); {mend}") from None
-
-
-def _image_files(folder, mend):
-    """(sorted paths of the images in a folder, number of other files); InputError when it holds no image."""
-    entries = [entry.name for entry in _entries(folder, mend)]
-    files = sorted(name for name in entries if name.lower().endswith(SUFFIXES) and not name.startswith("."))
-    if not files:
-        raise InputError(f"{folder} holds no images; {mend}")
-    return [os.path.join(folder, name) for name in files], len(entries) - len(files)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Tiny ImageNet
-
-
-def _load_tiny_imagenet(settings, progress):
-    """→ train Part, test Part, class names, notes. Test is the labelled validation split in the order of
-    ``val_annotations.txt`` (ledger D19); class index = line of ``wnids.txt``."""
-    tree = pathlib.Path(settings.dir) / "tiny-imagenet-200"
-    if not tree.exists():
-        _download_tiny_imagenet(settings, tree, progress)
-    mend = f"get the whole set from {TINY_IMAGENET_URL} and extract it into {settings.dir}"
-    notes = ["tiny-imagenet: test = the labelled validation split in the order of val_annotations.txt; "
-             "class index = line of wnids.txt"]
-    names = [line.strip() for line in _lines(tree / "wnids.txt", mend) if line.strip()]
-    classes = {name: i for i, name in enumerate(names)}
-    if not names or len(classes) < len(names):
-        raise InputError(f"{tree / 'wnids.txt'} is empty or names a class twice; {mend}")
-
-    train = []
-    for name in names:                                      # class order: the permutation below mixes it
-        train += [(path, classes[name]) for path in _image_files(tree / "train" / name / "images", mend)[0]]
-    others = {entry.name for entry in _entries(tree / "train", mend) if entry.is_dir()} - set(names)
-    if others:
-        notes.append(f"tiny-imagenet: skipped {len(others)} train folders that wnids.txt does not name")
-    train = [train[i] for i in fixed_order(len(train))]     # file names are permuted, never the decoded images
-
-    annotations, images = tree / "val" / "val_annotations.txt", tree / "val" / "images"
-    present, test = None, []
-    for number, line in enumerate(_lines(annotations, mend), start=1):
-        if not line.strip():
-            continue
-        file, label = (line.split("\t") + ["", ""])[:2]
-        if label.strip() not in classes:
-            raise InputError(f"{annotations}, line {number}: '{label.strip()}' is not a class of wnids.txt; {mend}")
-        present = present or {entry.name for entry in _entries(images, mend)}
-        if file not in present:
-            raise InputError(f"{images / file} is missing ({annotations.name}, line {number}, names it); {mend}")
-        test.append((os.path.join(images, file), classes[label.strip()]))
-    if not test:
-        raise InputError(f"{annotations} names no images; {mend}")
-    return (_read_part(settings, "train_images", train, 64, progress, notes),
-            _read_part(settings, "test_images", test, 64, progress, notes), names, notes)
-
-
-def _lines(path, mend):
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise InputError(f"{path} {reason}; {mend}") from None
-
-
-def _download_tiny_imagenet(settings, tree, progress):
-    """Fetch the archive (unless it lies there) and extract it next to ``tree``, which appears only when complete."""
-    archive = tree.with_suffix(".zip")
-    if not archive.is_file():
+    def __init__(self, dataset, collate, workers=0, worker_init=None):
+        if not len(dataset):
+            raise InputError("the data set is empty")
+        self.dataset, self.collate, self.workers, self.worker_init = dataset, collate, workers, worker_init
+        with torch.random.fork_rng(devices=[]):             # a look at an item must not shift the run's random numbers
+            items = [dataset[0]]
         try:
-            fetch(TINY_IMAGENET_URL, archive, progress)
-        except (OSError, http.client.HTTPException) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"tiny-imagenet is not in {settings.dir} and could not be had from {TINY_IMAGENET_URL} "
-                             f"({reason}); extract that archive so that {tree}/wnids.txt exists") from None
-    scratch = tree.with_name(f"{tree.name}.{os.getpid()}.part")
-    try:
-        extract(archive, scratch)
-        if not (scratch / tree.name).is_dir():
-            raise InputError(f"{archive} holds no folder {tree.name}; delete it and start again to fetch a new one")
-        os.replace(scratch / tree.name, tree)
-    except OSError as error:
-        if not tree.is_dir():                               # else another run extracted it in the meantime
-            raise InputError(f"{archive} could not be extracted into {tree.parent} ({error}); free space or extract "
-                             f"it by hand so that {tree}/wnids.txt exists") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            found = collate(items)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"the data set's items must be (image float tensor, label int): "
+                             f"{' '.join(str(error).split())}") from None
+        self._on(found, "cpu")
 
+    def __len__(self) -> int:
+        return len(self.dataset)
 
-def fetch(url, target, progress=silent, timeout=60):
-    """Download ``url`` to the file ``target``, which appears only when complete. Raises OSError (a URLError is one)
-    or http.client.HTTPException; ``timeout`` in seconds without a byte."""
-    target = pathlib.Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as source, open(partial, "wb") as sink:
-            total, done = int(source.headers.get("Content-Length") or 0), 0
-            while block := source.read(1 << 20):
-                sink.write(block)
-                done += len(block)
-                progress(f"downloading {target.name}", done, total)
-        if done < total:
-            raise OSError(f"the connection ended after {done} of {total} bytes")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    def batch(self, index, device="cpu", generator=None):
+        """Items at ``index`` (int64 [n] or list), read in this process."""
+        index = torch.as_tensor(index, dtype=torch.int64).tolist()
+        return self._on(self.collate([self.dataset[i] for i in index]), device)
 
+    def batches(self, batch_size, device="cpu", generator=None, limit=0):
+        """As :meth:`Images.batches`; the processes' own random numbers follow the generator too, where there is one."""
+        chunks = _Chunks()
+        chunks.chunks = _order(len(self), generator, limit).split(batch_size)
+        seeds = torch.Generator()                           # else a pass would draw from the global generator
+        if generator is not None:
+            seeds.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        loader = DataLoader(self.dataset, batch_sampler=chunks, collate_fn=self.collate, num_workers=self.workers,
+                            worker_init_fn=self.worker_init, generator=seeds,
+                            multiprocessing_context=_context() if self.workers else None)
+        for batch in loader:
+            yield self._on(batch, device)
 
-def extract(archive, folder):
-    """Unpack a zip file into ``folder``. Raises InputError when it is damaged or when a member's name leads out of
-    the folder (nothing is written then), OSError when it cannot be written."""
-    mend = "delete it and start again to fetch a new one"
-    try:
-        with zipfile.ZipFile(archive) as source:
-            for name in source.namelist():
-                parts = name.replace("\\", "/").split("/")
-                if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-                    raise InputError(f"{archive}: member '{name}' leads out of the folder; {mend}")
-            source.extractall(folder)
-    except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
-        raise InputError(f"{archive} is damaged ({error}); {mend}") from None
+    def _on(self, batch, device):
+        x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
+        if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype.is_floating_point
+                and not y.dtype.is_floating_point and y.dim() == 1 and len(x) == len(y)):
+            what = [f"{part.dtype} {list(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
+                    for part in (batch if isinstance(batch, (tuple, list)) else [batch])]
+            raise InputError(f"a batch of the data set must be (x float [n, C, H, W], y integer [n]), not "
+                             f"({', '.join(what)})")
+        return x.to(device, torch.float32), y.to(device, torch.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------

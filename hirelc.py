@@ -1,26 +1,21 @@
 """HiReLC: hierarchical reinforcement learning for pruning and quantisation (arXiv 2606.26002).
 
 :meth:`HiReLC.run` is the paper's Algorithm 1: one call per step, in the paper's order. The rest of this file
-prepares an experiment, keeps its run directory and reads the command line::
+prepares an experiment or a network of one's own and reads the command line::
 
-    python hirelc.py --exp 3          # one of the paper's experiments
-    python hirelc.py --exp 3 --smoke  # the same code path in seconds, without any download
-    python hirelc.py --list           # the experiments and the paper's numbers
+    python hirelc.py --exp 3               # one of the paper's experiments
+    python hirelc.py --exp 3 --smoke       # the same code path in seconds, without any download
+    python hirelc.py --list                # the experiments and the paper's numbers
+    python hirelc.py --model net.py:make   # a network of one's own, from a Python file or module
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -28,15 +23,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 import data
 import models
-from compress import (NetworkConfig, compress_network, from_policy, kernel_shapes, snap_to_grid, to_policy,
-                      whole_model_ratio)
-from config import EXPERIMENTS, Config, InputError, flatten, from_flat, override
+from blocks import Survey, copy_network, own_network, try_network
+from compress import (NetworkConfig, compress_network, from_policy, kernel_bytes, kernel_shapes, model_bytes,
+                      snap_to_grid, to_policy, whole_model_ratio)
+from config import EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
-from report import results_table, survive_ascii, wilson, write_json, write_text
+from report import results_table, survive_ascii, wilson, write_json
+from runs import check_directory, provenance, run_directory, save
 from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, block_features, compliance,
                     derive_seed, null_controller, random_config)
 from train import Trainer, accuracy, correct, fisher_sensitivity
@@ -90,7 +86,7 @@ class Cycle:
 class HiReLC:
     """One compression of one trained network.
 
-    model: an nn.Module on the device of choice, mapping [n, 3, H, W] to logits; it is changed in place and holds
+    model: an nn.Module on the device of choice, mapping [n, C, H, W] to logits; it is changed in place and holds
     the best compressed weights at the end. blocks: from ``models.find_blocks``. train, test: sets of images as
     ``data.Images``. ``save``: called as save(self) after every cycle.
     """
@@ -238,7 +234,7 @@ class HiReLC:
         """Step 6: theta = T(theta_0, C); what else a cycle takes over is ``carry`` (ledger D12). Returns the masks."""
         start = dict(self.carried)
         if self.config.carry != "all":
-            kernels = {f"{name}.weight" for block in self.blocks for name in block.kernels}
+            kernels = {key for block in self.blocks for key in block.state_names}
             start.update({key: self.theta0[key] for key in (self.theta0 if self.config.carry == "none" else kernels)})
         self.model.load_state_dict(start)
         return compress_network(self.blocks, chosen)
@@ -309,7 +305,8 @@ class HiReLC:
         if bad:
             self.log.note(f"{bad} rewards were not finite and became -10")
         return {
-            "exp": c.exp, "name": c.name, "smoke": c.smoke, "seed": c.seed, "model": c.model.name,
+            "exp": c.exp, "name": c.name, "smoke": c.smoke, "seed": c.seed,
+            "model": c.model.source.rpartition(":")[2] or c.model.name,
             "data": c.data.name, "device": str(self.device),
             "protocol": f"epoch and cycle chosen on, and accuracies from, the first {self.eval_images} test images; "
                         "*_full from the whole test split",
@@ -413,20 +410,81 @@ class _Timed:
         self.timings[self.phase] = self.timings.get(self.phase, 0.0) + time.monotonic() - self.start
 
 
-def compress_model(model, train, test, **settings):
-    """Compress a network of one's own: any nn.Module that maps a batch of images to logits.
+# ---------------------------------------------------------------------------------------------------------------
+# Networks of one's own
 
-    train, test: ``data.Images``. settings: those of config.Config, with ``__`` for the dot, for example
-    ``search__cycles=1``. Returns (compressed network, policy, result) as policy.json and result.json hold them; the
-    given network is left untouched. Raises InputError for settings or a network that cannot be used.
+
+def compress_model(model, train, test, *, exclude=(), groups=None, log=None, **settings):
+    """Compress a network of one's own: any nn.Module that maps a batch of images to logits [n, classes].
+
+    train, test: a Dataset, a DataLoader, a pair of tensors (:func:`data.as_images`), or an object with ``len()``,
+    ``batch`` and ``batches`` as :class:`data.Images`. Kernels and blocks are found by what a forward of eight training
+    images does (:func:`blocks.traced_kernels`). exclude: names of kernels or modules, or patterns with ``*``, to leave
+    out; groups: lists of kernel names that are the blocks. log: a :class:`log.Log`; without one it prints.
+    settings: those of config.Config, with ``__`` for the dot, for example ``search__cycles=1``.
+
+    Returns (compressed network, policy, result): the network in eval mode on the given one's device, the other two as
+    policy.json and result.json hold them. The given network is left untouched, whatever happens, and so are torch's
+    random generators. Raises InputError for settings, images or a network that cannot be used.
     """
     # weights "given": the network is trained already, nothing is trained from scratch.
-    config = override(Config(model=dataclasses.replace(Config().model, weights="given")),
+    config = override(Config(model=dataclasses.replace(Config().model, weights="given", source=type(model).__name__)),
                       {key.replace("__", "."): value for key, value in settings.items()})
-    model = copy.deepcopy(model).to(_device(config), memory_format=torch.channels_last)
-    run = HiReLC(model, models.find_blocks(model), train, test, config, Log())
-    result = run.run()
-    return model, run.policy(), result
+    log, device, home = log or Log(), _device(config), next(model.parameters(), torch.empty(0)).device
+    train, test = data.as_images(train), data.as_images(test)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        network, survey = _prepare(copy_network(model).to(device), train, test, log, exclude, groups)
+        run = HiReLC(network, survey.blocks, train, test, config, log)
+        result = {**run.run(), "data": "given", **_account(run, survey)}
+    return network.to(home), run.policy(), result
+
+
+def _prepare(network, train, test, log: Log, exclude=(), groups=None):
+    """(network, survey) of a network that is not this project's: in the memory format that suits it, and its kernels.
+
+    It is tried on eight images of ``train``. What is left out is said in the log, and kept in the notes unless it is
+    the classifier. Raises InputError as :func:`compress_model`.
+    """
+    if not len(train) or not len(test):
+        raise InputError(f"{len(train)} training and {len(test)} test images: there must be some of both")
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    images, labels = train.batch(torch.arange(min(8, len(train))), device)
+    classes, channels_last = try_network(network, images)
+    for name, labels in (("training", getattr(train, "labels", labels)), ("test", getattr(test, "labels", None))):
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise InputError(f"{name} labels go from {int(labels.min())} to {int(labels.max())}, the network has "
+                             f"logits for the classes 0 to {classes - 1}")
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    survey = models.survey(network, images, exclude, groups)
+    log.info(f"{type(network).__name__}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
+             f"{100 * survey.coverage:.2f} % of the kernel parameters besides the classifier's")
+    for kernel in survey.excluded:
+        say = log.info if kernel.classifier else log.note
+        say(f"not compressed: {kernel.name} ({kernel.params:,} parameters): {kernel.reason}")
+    return network, survey
+
+
+def _account(run: HiReLC, survey: Survey) -> dict:
+    """What result.json says of the kernels one by one, and where the network's parameters and bytes are."""
+    kernels, known = {}, {kernel.name: kernel for kernel in survey.compressed}
+    for block, config in zip(run.blocks, run.best_config.blocks):
+        for name, kernel, shape in zip(block.kernels, config.kernels, config.shapes):
+            kernels[name] = {"block": block.name, "tensors": list(known[name].tensors),
+                             "shape": list(known[name].shape), "params": shape.params,
+                             "bytes": kernel_bytes(kernel, shape)}
+    total, stored = sum(p.numel() for p in run.model.parameters()), model_bytes(run.model)
+    compressed = sum(kernel["params"] for kernel in kernels.values())
+    classifier = sum(k.params for k in survey.excluded if k.classifier)
+    left_out = sum(k.params for k in survey.excluded if not k.classifier)
+    return {
+        "kernels": kernels, "coverage": survey.coverage,
+        "excluded": {k.name: {"params": k.params, "reason": k.reason} for k in survey.excluded},
+        "accounting": {
+            "parameters": total, "compressed": compressed, "classifier": classifier, "kernels_left_out": left_out,
+            "not_kernels": total - compressed - classifier - left_out, "bytes": stored,
+            "bytes_packed": round(stored / run.best.whole_model_ratio)}}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -445,49 +503,63 @@ def resolve(exp: int, flags: dict, assignments=()) -> Config:
     return override(override(config, flags), assignments)
 
 
-def run_directory(config: Config) -> Path:
-    """OUT/expN[-NAME]-seedS."""
-    name = f"-{config.name}" if config.name else ""
-    return Path(config.out) / f"exp{config.exp}{name}-seed{config.seed}"
+def resolve_own(source: str, flags: dict, assignments=()) -> Config:
+    """Settings for a network of one's own: the defaults, then --smoke's, then the flags', then --set's. Its weights
+    are those that its function gives it, and its name is the function's, unless a flag says otherwise."""
+    if not all(source.rpartition(":")):
+        raise InputError(f"--model {source}: expected module:function or path/to/file.py:function")
+    config = override(Config(), {"model.source": source, "model.weights": "given", "name": source.rpartition(":")[2]})
+    config = override(override(override(config, SMOKE if flags.get("smoke") else {}), flags), assignments)
+    if config.model.weights == "auto":
+        raise InputError("--weights auto: there are no published weights for a network of one's own; give a file, none "
+                         "to train from scratch, or leave the flag out for the weights that the function gives it")
+    return config
 
 
 def run_experiment(config: Config, log: Log | None = None) -> dict:
-    """Prepare and run one experiment, fill its run directory (SPEC 12), return result.json's content.
+    """Prepare and run one experiment or one network of one's own and fill its run directory (SPEC 12).
 
+    Returns what result.json holds.
     Raises InputError before anything is written when settings, data, weights, device or folder cannot be used.
     """
     log = log or Log()
     started = time.monotonic()
     device, path = _device(config), run_directory(config)
-    _check_directory(path, config)
-    title = EXPERIMENTS[config.exp].title
-    log.info(f"experiment {config.exp}: {title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}")
+    check_directory(path, config)
+    title = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
+    log.info(f"{title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}")
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(config.seed)
-    splits = data.load(config.data, log.progress)
+    if config.model.source and config.data.normalize == "pretrained":
+        raise InputError("data.normalize=pretrained: mean and std of the weights of a network of one's own are not "
+                         "known; leave it at dataset, or normalise inside the network")
+    splits = data.load(config.data, log.progress, models.PRETRAINED_STATS[config.model.name])
     for note in splits.notes:
         log.note(note)
     log.info(f"{config.data.name}: {len(splits.train)} training and {len(splits.test)} test images, "
              f"{splits.num_classes} classes, {config.data.image_size} px")
-    model = models.build(config.model.name, splits.num_classes, config.data.image_size, config.model.width,
-                         config.model.patch_size)
-    _load_weights(model, config, log)
-    blocks = models.find_blocks(model)
-    kernels = sum(len(block.kernels) for block in blocks)
-    params = sum(shape.params for block in blocks for shape in kernel_shapes(block))
-    log.info(f"{config.model.name}: {kernels} kernels in {len(blocks)} blocks, {params:,} kernel parameters")
+    if config.model.source:
+        model = own_network(config.model.source, splits.num_classes)
+        _load_weights(model, config, log)
+        model, survey = _prepare(model.to(device), splits.train, splits.test, log)
+    else:
+        model = models.build(config.model.name, splits.num_classes, config.data.image_size, config.model.width,
+                             config.model.patch_size)
+        _load_weights(model, config, log)
+        # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
+        model, survey = model.to(device, memory_format=torch.channels_last), models.survey(model)
+        log.info(f"{config.model.name}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
+                 f"{sum(kernel.params for kernel in survey.compressed):,} kernel parameters")
 
     path.mkdir(parents=True, exist_ok=True)
     for name in ("result.json", "policy.json", "best.pt", "cycles.csv", "updates.csv"):
         (path / name).unlink(missing_ok=True)  # of an earlier run with the same settings
     log.open(path / "run.log")
-    write_json(path / "config.json", {"settings": flatten(config), **_provenance(device)})
-    # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
-    model = model.to(device, memory_format=torch.channels_last)
-    run = HiReLC(model, blocks, splits.train, splits.test, config, log, save=lambda r: _save(r, path))
-    result = run.run()
+    write_json(path / "config.json", {"settings": flatten(config), **provenance(device)})
+    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log, save=lambda r: save(r, path))
+    result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped}
     result["timings"]["total"] = round(time.monotonic() - started, 2)
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
@@ -508,83 +580,19 @@ def _device(config: Config) -> torch.device:
 
 def _load_weights(model, config: Config, log: Log) -> None:
     source = config.model.weights
-    if source == "none":
+    if source in ("none", "given"):
         return
     if source == "auto":
         source = models.PRETRAINED[config.model.name]
-    report = models.load_pretrained(model, source, config.model.weights_dir, log.progress)
+    quick_gelu = {"auto": None, "on": True, "off": False}[config.model.quick_gelu]
+    report = models.load_pretrained(model, source, config.model.weights_dir, log.progress, quick_gelu)
     log.info(f"weights: {report.loaded} tensors from {report.source}")
+    if report.replaced and config.model.source:
+        raise InputError(f"{source} does not fit the network: {', '.join(report.replaced)} of another class count")
     if report.replaced:
-        log.info(f"  classifier of another class count, starts anew: {', '.join(report.replaced)}")
+        log.info(f"  the classifier starts anew: {', '.join(report.replaced)}")
     for note in report.notes:
         log.note(note)
-
-
-def _check_directory(path: Path, config: Config) -> None:
-    """Refuse a folder that cannot be written or that holds a run of other settings; leaves no trace."""
-    old = path / "config.json"
-    if old.exists():
-        try:
-            before = flatten(from_flat(json.loads(old.read_text(encoding="utf-8"))["settings"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{old}: cannot be read as this program's settings ({error}); move the folder away or "
-                             "choose another --out or --name") from None
-        now = flatten(config)
-        places = {"out", "data.dir", "model.weights_dir"}  # where things lie does not change the result
-        differing = [f"{key} (there {before[key]}, now {now[key]})" for key in now
-                     if key not in places and before[key] != now[key]]
-        if differing:
-            raise InputError(f"{path} holds a run with other settings: {'; '.join(differing)}; give the variant a "
-                             "--name or choose another --out")
-    made = []
-    try:
-        for folder in (*reversed(path.parents), path):
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-        probe = path / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {config.out}: cannot write there ({error.strerror}: {error.filename}); choose "
-                         "another folder") from None
-    finally:
-        for folder in reversed(made):
-            folder.rmdir()
-
-
-def _provenance(device) -> dict:
-    here = Path(__file__).resolve().parent
-    git = None
-    if (here / ".git").exists() and shutil.which("git"):
-        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-                             capture_output=True, text=True)
-    return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "git": git.stdout.strip() if git and git.returncode == 0 else None,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "numpy": np.__version__},
-            "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-                         "threads": torch.get_num_threads()}}
-
-
-def _save(run: HiReLC, path: Path) -> None:
-    """After every cycle: cycles.csv, updates.csv, and the best network so far."""
-    write_text(path / "cycles.csv", _csv([dataclasses.asdict(row) for row in run.cycles]))
-    if run.updates:
-        write_text(path / "updates.csv", _csv(run.updates))
-    if run.best is run.cycles[-1]:
-        temporary = path / ".best.pt.tmp"
-        torch.save({"format": 1, "settings": flatten(run.config), "cycle": run.best.cycle, "model": run.best_state,
-                    "masks": run.best_masks, "policy": run.policy()}, temporary)
-        temporary.replace(path / "best.pt")
-
-
-def _csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -600,12 +608,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hirelc.py", description="Compress a vision network with hierarchical reinforcement "
                      "learning, as in arXiv 2606.26002.")
     parser.add_argument("--exp", type=int, nargs="+", metavar="N", help="experiments of the paper, one after the other")
+    parser.add_argument("--model", metavar="SOURCE", help="a network of one's own: module:function or file.py:function")
     parser.add_argument("--list", action="store_true", help="the experiments with the paper's numbers")
     parser.add_argument("--smoke", action="store_true", help="seconds, not hours: narrow network, synthetic images")
     parser.add_argument("--seed", type=int, help="seed of the run (42)")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--data-dir", help="folder of the data sets")
-    parser.add_argument("--weights", help="auto, none (train from scratch), or a file or URL")
+    parser.add_argument("--weights", help="auto, none (train from scratch), or a file or URL; with --model "
+                        "the weights that the function gives it unless this says otherwise")
     parser.add_argument("--weights-dir", help="folder for downloaded weights")
     parser.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
     parser.add_argument("--name", help="name of a variant, part of the run directory")
@@ -637,10 +647,11 @@ def main(argv=None) -> int:
         if args.list:
             print(list_experiments())
             return 0
-        if not args.exp:
-            raise InputError("nothing to do: give --exp N, for example --exp 3 --smoke, or --list")
+        if bool(args.exp) == bool(args.model):
+            raise InputError("give either --exp N, for example --exp 3 --smoke, or --model FILE.py:FUNCTION, or --list")
         flags = {key: getattr(args, name) for name, key in FLAGS.items() if getattr(args, name) not in (None, False)}
-        configs = [resolve(exp, flags, args.set) for exp in args.exp]
+        configs = [resolve(exp, flags, args.set) for exp in args.exp or ()] or [
+            resolve_own(args.model, flags, args.set)]
     except InputError as error:
         return _fail(error, 2)
     code, done = 0, []

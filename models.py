@@ -1,4 +1,4 @@
-"""The networks of the paper, the blocks that its agents compress, and checkpoint files (SPEC 3 and 4; paper §3.2).
+"""The networks of the paper, the blocks that its agents compress, and loading weights (SPEC 3 and 4; paper §3.2).
 
 Networks are written out here and carry the parameter names of the checkpoints that people have: timm's for the
 ViTs and MobileNetV2, torchvision's (which are timm's too) for the ResNets. Nothing here touches a model hub: a
@@ -7,24 +7,19 @@ file or a URL is read, checked against the network and copied in, or refused wit
 
 from __future__ import annotations
 
-import hashlib
-import http.client
-import json
 import math
 import os
 import re
-import struct
-import tempfile
-import urllib.parse
-import urllib.request
-import zipfile
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from blocks import CLASSIFIER, SHORTCUT, Block, Survey, arrange, registered_kernels, traced_kernels
+from checkpoints import is_torchscript, read_checkpoint, shown
 from config import InputError
+from files import cached, file_name, hash_prefix
 
 # ---------------------------------------------------------------------------------------------------------------
 # Vision transformers (DeiT, CLIP)
@@ -321,16 +316,40 @@ CNNS = {"resnet18": lambda classes, width: ResNet(classes, BasicBlock, (2, 2, 2,
         "resnet50": lambda classes, width: ResNet(classes, Bottleneck, (3, 4, 6, 3), width),
         "mobilenetv2_100": lambda classes, width: MobileNetV2(classes, width)}
 
-# Published weights for ``--weights auto``; names that end in -xxxxxxxx carry the first digits of their SHA-256.
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that can be had from ``url`` and are kept as ``file``. ``sha256``: the first digits of the digest, where
+    the published name carries them; ``size`` in bytes, None where nobody states it; ``megabytes``: about."""
+    url: str
+    file: str
+    megabytes: int
+    sha256: str = ""
+    size: int | None = None
+
+
+def _published(url, megabytes, file=""):
+    return Published(url, file or file_name(url), megabytes, hash_prefix(url))
+
+
+# For ``--weights auto``.
 PRETRAINED = {
-    "deit_small_patch16_224": "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth",
-    "deit_base_patch16_224": "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth",
-    "vit_base_patch32_clip_224": "https://huggingface.co/timm/vit_base_patch32_clip_224.laion2b_ft_in12k_in1k"
-                                 "/resolve/main/model.safetensors",
-    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
-    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-    "mobilenetv2_100": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+    "deit_small_patch16_224": _published(
+        "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth", 88),
+    "deit_base_patch16_224": _published(
+        "https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth", 346),
+    "vit_base_patch32_clip_224": _published(
+        "https://huggingface.co/timm/vit_base_patch32_clip_224.laion2b_ft_in12k_in1k/resolve/main/model.safetensors",
+        353, "vit_base_patch32_clip_224.laion2b_ft_in12k_in1k.safetensors"),
+    "resnet18": _published("https://download.pytorch.org/models/resnet18-f37072fd.pth", 47),
+    "resnet50": _published("https://download.pytorch.org/models/resnet50-0676ba61.pth", 103),
+    "mobilenetv2_100": _published("https://download.pytorch.org/models/mobilenet_v2-b0353104.pth", 14),
 }
+
+# (mean, std) of the inputs that those weights were trained with, for data.normalize=pretrained.
+IMAGENET_INPUTS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PRETRAINED_STATS = {name: IMAGENET_INPUTS for name in PRETRAINED} | {
+    "vit_base_patch32_clip_224": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
 
 def build(name: str, num_classes: int, image_size: int = 224, width: float = 1.0, patch_size: int = 0) -> nn.Module:
@@ -360,52 +379,42 @@ def build(name: str, num_classes: int, image_size: int = 224, width: float = 1.0
 # Blocks and kernels (paper §3.2)
 
 
-@dataclass
-class Block:
-    """A group of kernels that one low-level ensemble configures (B_i of the paper).
-
-    ``kernels``: full dotted name → Conv2d/Linear module, ordered; the kernel itself is its ``weight``.
-    ``parameters``: full dotted names of the parameters whose Fisher information makes up s_i (SPEC section 4):
-    everything under the encoder block for ViTs, the weights and biases of its own kernels otherwise.
-    """
-    name: str
-    kernels: dict[str, nn.Module]
-    parameters: tuple[str, ...]
-
-
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of ``model`` in order (SPEC section 3; paper §3.2).
+def survey(model: nn.Module, example=None, exclude=(), groups=None) -> Survey:
+    """The blocks of ``model`` in order, and the kernels that are in none with the reason (paper §3.2).
 
     ViT: {qkv, attn.proj, mlp.fc1, mlp.fc2} of each encoder block. The CNNs here: every Conv2d/Linear in forward
     order but the classifier, the down-sample projections and MobileNetV2's last 1×1 convolution, in groups of
-    four. Any other module: its Conv2d/Linear in registration order but the classifier (:func:`classifier_name`),
-    in groups of four. Raises InputError where that leaves nothing to compress.
+    four. Any other module: by what one forward of the batch ``example`` does (:func:`blocks.traced_kernels`), in
+    groups of four; without an example its Conv2d/Linear in registration order but the classifier
+    (:func:`classifier_name`). ``exclude``, ``groups``: names that override it (:func:`blocks.arrange`). Raises
+    InputError where that leaves nothing to compress.
     """
+    what, sections = type(model).__name__, None
+    if isinstance(model, (VisionTransformer, ResNet, MobileNetV2)) or example is None:
+        kernels, classifier = registered_kernels(model), classifier_name(model)
+        classifier = "weight" if classifier == "" else classifier  # the network is that one layer
+        for kernel in kernels:
+            if kernel.name == classifier:
+                kernel.reason, kernel.classifier = CLASSIFIER, True
+            elif isinstance(model, VisionTransformer) and kernel.name == "patch_embed.proj":
+                kernel.reason = "patch embedding: not part of an encoder block"
+            elif isinstance(model, (ResNet, MobileNetV2)) and ".downsample." in kernel.name:
+                kernel.reason = SHORTCUT
+            elif isinstance(model, MobileNetV2) and kernel.name == "conv_head":
+                kernel.reason = "last 1x1 convolution, not among the paper's 51 kernels"
+    else:
+        kernels = traced_kernels(model, example)
     if isinstance(model, VisionTransformer):
-        return [Block(f"blocks.{i}",
-                      {f"blocks.{i}.{part}": block.get_submodule(part)
-                       for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")},
-                      tuple(f"blocks.{i}.{name}" for name, _ in block.named_parameters()))
-                for i, block in enumerate(model.blocks)]
-    ours = isinstance(model, (ResNet, MobileNetV2))
-    classifier, kernels, seen = classifier_name(model), {}, set()
-    for name, module in model.named_modules():
-        if not isinstance(module, (nn.Conv2d, nn.Linear)) or name == classifier:
-            continue
-        if ours and (".downsample." in name or name == "conv_head"):
-            continue
-        if id(module.weight) not in seen:  # a weight shared by two modules is one kernel
-            seen.add(id(module.weight))
-            kernels[name] = module
-    if not kernels:
-        raise InputError(f"{type(model).__name__}: no Conv2d or Linear besides the classifier, nothing to compress")
-    names, blocks = list(kernels), []
-    for first in range(0, len(names), 4):
-        group = {name: kernels[name] for name in names[first:first + 4]}
-        parameters = tuple(f"{name}.{leaf}" if name else leaf
-                           for name, module in group.items() for leaf, _ in module.named_parameters())
-        blocks.append(Block(f"group{first // 4}", group, parameters))
-    return blocks
+        sections = [(f"blocks.{i}", {f"blocks.{i}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")},
+                     tuple(f"blocks.{i}.{name}" for name, _ in block.named_parameters()))
+                    for i, block in enumerate(model.blocks)]
+    return arrange(what, kernels, exclude, groups, sections)
+
+
+def find_blocks(model: nn.Module, example=None, exclude=(), groups=None) -> list[Block]:
+    """The blocks of :func:`survey`; ``example``: a batch of images, which every network but this file's needs for
+    its kernels to be found by what it does with them."""
+    return survey(model, example, exclude, groups).blocks
 
 
 def classifier_name(model: nn.Module) -> str | None:
@@ -427,8 +436,8 @@ def classifier_name(model: nn.Module) -> str | None:
 @dataclass(frozen=True)
 class LoadReport:
     """What :func:`load_pretrained` did. ``loaded``: number of tensors copied. ``replaced``: classifier tensors
-    left at their initialisation because the file has another number of classes. ``missing``, ``unexpected``:
-    names that were tolerated (BatchNorm's ``num_batches_tracked``, absent from older files)."""
+    left at their initialisation because the file has another number of classes, or no classifier. ``missing``,
+    ``unexpected``: names that were tolerated (BatchNorm's ``num_batches_tracked``, absent from older files)."""
     source: str
     loaded: int
     replaced: tuple[str, ...] = ()
@@ -437,34 +446,33 @@ class LoadReport:
     notes: tuple[str, ...] = ()
 
 
-def load_pretrained(model: nn.Module, source: str, weights_dir: str = "weights", progress=None) -> LoadReport:
+def load_pretrained(model: nn.Module, source, weights_dir: str = "weights", progress=None,
+                    quick_gelu: bool | None = None) -> LoadReport:
     """Copy a checkpoint into ``model``, in place; all of it fits or nothing is changed.
 
-    ``source``: a local .pth, .pt, .bin (``torch.save``, read with ``weights_only=True``) or .safetensors file, or
-    a http(s)/file URL, which is kept in ``weights_dir`` (:func:`weights_path`). ``progress(what, done, total)`` is
-    called while a download runs, in MB. A classifier for another number of classes keeps its initialisation,
-    position embeddings of another image size are interpolated, other precisions become float32; the report says
-    so. Raises InputError, one line, for a file that is absent, damaged, unsafe or not finite, and for every name
-    and shape that does not fit.
+    ``source``: a local .pth, .pt, .bin or .safetensors file (:func:`checkpoints.read_checkpoint`), a http(s)/file
+    URL or a :class:`Published`, which are kept in ``weights_dir``. Layouts: :func:`convert_layout`.
+    ``progress(what, done, total)`` is called while a download runs, in bytes. A classifier for another number of
+    classes keeps its initialisation, position embeddings of another image size are interpolated, other precisions
+    become float32; the report says so.
+    ``quick_gelu``: the activation of a ViT that the weights were trained with, QuickGELU (True) or GELU (False). The
+    names in a file do not tell; None means QuickGELU for a TorchScript archive with CLIP's names, which is how OpenAI
+    published theirs, and the network's own activation for every other file.
+    Raises InputError, one line, for a file that is absent, damaged, unsafe or not finite, for every name and shape
+    that does not fit, and for ``quick_gelu`` with a network that is no ViT.
     """
-    source = os.fspath(source)
-    is_url = "://" in source or source.startswith("file:")
-    path = _download(source, weights_dir, progress) if is_url else os.path.expanduser(source)
-    state = convert_layout(read_checkpoint(path), model)
+    if quick_gelu is not None and not isinstance(model, VisionTransformer):
+        raise InputError("quick_gelu is a matter of CLIP's weights; leave it at its default for any other network")
+    source, path = _local(source, weights_dir, progress)
+    state, notes, headless = convert_layout(read_checkpoint(path), model)
     own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    notes = []
 
-    converted = sum(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in state.values())
-    if converted:
-        notes.append(f"{converted} tensors of another precision converted to float32")
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            state[name] = tensor.float()
-            if not state[name].isfinite().all():
-                raise InputError(f"{path}: tensor {_shown(name)} holds values that are not finite in float32")
-
-    replaced = _other_classes(model, state, own)
-    if replaced:
+    if headless:
+        replaced = tuple(name for name in _classifier_tensors(model) if name in own)
+        notes.append("classifier left at its initialisation: the file has none")
+    else:
+        replaced = _other_classes(model, state, own)
+    if replaced and not headless:
         weight = replaced[0]
         notes.append(f"classifier left at its initialisation: {len(state[weight])} classes in the file, "
                      f"{len(own[weight])} in the network")
@@ -475,36 +483,95 @@ def load_pretrained(model: nn.Module, source: str, weights_dir: str = "weights",
                          f"{resized.shape[1] - 1} patches (bicubic)")
             state["pos_embed"] = resized
 
-    unmatched = [name for name in own if name not in state]
-    missing = [name for name in unmatched if not name.endswith("num_batches_tracked")]
+    wanted = [name for name in own if name not in replaced]
+    missing = [name for name in wanted if name not in state]
+    tolerated = tuple(name for name in missing if name.endswith("num_batches_tracked"))
+    missing = [name for name in missing if name not in tolerated]
     unexpected = [name for name in state if name not in own]
+    wanted = [name for name in wanted if name in state]
     problems = []
     if missing:
-        problems.append("missing: " + ", ".join(missing))
+        problems.append("missing: " + _listed(missing))
     if unexpected:
-        problems.append("unexpected: " + ", ".join(map(_shown, unexpected)))
-    for name in own:
-        if name in state and name not in replaced:
-            if state[name].shape != own[name].shape:
-                problems.append(f"shape: {name} {list(state[name].shape)} (file) vs {list(own[name].shape)} (network)")
-            elif state[name].is_floating_point() != own[name].is_floating_point():
-                problems.append(f"type: {name} {state[name].dtype} (file) vs {own[name].dtype} (network)")
+        problems.append("unexpected: " + _listed(unexpected))
+    for name in wanted:
+        if state[name].shape != own[name].shape:
+            problems.append(f"shape: {name} {list(state[name].shape)} (file) vs {list(own[name].shape)} (network)")
+        elif state[name].is_floating_point() != own[name].is_floating_point():
+            problems.append(f"type: {name} {state[name].dtype} (file) vs {own[name].dtype} (network)")
     if problems:
         raise InputError(f"{path} does not fit the network; " + "; ".join(problems))
 
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if name in state and name not in replaced:
-                tensor.copy_(state[name])
-    tolerated = tuple(name for name in unmatched if name not in missing)
+    # Converted only now that the shapes are the network's: what a file can make this allocate is bounded.
+    converted = 0
+    for name in wanted:
+        if state[name].is_floating_point():
+            converted += state[name].dtype != torch.float32
+            state[name] = state[name].float()
+            if not state[name].isfinite().all():
+                raise InputError(f"{path}: tensor {shown(name)} holds values that are not finite in float32")
+    if converted:
+        notes.append(f"{converted} tensors of another precision converted to float32")
     if tolerated:
         notes.append(f"{len(tolerated)} num_batches_tracked counters are not in the file and keep their values")
-    return LoadReport(source, len(own) - len(tolerated) - len(replaced), replaced, tolerated, (), tuple(notes))
+
+    with torch.no_grad():
+        for name in wanted:
+            own[name].copy_(state[name])
+    if isinstance(model, VisionTransformer):
+        notes += _set_activation(model, quick_gelu, headless, headless and is_torchscript(path))
+    return LoadReport(source, len(wanted), replaced, tolerated, (), tuple(notes))
 
 
-def convert_layout(state: dict, model: nn.Module) -> dict:
-    """A checkpoint's tensors under this file's names. Other layouts are told apart by their names; a name that
-    no layout knows stays as it is, so that it is reported as unexpected."""
+def _local(source, weights_dir, progress):
+    """``source`` as text, and the file that holds it."""
+    if not isinstance(source, Published):
+        source = os.fspath(source)
+        if "://" not in source and not source.startswith("file:"):
+            return source, os.path.expanduser(source)
+        source = next((known for known in PRETRAINED.values() if known.url == source), source)
+    target = weights_path(source, weights_dir)
+    if not isinstance(source, Published):
+        return source, cached(source, target, progress, sha256=hash_prefix(source))
+    hint = f" (about {source.megabytes} MB), or give --weights FILE or --weights none"
+    return source.url, cached(source.url, target, progress, size=source.size, sha256=source.sha256, hint=hint)
+
+
+def weights_path(source, weights_dir: str = "weights") -> str:
+    """Where the file of a URL or :class:`Published` is kept, and where to put it by hand without a network."""
+    return os.path.join(weights_dir, source.file if isinstance(source, Published) else file_name(source))
+
+
+def set_quick_gelu(model: VisionTransformer, on: bool) -> None:
+    """Give every block of a ViT QuickGELU, or GELU. Neither has parameters, so no state dict shows which it is."""
+    for block in model.blocks:
+        block.mlp.act = QuickGELU() if on else nn.GELU()
+
+
+def _set_activation(model, quick_gelu, clip_names, openai):
+    """Act on ``quick_gelu`` (:func:`load_pretrained`) → notes."""
+    before = isinstance(model.blocks[0].mlp.act, QuickGELU)
+    after = quick_gelu if quick_gelu is not None else before or openai
+    if after != before:
+        set_quick_gelu(model, after)
+    name = "QuickGELU" if after else "GELU"
+    if quick_gelu is not None:
+        return [f"activation {name}, as asked"] if after != before else []
+    if openai:
+        return [f"activation {name}: a TorchScript archive with CLIP's names is taken for OpenAI's release"]
+    if clip_names:
+        return [f"activation {name} assumed: a file with CLIP's names does not tell; OpenAI's weights and open_clip's "
+                "-quickgelu models need QuickGELU (quick_gelu=True, --set model.quick_gelu=on), its others GELU"]
+    return []
+
+
+def convert_layout(state: dict, model: nn.Module) -> tuple[dict, list[str], bool]:
+    """A checkpoint's tensors under this file's names → (tensors, notes, whether the layout has no classifier).
+
+    Told apart by their names: torchvision's MobileNetV2, and CLIP's image tower as OpenAI and open_clip name it, with
+    or without ``visual.`` in front and the text tower beside it. A name that no layout knows stays as it is, so that
+    it is reported as unexpected. timm's, Meta's and torchvision's ResNets have our names.
+    """
     if state and all(name.startswith("module.") for name in state) and not hasattr(model, "module"):  # DataParallel's
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     if isinstance(model, MobileNetV2) and "features.0.0.weight" in state:
@@ -513,8 +580,46 @@ def convert_layout(state: dict, model: nn.Module) -> dict:
         for name, tensor in state.items():
             module, _, leaf = name.rpartition(".")
             renamed[f"{table[module]}.{leaf}" if module in table else name] = tensor
-        return renamed
-    return dict(state)
+        return renamed, [], False
+    if isinstance(model, VisionTransformer):
+        if "visual.class_embedding" in state:
+            tower = {name.removeprefix("visual."): tensor for name, tensor in state.items()
+                     if name.startswith("visual.")}
+            return *_clip_tower(tower, len(state) - len(tower)), True
+        if "class_embedding" in state and "conv1.weight" in state:
+            return *_clip_tower(state, 0), True
+    return dict(state), [], False
+
+
+CLIP_MODULES = {"conv1": "patch_embed.proj", "ln_pre": "norm_pre", "ln_post": "norm"}
+CLIP_BLOCK = {"ln_1": "norm1", "ln_2": "norm2", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1",
+              "mlp.c_proj": "mlp.fc2"}
+
+
+def _clip_tower(state, others):
+    """OpenAI's names of the image tower → ours; ``others``: number of tensors besides it. → (tensors, notes)."""
+    renamed, notes = {}, []
+    if others:
+        notes.append(f"{others} tensors besides the image tower (CLIP's text tower and scale) left out")
+    for name, tensor in state.items():
+        if name == "proj":
+            notes.append(f"projection to the space shared with texts {list(tensor.shape)} left out")
+            continue
+        module, _, leaf = name.rpartition(".")
+        found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", module)
+        new = name
+        if name == "class_embedding":
+            new, tensor = "cls_token", tensor.reshape(1, 1, -1) if tensor.ndim == 1 else tensor
+        elif name == "positional_embedding":
+            new, tensor = "pos_embed", tensor[None] if tensor.ndim == 2 else tensor
+        elif module in CLIP_MODULES:
+            new = f"{CLIP_MODULES[module]}.{leaf}"
+        elif found and found[2] == "attn" and leaf in ("in_proj_weight", "in_proj_bias"):
+            new = f"blocks.{found[1]}.attn.qkv.{leaf.removeprefix('in_proj_')}"
+        elif found and found[2] in CLIP_BLOCK:
+            new = f"blocks.{found[1]}.{CLIP_BLOCK[found[2]]}.{leaf}"
+        renamed[new if new not in state else name] = tensor  # a file with both names keeps this one as unexpected
+    return renamed, notes
 
 
 def _torchvision_mobilenet():
@@ -535,7 +640,7 @@ def _torchvision_mobilenet():
 
 def _other_classes(model, state, own):
     """Names of the classifier's tensors where the file's differ in the number of classes alone, else ()."""
-    weight, bias = f"{classifier_name(model)}.weight", f"{classifier_name(model)}.bias"
+    weight, bias = _classifier_tensors(model)
     if weight not in own or weight not in state or (bias in own) != (bias in state):
         return ()
     old, new = state[weight], own[weight]
@@ -554,177 +659,18 @@ def _resized_positions(old, new):
     before, after = math.isqrt(max(old.shape[1] - 1, 0)), math.isqrt(new.shape[1] - 1)
     if before < 1 or before ** 2 != old.shape[1] - 1 or not old.is_floating_point():
         return None
+    old = old.float()
     grid = old[:, 1:].reshape(1, before, before, -1).permute(0, 3, 1, 2)  # [1, C, g, g]
     grid = F.interpolate(grid, size=(after, after), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([old[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)  # [1, 1 + G², C]
 
 
-def _shown(name):
-    """A name from a file, fit for a one-line message."""
-    return name if name.isprintable() else ascii(name)
+def _classifier_tensors(model):
+    name = classifier_name(model)
+    return f"{name}.weight", f"{name}.bias"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files and URLs
-
-
-def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file on the CPU, by the file's own names, out of {"model": …} or
-    {"state_dict": …}. Nothing in the file is executed. Raises InputError for whatever cannot be used."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; give a checkpoint with --weights, or --weights none")
-    try:
-        if path.endswith(".safetensors"):
-            state = _read_safetensors(path)
-        else:
-            state = _read_torch(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    for _ in range(2):
-        for wrapper in ("model", "state_dict"):
-            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-                state = state[wrapper]
-    if not isinstance(state, dict) or not state:
-        raise InputError(f"{path}: holds no state dict of tensors by name")
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise InputError(f"{path}: not a state dict: entry {ascii(name)[:80]} is a {type(value).__name__}, "
-                             "not a tensor")
-        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.device.type != "cpu":
-            raise InputError(f"{path}: {_shown(name)} is not a plain tensor of numbers")
-    return dict(state)
-
-
-def _read_torch(path):
-    if not os.path.getsize(path):
-        raise InputError(f"{path}: the file is empty")
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-            if script:
-                raise InputError(f"{path}: a TorchScript archive holds code and is not read; "
-                                 "save the network's state_dict() with torch.save")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # torch.load raises almost anything on damaged input
-        raise InputError(f"{path}: damaged, or holds Python objects besides tensors, which are not loaded "
-                         f"({type(error).__name__}); save the network's state_dict() with torch.save") from None
-
-
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                      "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-                      "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def _read_safetensors(path):
-    """8 bytes: header length, little-endian; JSON header: name → dtype, shape, data_offsets; then the raw data.
-    Every number of the header is checked against the file's size before anything is allocated."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        if size < 8:
-            raise InputError(f"{path}: {size} bytes are too few for a safetensors file")
-        length, = struct.unpack("<Q", file.read(8))
-        if length > size - 8:
-            raise InputError(f"{path}: not a safetensors file, or truncated: a header of {length} bytes "
-                             f"in a file of {size}")
-        try:
-            header = json.loads(file.read(length).decode("utf-8"))
-        except (ValueError, RecursionError):
-            header = None
-        if not isinstance(header, dict):
-            raise InputError(f"{path}: not a safetensors file: its header is not a JSON object")
-        header.pop("__metadata__", None)
-        room, state, spans = size - 8 - length, {}, []
-        for name, entry in header.items():
-            try:
-                dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-                sound = isinstance(shape, list) and len(shape) <= 8 and \
-                    all(type(n) is int and 0 <= n <= room for n in (*shape, begin, end)) and \
-                    end - begin == math.prod(shape) * dtype.itemsize and \
-                    math.prod(n or 1 for n in shape) <= max(room, 1)  # an empty tensor can claim any other side
-            except (KeyError, TypeError, ValueError):
-                sound = False
-            if not sound:
-                raise InputError(f"{path}: damaged, truncated or of a type besides {', '.join(SAFETENSORS_DTYPES)}: "
-                                 f"{_shown(name)} is declared as {ascii(entry)[:120]} in {room} bytes of data")
-            file.seek(8 + length + begin)
-            data = bytearray(file.read(end - begin))
-            tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            state[name] = tensor.reshape(shape)
-            spans.append((begin, end))
-    last = 0
-    for begin, end in sorted(spans):
-        if begin != last:
-            raise InputError(f"{path}: damaged safetensors file: its tensors overlap or leave gaps")
-        last = end
-    if last != room:
-        raise InputError(f"{path}: damaged safetensors file: {room - last} bytes belong to no tensor")
-    return state
-
-
-def weights_path(url: str, weights_dir: str = "weights") -> str:
-    """Where the file of ``url`` is kept, and where to put it by hand on a machine without a network: its own name
-    where that carries a hash (…-cd65a155.pth), else host and path, since many files are called model.safetensors."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError as error:
-        raise InputError(f"{url}: not a URL ({error})") from None
-    path = urllib.parse.unquote(parts.path)
-    name = path.rpartition("/")[2]
-    if not name.strip("."):
-        raise InputError(f"{url}: does not name a file")
-    if not _hash_prefix(name):  # the query goes in front: the suffix tells the format
-        name = re.sub(r"[^\w.-]+", "_", f"{parts.hostname or ''}{parts.query}{path}").strip("_")
-    return os.path.join(weights_dir, name)
-
-
-def _hash_prefix(name):
-    found = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    return found.group(1) if found else ""
-
-
-def _download(url, weights_dir, progress):
-    """The local path of a URL's file: what ``weights_dir`` has already (but for file: URLs, which may have changed),
-    else downloaded under a temporary name and moved into place when whole."""
-    if not re.match("(https?|file):", url):
-        raise InputError(f"{url}: only http, https and file URLs are read")
-    target = weights_path(url, weights_dir)
-    wanted = _hash_prefix(os.path.basename(target))
-    if os.path.isfile(target) and not url.startswith("file:"):
-        if wanted and not _sha256(target).startswith(wanted):
-            raise InputError(f"{target}: its SHA-256 does not begin with {wanted}; delete it to download {url} again")
-        return target
-    temporary = None
-    try:
-        os.makedirs(weights_dir, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".download-", dir=weights_dir)
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=30) as answer:
-            length = answer.headers.get("Content-Length") or ""
-            expected, received = int(length) if length.isdecimal() else None, 0
-            while chunk := answer.read(1 << 20):
-                file.write(chunk)
-                received += len(chunk)
-                if progress and expected:
-                    progress(f"downloading {os.path.basename(target)} (MB)", received >> 20, expected >> 20)
-        if expected not in (None, received):
-            raise OSError(f"{received} of {expected} bytes arrived")
-        if wanted and not _sha256(temporary).startswith(wanted):
-            raise InputError(f"{url}: the SHA-256 of what arrived does not begin with {wanted}; it was removed")
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out others who share the folder
-        os.replace(temporary, target)
-    except InputError:
-        raise
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot fetch {url} ({reason}); fetch it elsewhere and save it as {target}") from None
-    finally:
-        if temporary and os.path.exists(temporary):
-            os.remove(temporary)
-    return target
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _listed(names):
+    """Every name of a list, unless it is as long as no network's."""
+    more = f" and {len(names) - 1000} more" if len(names) > 1000 else ""
+    return ", ".join(map(shown, names[:1000])) + more

@@ -252,15 +252,15 @@ class Proxy:
     @torch.inference_mode()
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drop of each candidate configuration of block ``index``."""
-        modules, results = self.blocks[index].kernels, []
-        with eval_mode(self.model):
+        block, results = self.blocks[index], []
+        with eval_mode(self.model):  # clones, because a network may write into its input
             if self.reference is None:
-                self.reference = [self.model(x) for x in self.batches]
+                self.reference = [self.model(x.clone()) for x in self.batches]
             for config in configs:
-                weights = {f"{name}.weight": compress_kernel(module.weight, kernel)[0]
-                           for (name, module), kernel in zip(modules.items(), config.kernels)}
-                errors = [F.mse_loss(functional_call(self.model, weights, (x,)), logits).item()
-                          for x, logits in zip(self.batches, self.reference)]
+                weights = block.replaced(compress_kernel(holder.weight, kernel)[0]
+                                         for holder, kernel in zip(block.kernels.values(), config.kernels))
+                outputs = [functional_call(self.model, weights, (x.clone(),), tie_weights=False) for x in self.batches]
+                errors = [F.mse_loss(ours, logits).item() for ours, logits in zip(outputs, self.reference)]
                 results.append(proxy_drop(sum(errors) / len(errors)))
         return results
 
@@ -346,8 +346,8 @@ class Surrogate:
 
     def state_dict(self) -> dict:
         """Weights, buffer and random state."""
-        return {"layers": {k: v.clone() for k, v in self.layers.state_dict().items()}, "buffer": [[f, a] for f, a in self.buffer],
-                "generator": self.generator.get_state()}
+        return {"layers": {k: v.clone() for k, v in self.layers.state_dict().items()},
+                "buffer": [[f, a] for f, a in self.buffer], "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         """Restores what :meth:`state_dict` returned."""

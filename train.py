@@ -116,8 +116,9 @@ class Trainer:
                     group["lr"] = self.rate(epoch, step / steps)
                 loss = F.cross_entropy(self.model(x), y)
                 self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                self.optimizer.step()
+                if loss.requires_grad:  # not where every parameter is frozen
+                    loss.backward()
+                    self.optimizer.step()
                 if self.masks is not None:
                     apply_masks(self.blocks, self.masks)
                 total_loss += loss.detach() * len(y)

@@ -1,12 +1,9 @@
-"""data.py: augmentation against hand numbers and torchvision, order and completeness of batches, every loader on
-trees that the test makes, and real images where HIRELC_DATA names a folder that holds them."""
+"""data.py: augmentation against hand numbers and torchvision, order and completeness of batches, streams against
+images in memory, adapters for one's own data, and the synthetic images."""
 
-import io
+import multiprocessing
 import os
-import pathlib
-import pickle
-import tarfile
-import zipfile
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +14,7 @@ import torchvision.transforms.v2.functional
 from PIL import Image
 
 import data
+import sources
 from config import Data, InputError
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))       # mean, std: black → -1, white → 1
@@ -217,348 +215,221 @@ def test_batches_do_not_depend_on_the_device():
     assert torch.equal(on_cpu[1], on_gpu[1].cpu())
 
 
-# Reading files
+# Streams from disk
 
 
-def save(path, colour, side=32, **how):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB" if isinstance(colour, tuple) else "L", (side, side), colour).save(path, **how)
-
-
-def test_decode_keeps_the_order_and_reports_progress(tmp_path):
-    paths = [tmp_path / f"{i}.png" for i in range(600)]                 # more than two chunks
-    for i, path in enumerate(paths):
-        save(path, (i % 256, i // 256, 7), 4)
-    calls = []
-    images, resized, recoloured = data.decode(paths, 4, "reading", lambda *call: calls.append(call), workers=4)
-    assert (resized, recoloured) == (0, 0)
-    assert [int(i) for i in images[:, 0, 2, 3] + 256 * images[:, 1, 2, 3].int()] == list(range(600))
-    assert calls[0] == ("reading", 0, 600) and calls[-1] == ("reading", 600, 600)
-    assert [call[1] for call in calls] == sorted(call[1] for call in calls)
-
-
-def test_decode_converts_grey_and_resizes_and_counts_both(tmp_path):
-    save(tmp_path / "grey.png", 100, 8)
-    Image.fromarray(np.array([[[0, 0, 0], [200, 100, 0]]] * 2, dtype=np.uint8)).save(tmp_path / "small.png")
-    images, resized, recoloured = data.decode([tmp_path / "grey.png", tmp_path / "small.png"], 8)
-    assert (resized, recoloured) == (1, 1)
-    assert (images[0] == 100).all()
-    line = images[1, 0, 4].tolist()                                     # 0 → 200 in the bilinear ramp
-    assert line[0] == 0 and line[-1] == 200 and line == sorted(line) and 0 < line[3] < 200
-
-
-def test_fixed_order_is_a_permutation_that_never_changes():
-    assert data.fixed_order(7) == [5, 4, 0, 3, 1, 6, 2]
-    assert sorted(data.fixed_order(1000)) == list(range(1000))
-    torch.manual_seed(1), np.random.seed(1)
-    assert data.fixed_order(7) == [5, 4, 0, 3, 1, 6, 2]
-
-
-# Tiny ImageNet. Class k of wnids.txt has the colour COLOURS[k]; the grey part tells its images apart.
-
-WNIDS = ["n03", "n01", "n02"]                   # not in name order, as in the published file
-COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
-ANNOTATED = [("val_2.JPEG", "n01"), ("val_0.JPEG", "n02"), ("val_3.JPEG", "n03"), ("val_1.JPEG", "n01")]
-
-
-def make_tiny(folder, per_class=20):
-    tree = folder / "tiny-imagenet-200"
-    for k, wnid in enumerate(WNIDS):
-        for i in range(per_class):
-            save(tree / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", COLOURS[k], 64)
-    for file, wnid in ANNOTATED:
-        save(tree / "val" / "images" / file, COLOURS[WNIDS.index(wnid)], 64)
-    (tree / "wnids.txt").write_text("\n".join(WNIDS) + "\n")
-    (tree / "val" / "val_annotations.txt").write_text(
-        "".join(f"{file}\t{wnid}\t0\t0\t62\t62\n" for file, wnid in ANNOTATED))
-    return tree
-
-
-def tiny(folder, **settings):
-    return Data(name="tiny-imagenet", dir=str(folder), image_size=64, **settings)
-
-
-def test_tiny_imagenet_labels_order_and_settings(tmp_path):
-    make_tiny(tmp_path)
-    calls = []
-    splits = data.load(tiny(tmp_path), lambda *call: calls.append(call))
-    assert splits.num_classes == 3 and splits.class_names == tuple(WNIDS)
-    assert splits.test.labels.tolist() == [1, 2, 0, 1]                  # the lines of val_annotations.txt
-    assert sorted(splits.train.labels.tolist()) == [0] * 20 + [1] * 20 + [2] * 20
-    for part in (splits.train, splits.test):
-        assert torch.equal(part.images[:, :, 32, 32].int().argmax(1), part.labels)      # red, green, blue
-    assert set(splits.train.augment) == {"flip", "jitter"} and splits.test.augment == ()
-    assert calls[-1][1:] == (4, 4) and any(call[1:] == (60, 60) for call in calls)
-    assert any("val_annotations.txt" in note for note in splits.notes)
-    assert any("60 training images" in note and "100000" in note for note in splits.notes)
-
-
-def test_tiny_imagenet_subsets_are_prefixes_spread_over_the_classes(tmp_path):
-    make_tiny(tmp_path)
-    everything, few = data.load(tiny(tmp_path)), data.load(tiny(tmp_path, train_images=15, test_images=2))
-    assert (len(few.train), len(few.test)) == (15, 2)
-    assert torch.equal(few.train.images, everything.train.images[:15])
-    assert few.train.labels.bincount(minlength=3).min() >= 2            # in class order there would be one class
-    assert few.test.labels.tolist() == [1, 2]
-    assert sum("first" in note for note in few.notes) == 2
-
-
-@pytest.mark.parametrize("missing", ["wnids.txt", "val/val_annotations.txt", "val/images/val_3.JPEG",
-                                     "train/n01/images", "train/n02/images/*"])
-def test_tiny_imagenet_names_what_is_missing(tmp_path, missing):
-    tree = make_tiny(tmp_path, per_class=2)
-    for path in sorted(tree.glob(missing)):
-        if path.is_dir():
-            path.rename(tmp_path / "elsewhere")
-        else:
-            path.unlink()
-    with pytest.raises(InputError) as error:
-        data.load(tiny(tmp_path))
-    assert str(tree / missing.removesuffix("/*")) in str(error.value) and data.TINY_IMAGENET_URL in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_tiny_imagenet_names_the_line_with_an_unknown_class(tmp_path):
-    tree = make_tiny(tmp_path, per_class=2)
-    with open(tree / "val" / "val_annotations.txt", "a") as file:
-        file.write("val_1.JPEG\tn99\t0\t0\t1\t1\n")
-    with pytest.raises(InputError, match="line 5: 'n99'"):
-        data.load(tiny(tmp_path))
-
-
-def test_a_corrupt_image_is_named_and_unasked_images_are_not_read(tmp_path):
-    broken = make_tiny(tmp_path, per_class=2) / "val" / "images" / "val_1.JPEG"        # the last of the test order
-    whole = broken.read_bytes()
-    for content in (whole[:len(whole) // 2], b"no image"):
-        broken.write_bytes(content)
-        with pytest.raises(InputError) as error:
-            data.load(tiny(tmp_path))
-        assert str(broken) in str(error.value) and "\n" not in str(error.value)
-    assert len(data.load(tiny(tmp_path, test_images=3)).test) == 3
-
-
-@pytest.mark.parametrize("key, there", [("train_images", 6), ("test_images", 4)])
-def test_asking_for_more_than_there_is_names_the_number(tmp_path, key, there):
-    make_tiny(tmp_path, per_class=2)
-    assert len(getattr(data.load(tiny(tmp_path, **{key: there})), key.split("_")[0])) == there
-    with pytest.raises(InputError, match=rf"{key}={there + 1}.* {there};"):
-        data.load(tiny(tmp_path, **{key: there + 1}))
-
-
-def test_tiny_imagenet_notes_count_conversions(tmp_path):
-    tree = make_tiny(tmp_path, per_class=2)
-    save(tree / "train" / "n01" / "images" / "n01_0.JPEG", 90, 64)
-    save(tree / "val" / "images" / "val_0.JPEG", (0, 0, 200), 30)
-    notes = " | ".join(data.load(tiny(tmp_path)).notes)
-    assert "1 train images were not RGB" in notes and "1 test images were not 64 x 64" in notes
-    assert "train images were not 64" not in notes and "test images were not RGB" not in notes
-
-
-def zip_of(tree, path, extra=()):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(tree.rglob("*")):
-            archive.write(file, file.relative_to(tree.parent))
-        for name in extra:
-            archive.writestr(name, "x")
-
-
-def test_tiny_imagenet_is_downloaded_and_extracted_once(tmp_path, monkeypatch):
-    source = tmp_path / "server.zip"
-    zip_of(make_tiny(tmp_path / "made", per_class=2), source)
-    monkeypatch.setattr(data, "TINY_IMAGENET_URL", source.as_uri())
-    calls = []
-    splits = data.load(tiny(tmp_path / "new" / "folder"), lambda *call: calls.append(call))
-    assert splits.test.labels.tolist() == [1, 2, 0, 1]
-    assert ("downloading tiny-imagenet-200.zip", source.stat().st_size, source.stat().st_size) in calls
-    left = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
-    assert left == {"tiny-imagenet-200", "tiny-imagenet-200.zip"}       # nothing half-done stays
-    source.unlink()
-    assert len(data.load(tiny(tmp_path / "new" / "folder")).train) == 6
-
-
-@pytest.mark.parametrize("name", ["../evil.txt", "/evil.txt", "tiny-imagenet-200/../../evil.txt", "..\\evil.txt",
-                                  "C:/evil.txt"])
-def test_archive_members_cannot_leave_the_folder(tmp_path, name):
-    folder = tmp_path / "a" / "b"
-    tree = make_tiny(tmp_path / "made", per_class=1)
-    folder.mkdir(parents=True)
-    zip_of(tree, folder / "tiny-imagenet-200.zip", extra=[name])
-    with pytest.raises(InputError, match="leads out"):
-        data.load(tiny(folder))
-    assert [path.name for path in folder.iterdir()] == ["tiny-imagenet-200.zip"]
-    assert not list(tmp_path.rglob("evil.txt"))
-
-
-@pytest.mark.parametrize("content", [b"not a zip file", None])
-def test_a_damaged_archive_is_named(tmp_path, content):
-    archive = tmp_path / "tiny-imagenet-200.zip"
-    zip_of(make_tiny(tmp_path / "made", per_class=1), archive)
-    whole = bytearray(archive.read_bytes())
-    whole[whole.index(b"\xff\xd8") + 30] ^= 255                         # inside a stored image: its CRC is wrong
-    archive.write_bytes(content or bytes(whole))
-    with pytest.raises(InputError) as error:
-        data.load(tiny(tmp_path))
-    assert str(archive) in str(error.value) and "delete it" in str(error.value)
-    assert {path.name for path in tmp_path.iterdir()} == {"made", "tiny-imagenet-200.zip"}
-
-
-@pytest.mark.parametrize("blocked", [False, True])
-def test_a_failed_download_names_url_and_folder(tmp_path, monkeypatch, blocked):
-    monkeypatch.setattr(data, "TINY_IMAGENET_URL", (tmp_path / "nowhere.zip").as_uri())
-    folder = tmp_path / "file" / "data" if blocked else tmp_path / "data"
-    (tmp_path / "file").write_text("a file where a folder is needed")
-    with pytest.raises(InputError) as error:
-        data.load(tiny(folder))
-    assert data.TINY_IMAGENET_URL in str(error.value) and f"{folder}/tiny-imagenet-200" in str(error.value)
-    assert not folder.exists() or not list(folder.iterdir())
-
-
-def test_a_download_that_breaks_off_leaves_no_file(tmp_path, monkeypatch):
-    class Source(io.BytesIO):
-        headers = {"Content-Length": "100"}
-    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, timeout: Source(b"x" * 60))
-    with pytest.raises(OSError, match="60 of 100"):
-        data.fetch("http://host/file.zip", tmp_path / "file.zip")
-    assert not list(tmp_path.iterdir())
-
-
-# CIFAR
-
-CLASSES = ["ant", "bee", "cat"]
-
-
-def make_cifar(folder, name="cifar10", per_class=40):
-    for split in ("train", "test"):
-        for k, label in enumerate(CLASSES):
+def make_tree(base, per_class=10, sides=(20, 12), seed=0):
+    """{train,val}/{ant,bee,cat}/*.png of noise, all different."""
+    rng = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        for label in ("ant", "bee", "cat"):
             for i in range(per_class):
-                suffix = (".png", ".PNG")[i % 2]
-                save(folder / name / split / label / f"{i:04d}{suffix}", (k, i, 9))
-    return folder / name
+                path = base / split / label / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (*sides, 3), dtype=np.uint8)).save(path)
+    return base
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_class_folders(tmp_path, name):
-    tree = make_cifar(tmp_path, name)
-    (tree / "train" / "bee" / "notes.txt").write_text("x")
-    splits = data.load(Data(name=name, dir=str(tmp_path), image_size=40))
-    assert splits.class_names == tuple(CLASSES) and splits.num_classes == 3
-    for part in (splits.train, splits.test):
-        keys = part.images[:, :, 0, 0].tolist()                         # (class, number of the file, 9)
-        assert part.labels.tolist() == [key[0] for key in keys]
-        assert sorted(keys) == [[k, i, 9] for k in range(3) for i in range(40)] and keys != sorted(keys)
-        assert part.labels[:20].bincount(minlength=3).min() >= 3        # the first 20 by name are all ants
-    assert set(splits.train.augment) == {"flip", "crop", "jitter"} and splits.test.augment == ()
-    assert splits.train.padding == 4 and next(splits.test.batches(5))[0].shape == (5, 3, 40, 40)
-    assert any("skipped 1 train files" in note for note in splits.notes)
+def both_ways(base, monkeypatch, workers=2, size=16):
+    """The training split of a tree in memory and as a stream."""
+    settings = Data(name="folder", dir=str(base), image_size=size, workers=workers)
+    images = data.load(settings).train
+    monkeypatch.setattr(sources, "IN_MEMORY", 30 * 3 * size * size - 1)             # one byte too small
+    stream = data.load(settings).train
+    assert type(images) is data.Images and type(stream) is data.Stream
+    return images, stream
 
 
-def test_class_folder_order_depends_on_no_seed_and_subsets_are_prefixes(tmp_path):
-    make_cifar(tmp_path)
+def same_batches(first, second):
+    first, second = list(first), list(second)
+    return len(first) == len(second) and all(
+        torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(first, second))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streamed_batches_are_those_from_memory(tmp_path, monkeypatch, workers):
+    images, stream = both_ways(make_tree(tmp_path), monkeypatch, workers)
+    assert len(stream) == 30 and torch.equal(images.labels, stream.labels) and images.augment == stream.augment
+    one, other = seeded(3), seeded(3)
+    torch.manual_seed(9)
+    state = torch.random.get_rng_state()
+    for _ in range(2):                                      # two epochs of the same generator: the second goes on
+        assert same_batches(images.batches(7, generator=one), stream.batches(7, generator=other))
+    assert torch.equal(one.get_state(), other.get_state())
+    assert same_batches(images.batches(7), stream.batches(7))
+    assert same_batches(images.batches(4, generator=one, limit=9), stream.batches(4, generator=other, limit=9))
+    assert same_batches([images.batch([5, 2], generator=one)], [stream.batch([5, 2], generator=other)])
+    assert same_batches(images.subset([7, 3, 9]).batches(2), stream.subset([7, 3, 9]).batches(2))
+    assert same_batches(images.subset(slice(2, 9)).batches(2), stream.subset(slice(2, 9)).batches(2))
+    assert torch.equal(torch.random.get_rng_state(), state)             # a pass leaves the run's random numbers alone
+
+
+def test_a_streams_processes_stay_and_passes_do_not_disturb_each_other(tmp_path, monkeypatch):
+    images, stream = both_ways(make_tree(tmp_path), monkeypatch)
+    before = set(multiprocessing.active_children())
+    began = stream.batches(4)
+    next(began)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    nested = stream.batches(4)                              # while the other pass is under way
+    assert same_batches(nested, images.batches(4))
+    assert same_batches(began, list(images.batches(4))[1:])
+    for limit in (0, 5):                                    # again, also after a pass that was given up
+        broken = stream.batches(3)
+        next(broken)
+        del broken
+        assert same_batches(stream.batches(4, limit=limit), images.batches(4, limit=limit))
+    left = set(multiprocessing.active_children()) - before
+    assert len(left) == 2
+    del stream, began, nested
+    deadline = time.monotonic() + 30
+    while set(multiprocessing.active_children()) - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not set(multiprocessing.active_children()) - before
+
+
+def test_a_stream_rejects_what_does_not_fit_together():
+    names, labels = np.array([b"a", b"b"]), torch.zeros(2, dtype=torch.int64)
+    for change in ({"names": names[:1]}, {"names": names.astype(str)}, {"labels": torch.zeros(2)},
+                   {"augment": ("mixup",)}):
+        with pytest.raises(ValueError):
+            data.Stream(**{**dict(folder="x", names=names, labels=labels, size=8, mean=HALF[0], std=HALF[1]), **change})
+
+
+# Normalisation by settings
+
+
+@pytest.mark.parametrize("name", ["folder", "synthetic"])
+def test_pretrained_normalisation_takes_the_networks_statistics(tmp_path, name):
+    settings = dict(name=name, dir=str(make_tree(tmp_path, 2)), image_size=16, train_images=4, test_images=4)
+    plain = data.load(Data(**settings))
+    with pytest.raises(ValueError, match="pretrained_stats"):
+        data.load(Data(**settings, normalize="pretrained"))
+    stats = ([0.5, 0.25, 0.1], [0.5, 0.5, 0.2])
+    own = data.load(Data(**settings, normalize="pretrained"), pretrained_stats=stats)
+    for part, other in ((own.train, plain.train), (own.test, plain.test)):
+        expected = part.images.float() / 255 - torch.tensor(stats[0]).view(3, 1, 1)
+        assert torch.allclose(part.batch(list(range(4)))[0], expected / torch.tensor(stats[1]).view(3, 1, 1), atol=1e-5)
+        assert not torch.allclose(other.batch(list(range(4)))[0], part.batch(list(range(4)))[0], atol=1e-2)
+        assert part.augment == other.augment and part.padding == other.padding
+    assert any("0.25" in note for note in own.notes)
+    same = data.load(Data(**settings), pretrained_stats=stats)          # given, but not asked for
+    assert same.train.mean == plain.train.mean and same.notes == plain.notes
+
+
+# Adapters
+
+
+class Squares(torch.utils.data.Dataset):
+    """Item i: a 1 x 4 x 4 image of i, label 10 + i; with noise it draws from torch's generator."""
+
+    def __init__(self, n=23, noise=False):
+        self.n, self.noise = n, noise
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return torch.full((1, 4, 4), float(i)) + (torch.rand(()) / 4 if self.noise else 0), 10 + i
+
+
+def doubled(items):
+    x, y = torch.utils.data.default_collate(items)
+    return 2 * x, y
+
+
+def sources_of_squares():
+    x, y = torch.utils.data.default_collate([Squares()[i] for i in range(23)])
+    loader = torch.utils.data.DataLoader
+    return {"tensors": (x, y), "list": [x.double(), y], "dataset": Squares(), "loader": loader(Squares(), 5),
+            "shuffled": loader(Squares(), 5, shuffle=True, drop_last=True), "workers": loader(Squares(), num_workers=2),
+            "subset": torch.utils.data.Subset(Squares(40), range(23)),
+            "tensor dataset": torch.utils.data.TensorDataset(x, y)}
+
+
+@pytest.mark.parametrize("kind", list(sources_of_squares()))
+def test_adapters_give_the_interface_of_images(kind):
+    images = data.as_images(sources_of_squares()[kind])
+    assert len(images) == 23 and data.as_images(images) is images
+    in_order = list(images.batches(5))
+    assert [len(y) for _, y in in_order] == [5, 5, 5, 5, 3]
+    x, y = (torch.cat(part) for part in zip(*in_order))
+    assert x.dtype == torch.float32 and y.dtype == torch.int64
+    assert y.tolist() == list(range(10, 33)) and torch.equal(x[:, 0, 3, 3], y - 10.0) and x.shape == (23, 1, 4, 4)
+    assert torch.cat([y for _, y in images.batches(5, limit=7)]).tolist() == list(range(10, 17))
+    drawn = [torch.cat([y for _, y in images.batches(5, generator=seeded(seed))]).tolist() for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2] and sorted(drawn[0]) == y.tolist() != drawn[0]
+    for x, y in images.batches(5, generator=seeded(1), limit=8):
+        assert torch.equal(x[:, 0, 0, 0], y - 10.0)                     # images keep their labels
+    generator = seeded(4)
+    assert list(images.batches(23, generator=generator))[0][1].tolist() != \
+        list(images.batches(23, generator=generator))[0][1].tolist()
+    x, y = images.batch(torch.tensor([20, 3]))
+    assert y.tolist() == [30, 13] and x[:, 0, 1, 1].tolist() == [20.0, 3.0]
+    x.zero_(), y.zero_()
+    assert images.batch([20])[1].item() == 30 and images.batch([20])[0].max() == 20
+
+
+def test_uint8_pairs_are_divided_by_255_and_nothing_else():
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).repeat(1, 1, 6, 6)
+    for x in (pixels, pixels.repeat(1, 3, 1, 1)):
+        images = data.as_images((x, torch.tensor([2, 1, 0])))
+        assert isinstance(images, data.Images) and images.augment == () and images.size == 6
+        got, y = next(images.batches(3))
+        assert got.shape == x.shape and torch.allclose(got[:, 0, 2, 3], torch.tensor([0, 0.2, 1])) and y[0] == 2
+
+
+def test_a_loaders_collate_and_worker_init_are_kept_and_global_random_numbers_are_not_used():
+    images = data.as_images(torch.utils.data.DataLoader(Squares(), 5, collate_fn=doubled))
+    assert next(images.batches(3))[0][:, 0, 0, 0].tolist() == [0, 2, 4]
+    assert images.batch([4])[0].max() == 8
+    touched = multiprocessing.get_context("fork").Value("i", 0)
+    loader = torch.utils.data.DataLoader(Squares(noise=True), num_workers=2,
+                                         worker_init_fn=lambda _: setattr(touched, "value", 1))
     torch.manual_seed(0)
-    everything = data.load(Data(name="cifar10", dir=str(tmp_path)))
-    torch.manual_seed(1)
-    few = data.load(Data(name="cifar10", dir=str(tmp_path), train_images=30, test_images=12))
-    assert torch.equal(few.train.images, everything.train.images[:30])
-    assert torch.equal(few.test.images, everything.test.images[:12])
-    assert len(few.train.images) == 30 and torch.equal(few.test.labels, everything.test.labels[:12])
+    state = torch.random.get_rng_state()
+    images = data.as_images(loader)
+    passes = [torch.cat([x for x, _ in images.batches(5, generator=seeded(seed))]) for seed in (1, 1, 2)]
+    assert touched.value == 1 and torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(passes[0], passes[1])                            # noise in the processes follows the generator
+    assert not torch.equal(passes[0].sort(0)[0], passes[2].sort(0)[0])
 
 
-def test_order_does_not_depend_on_how_the_file_system_lists(tmp_path, monkeypatch):
-    make_cifar(tmp_path, per_class=5)
-    make_tiny(tmp_path, per_class=5)
-    for k, path in enumerate(sorted((tmp_path / "tiny-imagenet-200" / "train").rglob("*.JPEG"))):
-        save(path, (k * 10, 0, 0), 64)                                  # so that no two training images are alike
-    names, entries = ("cifar10", "tiny-imagenet"), data._entries
-    listed = []
-    for key in (lambda entry: entry.name, lambda entry: entry.name[::-1]):
-        monkeypatch.setattr(data, "_entries", lambda *where: sorted(entries(*where), key=key, reverse=True))
-        listed.append([data.load(Data(name=name, dir=str(tmp_path))).train.images for name in names])
-    monkeypatch.setattr(data, "_entries", entries)
-    listed.append([data.load(Data(name=name, dir=str(tmp_path))).train.images for name in names])
-    for images in zip(*listed):
-        assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
-        assert len(images[0].flatten(1).unique(dim=0)) == len(images[0])
+class ImagesOfPillow(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return Image.new("RGB", (4, 4)), i
 
 
-def test_incomplete_class_folders_are_named(tmp_path):
-    tree = make_cifar(tmp_path, per_class=2)
-    (tree / "test" / "cat").rename(tree / "test" / "cow")
-    with pytest.raises(InputError, match="cat, cow"):
-        data.load(Data(name="cifar10", dir=str(tmp_path)))
-    for path in (tree / "train" / "bee").iterdir():
-        path.unlink()
-    with pytest.raises(InputError, match=r"train/bee holds no images; expected .*CLASS"):
-        data.load(Data(name="cifar10", dir=str(tmp_path)))
-    (tree / "train").rename(tree / "training")
-    with pytest.raises(InputError, match="cifar10/train is missing; expected"):
-        data.load(Data(name="cifar10", dir=str(tmp_path)))
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([])
 
 
-@pytest.mark.parametrize("name, expected", [         # (1 - mean)/std, (0 - mean)/std, (0.2 - mean)/std by hand
-    ("cifar10", (2.514088, -2.418255, -1.226368)),
-    ("cifar100", (1.842617, -1.897466, -0.872148)),
-    ("tiny-imagenet", (2.248908, -2.035714, -0.915556))])
-def test_normalisation_constants(tmp_path, name, expected):
-    if name == "tiny-imagenet":
-        tree = make_tiny(tmp_path, per_class=1)
-        save(tree / "val" / "images" / "val_2.JPEG", (255, 0, 51), 64, format="PNG")
-    else:
-        for split in ("train", "test"):
-            save(tmp_path / name / split / "ant" / "0.png", (255, 0, 51))
-    splits = data.load(Data(name=name, dir=str(tmp_path), image_size=16, test_images=1))
-    x, _ = splits.test.batch([0])
-    assert torch.allclose(x[0, :, 8, 8], torch.tensor(expected), atol=1e-4)
-    assert (splits.train.mean, splits.train.std) == (splits.test.mean, splits.test.std)
-
-
-def published_cifar(folder, monkeypatch, label_key="labels"):
-    """An archive of CIFAR-10's layout: 6 + 6 training images and 5 test images, pixel value = number of the image."""
-    def member(start, count):
-        numbers = np.arange(start, start + count, dtype=np.uint8)
-        return {"data": np.repeat(numbers[:, None], 3072, 1), label_key: [int(i) % 2 for i in numbers]}
-    files = {"data_batch_1": member(0, 6), "data_batch_2": member(6, 6), "test_batch": member(50, 5),
-             "batches.meta": {"label_names": ["even", "odd"]}}
-    archive = folder / "cifar-10-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for file, content in files.items():
-            content = pickle.dumps(content)
-            info = tarfile.TarInfo(f"cifar-10-batches-py/{file}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    kind = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(kind, "url", archive.as_uri())
-    monkeypatch.setattr(kind, "tgz_md5", None)
-    monkeypatch.setattr(kind, "train_list", [["data_batch_1", None], ["data_batch_2", None]])
-    monkeypatch.setattr(kind, "test_list", [["test_batch", None]])
-    monkeypatch.setattr(kind, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
-    return archive
-
-
-def test_cifar_from_the_published_archive(tmp_path, monkeypatch):
-    archive = published_cifar(tmp_path, monkeypatch)
-    where = tmp_path / "new"
-    splits = data.load(Data(name="cifar10", dir=str(where), image_size=32, train_images=8))
-    numbers = splits.train.images[:, 1, 31, 0].tolist()
-    assert len(set(numbers)) == 8 and max(numbers) < 12 and numbers != sorted(numbers)
-    assert splits.train.labels.tolist() == [number % 2 for number in numbers]
-    assert splits.test.images[:, 2, 5, 5].tolist() == [50, 51, 52, 53, 54] and splits.class_names == ("even", "odd")
-    archive.unlink()
-    again = data.load(Data(name="cifar10", dir=str(where), image_size=32, test_images=3))      # what is there is used
-    assert again.test.labels.tolist() == [0, 1, 0] and again.train.images[:8, 1, 31, 0].tolist() == numbers
-    with pytest.raises(InputError, match="train_images=13.* 12;"):
-        data.load(Data(name="cifar10", dir=str(where), train_images=13))
-
-
-@pytest.mark.parametrize("blocked", [False, True])
-def test_cifar_that_cannot_be_had_names_url_folder_and_layout(tmp_path, monkeypatch, blocked):
-    archive = published_cifar(tmp_path, monkeypatch)
-    folder = archive / "data" if blocked else tmp_path / "data"
-    if not blocked:
-        archive.unlink()
-    with pytest.raises(InputError) as error:
-        data.load(Data(name="cifar10", dir=str(folder)))
-    for word in (archive.as_uri(), str(folder), "cifar-10-batches-py", "train/CLASS/*.png"):
-        assert word in str(error.value)
+@pytest.mark.parametrize("make, word", [
+    (lambda: Endless(), "IterableDataset"), (lambda: torch.utils.data.DataLoader(Endless()), "IterableDataset"),
+    (lambda: torch.utils.data.DataLoader(Squares(), sampler=torch.utils.data.SubsetRandomSampler([1])), "Subset"),
+    (lambda: torch.utils.data.DataLoader(Squares(), sampler=torch.utils.data.WeightedRandomSampler([1.0] * 23, 23)),
+     "WeightedRandomSampler"),
+    (lambda: torch.utils.data.DataLoader(Squares(), sampler=torch.utils.data.RandomSampler(Squares(), True)),
+     "every item once"),
+    (lambda: torch.utils.data.DataLoader(Squares(), batch_sampler=[[1, 2]]), "batch sampler"),
+    (lambda: torch.utils.data.DataLoader(Squares(), batch_size=None), "batch_size=None"),
+    (lambda: Squares(0), "empty"), (lambda: 5, "not int"), (lambda: [1, 2, 3], "not list"),
+    (lambda: torch.utils.data.TensorDataset(torch.zeros(3, 1, 4, 4)), "batch of the data set"),
+    (lambda: torch.utils.data.TensorDataset(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.arange(3)), "uint8"),
+    (lambda: torch.utils.data.TensorDataset(torch.zeros(3, 1, 4, 4), torch.rand(3)), "float32"),
+    (lambda: ImagesOfPillow(), "float tensor"),
+    (lambda: (torch.zeros(3, 1, 4, 4), torch.arange(4)), "N, C, H, W"),
+    (lambda: (torch.zeros(3, 16), torch.arange(3)), "N, C, H, W"),
+    (lambda: (torch.zeros(3, 1, 4, 4), torch.rand(3)), "int64"),
+    (lambda: (torch.zeros(3, 1, 4, 4, dtype=torch.int32), torch.arange(3)), "int32"),
+    (lambda: (torch.zeros(3, 1, 4, 6, dtype=torch.uint8), torch.arange(3)), "square")])
+def test_adapters_refuse_what_they_cannot_read_in_full(make, word):
+    with pytest.raises(InputError, match=word) as error:
+        data.as_images(make())
     assert "\n" not in str(error.value)
 
 
@@ -634,34 +505,3 @@ def test_synthetic_is_learnt_by_a_small_convnet_but_not_from_colour(one_thread):
     seen, unseen = ([(x.mean((2, 3)), y) for x, y in part.batches(1000)] for part in (train, test))
     linear = fit(torch.nn.Linear(3, 10), 0.05, 400, lambda: seen)
     assert (linear(unseen[0][0]).argmax(1) == unseen[0][1]).float().mean() < 0.5
-
-
-# Real images
-
-REAL = pathlib.Path(os.environ.get("HIRELC_DATA") or "/nonexistent")
-
-
-@pytest.mark.skipif(not (REAL / "tiny-imagenet-200").is_dir(), reason="HIRELC_DATA names no folder with "
-                    "tiny-imagenet-200")
-def test_real_tiny_imagenet():
-    splits = data.load(Data(name="tiny-imagenet", dir=str(REAL), image_size=64, train_images=4000, test_images=1280))
-    assert splits.num_classes == 200 and splits.class_names[0] == "n02124075"
-    # The first line of val_annotations.txt gives val_0.JPEG the class n03444034.
-    assert splits.class_names[splits.test.labels[0]] == "n03444034"
-    with Image.open(REAL / "tiny-imagenet-200" / "val" / "images" / "val_0.JPEG") as image:
-        assert np.array_equal(splits.test.images[0].permute(1, 2, 0).numpy(), np.asarray(image.convert("RGB")))
-    assert splits.train.labels.bincount(minlength=200).min() >= 5       # 20 expected per class
-    x = torch.cat([x for x, _ in splits.train.batches(500)])
-    assert x.mean((0, 2, 3)).abs().max() < 0.15 and 1 < x.std((0, 2, 3)).min() and x.std((0, 2, 3)).max() < 1.4
-    augmented = torch.cat([x for x, _ in splits.train.batches(500, generator=seeded())])
-    assert (augmented.mean((0, 2, 3)) - x.mean((0, 2, 3))).abs().max() < 0.05
-
-
-@pytest.mark.skipif(not (REAL / "cifar10").is_dir(), reason="HIRELC_DATA names no folder with cifar10")
-def test_real_cifar10():
-    splits = data.load(Data(name="cifar10", dir=str(REAL), image_size=32, train_images=4000, test_images=1280))
-    assert splits.class_names == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship",
-                                  "truck")
-    assert splits.test.labels.bincount().min() > 90                     # 128 expected per class
-    x = torch.cat([x for x, _ in splits.train.batches(500)])
-    assert x.mean((0, 2, 3)).abs().max() < 0.1

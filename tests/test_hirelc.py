@@ -410,7 +410,7 @@ def test_a_failed_experiment_does_not_stop_the_next(tmp_path, capsys):
 def test_list_shows_the_experiments_with_the_papers_numbers(capsys):
     assert hirelc.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and "ResNet18, Tiny ImageNet" in lines[4] and lines[4].endswith("5.99")
+    assert len(lines) == 10 and "ResNet18, Tiny ImageNet" in lines[4] and lines[4].endswith("5.99")
 
 
 def test_set_wins_over_flags_and_flags_over_smoke():

@@ -1,0 +1,284 @@
+"""Files from elsewhere: downloads that go on after a break, are checked and appear whole, and archives unpacked safely.
+
+Data sets and weights come through the same :func:`fetch`. While it runs, what has arrived lies beside the target as
+``NAME.part``, with ``NAME.part.json`` saying which version of which URL it is; both are gone when the target is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import pathlib
+import re
+import shutil
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+
+from config import InputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing then keeps two downloads of one file apart
+    fcntl = None
+
+BLOCK = 1 << 18  # bytes read at a time
+MAX_WAIT = 3600  # seconds for another process's download of the same file
+
+
+def fetch(url, target, progress=None, timeout=60, *, size=None, sha256="") -> None:
+    """Download ``url`` to the file ``target``, which appears (or is replaced) only when complete and checked.
+
+    A partial file of an earlier call is continued where the server can say that its file is still the same one (a
+    strong ETag or Last-Modified), or where ``sha256`` would show that it is not; otherwise it starts again. A second
+    process that wants the same target waits for the first. ``progress(what, done, total)`` is called in bytes,
+    ``total`` 0 where the server does not say; ``timeout`` is in seconds without a byte. ``size``: bytes that the file
+    must have; ``sha256``: hexadecimal digits that its digest must begin with.
+    Raises OSError when the file cannot be had or written (what has arrived stays for the next call), InputError when
+    what arrived is another file (nothing stays).
+    """
+    target = pathlib.Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial, origin = (target.with_name(target.name + suffix) for suffix in (".part", ".part.json"))
+    report = progress or (lambda what, done, total: None)
+    before = _identity(target)
+    file = _lock(partial, lambda waited: report(f"waiting (s) while another process downloads {target.name}",
+                                                waited, MAX_WAIT))
+    try:
+        if _identity(target) != before:  # another process finished it in the meantime
+            partial.unlink()
+            return
+        _receive(url, file, origin, lambda done, total: report(f"downloading {target.name}", done, total), timeout,
+                 size, sha256)
+        file.flush()
+        os.fsync(file.fileno())
+        _check(url, partial, size, sha256)
+        origin.unlink(missing_ok=True)
+        if not fcntl:
+            file.close()  # Windows moves no open file
+        os.replace(partial, target)
+    except InputError:
+        _remove(partial, origin)
+        raise
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(" ".join(str(error).split()) or type(error).__name__) from None
+    finally:
+        with contextlib.suppress(OSError, ValueError):
+            file.flush()
+        if _identity(partial) and not partial.stat().st_size:
+            _remove(partial, origin)
+        file.close()  # and with it the lock
+
+
+def _identity(path):
+    """What tells one version of a file from the next; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _remove(*paths):
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _lock(partial, waiting):
+    """The partial file, open for appending and locked until it is closed."""
+    started = time.monotonic()
+    while True:
+        file = open(partial, "a+b")
+        try:
+            while fcntl:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    waited = time.monotonic() - started
+                    if waited > MAX_WAIT:
+                        raise OSError(f"another process has been downloading it for {MAX_WAIT} seconds") from None
+                    waiting(int(waited))
+                    time.sleep(0.1)
+                except OSError:  # a file system without locks
+                    break
+            # The one that held the lock may have moved the file to its final name, or thrown it away.
+            if _identity(partial) == _identity(file.fileno()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _receive(url, file, origin, report, timeout, size, sha256):
+    """Append to ``file`` what it lacks of ``url``, or fill it from the start. OSError when not all of it arrives."""
+    have, headers = os.fstat(file.fileno()).st_size, {}
+    if have:
+        known = _read_origin(origin)
+        if known.get("url") == url and (known.get("version") or sha256):
+            headers = {"Range": f"bytes={have}-"}
+            if known.get("version"):
+                headers["If-Range"] = str(known["version"])
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not headers:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":  # all of it had arrived
+            return
+        file.truncate(0)
+        return _receive(url, file, origin, report, timeout, size, sha256)
+    with answer:
+        done, total = 0, _number(answer.headers.get("Content-Length"))
+        if getattr(answer, "status", None) == 206:
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range") or "")
+            if not headers:
+                raise OSError("the server sends a part without having been asked for one")
+            if not span or int(span[1]) != have:
+                file.truncate(0)
+                return _receive(url, file, origin, report, timeout, size, sha256)
+            done, total = have, int(span[2])
+        else:
+            file.truncate(0)
+            _write_origin(origin, url, answer.headers)
+        if size is not None and total is not None and total != size:
+            raise InputError(f"{url}: the server's file has {total} bytes, the published one {size}; get it from "
+                             "another place")
+        report(done, total or 0)
+        while block := answer.read(BLOCK):
+            file.write(block)
+            done += len(block)
+            report(done, total or 0)
+            if size is not None and done > size:
+                break
+        if total is not None and done < total:
+            raise OSError(f"the connection ended after {done} of {total} bytes; the same command goes on from there")
+
+
+def _check(url, partial, size, sha256):
+    found = partial.stat().st_size
+    if size is not None and found != size:
+        raise InputError(f"{url}: {found} bytes arrived, the published file has {size}; they were removed, try again")
+    if sha256 and not digest(partial).startswith(sha256.lower()):
+        raise InputError(f"{url}: the SHA-256 of what arrived does not begin with {sha256}; it was removed, try again")
+
+
+def digest(path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _number(text):
+    return int(text) if text and text.isdecimal() else None
+
+
+def _read_origin(origin):
+    try:
+        known = json.loads(origin.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write_origin(origin, url, headers):
+    """``version``: what the server calls this version of the file, in a form that If-Range may carry."""
+    tag = headers.get("ETag") or ""
+    version = tag if tag.startswith('"') else headers.get("Last-Modified") or ""
+    origin.write_text(json.dumps({"url": url, "version": version}), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Published files kept in a folder
+
+
+def cached(url, target, progress=None, *, size=None, sha256="", hint="") -> str:
+    """The path of ``target`` holding ``url``'s file: as it lies there (a file: URL's is copied again, it may have
+    changed), else fetched. Raises InputError, one line with the URL, where to put the file and ``hint``, when it cannot
+    be had, and when the file there is not the published one."""
+    target = os.fspath(target)
+    if not re.match("(https?|file):", url):
+        raise InputError(f"{url}: only http, https and file URLs are read")
+    try:
+        if os.path.isfile(target) and not url.startswith("file:"):
+            if size is not None and os.path.getsize(target) != size:
+                raise InputError(f"{target}: has {os.path.getsize(target)} bytes, the published file {size}; delete "
+                                 f"it to download {url} again")
+            if sha256 and not digest(target).startswith(sha256):
+                raise InputError(f"{target}: its SHA-256 does not begin with {sha256}; delete it to download {url} "
+                                 "again")
+            return target
+        fetch(url, target, progress, size=size, sha256=sha256)
+    except OSError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"cannot fetch {url} ({reason}); fetch it elsewhere and save it as {target}{hint}") from None
+    return target
+
+
+def hash_prefix(url: str) -> str:
+    """The digits of its SHA-256 that a published URL carries: NAME-xxxxxxxx.pth, or a folder that is the whole
+    digest; "" where it carries none."""
+    parts = urllib.parse.unquote(urllib.parse.urlsplit(url).path).split("/")
+    found = re.search(r"-([0-9a-f]{8,64})\.\w+$", parts[-1])
+    whole = [part for part in parts[:-1] if re.fullmatch("[0-9a-f]{64}", part)]
+    return found.group(1) if found else whole[-1] if whole else ""
+
+
+def file_name(url: str) -> str:
+    """The name under which a URL's file is kept: its own where that carries a hash, else host and path, since many
+    files are called model.safetensors. Raises InputError for what is no URL of a file."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url}: not a URL ({error})") from None
+    path = urllib.parse.unquote(parts.path)
+    name = path.rpartition("/")[2]
+    if not name.strip("."):
+        raise InputError(f"{url}: does not name a file")
+    if not re.search(r"-[0-9a-f]{8,64}\.\w+$", name):  # the query goes in front: the suffix tells the format
+        name = re.sub(r"[^\w.-]+", "_", f"{parts.hostname or ''}{parts.query}{path}", flags=re.ASCII).strip("_")
+    return name[-200:]  # file systems end at 255 bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Archives
+
+MAX_EXPANSION = 100  # times an archive's own size; images hardly shrink in a zip, a bomb by a factor of 1,000
+
+
+def extract(archive, folder) -> None:
+    """Unpack a zip file into ``folder``.
+
+    Raises InputError when it is damaged, when a member's name leads out of the folder, or when it would grow beyond
+    ``MAX_EXPANSION`` times its size or the space on the disk (nothing is written in these two cases); OSError when
+    it cannot be written.
+    """
+    mend = "delete it and start again to fetch a new one"
+    folder = pathlib.Path(folder)
+    try:
+        with zipfile.ZipFile(archive) as source:
+            total = 0
+            for member in source.infolist():
+                parts = member.filename.replace("\\", "/").split("/")
+                if member.filename.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+                    raise InputError(f"{archive}: member {ascii(member.filename)} leads out of the folder; {mend}")
+                total += member.file_size
+            if total > max(MAX_EXPANSION * os.path.getsize(archive), 1 << 20):
+                raise InputError(f"{archive}: {os.path.getsize(archive)} bytes that claim to hold {total}; {mend}")
+            above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            free = shutil.disk_usage(above).free
+            if total > free:
+                raise InputError(f"{archive} holds {total >> 20} MB, {above} has room for {free >> 20}; free space "
+                                 "there")
+            source.extractall(folder)
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # zipfile raises almost anything on damaged input
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{archive} is damaged ({reason}); {mend}") from None

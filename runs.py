@@ -1,0 +1,99 @@
+"""Run directories: where a run's files lie, whose settings they belong to, and what is written when (SPEC 12)."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from config import Config, InputError, flatten, from_flat
+from report import write_text
+
+
+def run_directory(config: Config) -> Path:
+    """OUT/expN[-NAME]-seedS, and OUT/NAME-seedS for a network of one's own."""
+    if not config.exp:
+        return Path(config.out) / f"{config.name}-seed{config.seed}"
+    name = f"-{config.name}" if config.name else ""
+    return Path(config.out) / f"exp{config.exp}{name}-seed{config.seed}"
+
+
+def check_directory(path: Path, config: Config) -> None:
+    """Refuse a folder that cannot be written or that holds a run of other settings; leaves no trace."""
+    old = path / "config.json"
+    if old.exists():
+        try:
+            before = flatten(from_flat(json.loads(old.read_text(encoding="utf-8"))["settings"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{old}: cannot be read as this program's settings ({error}); move the folder away or "
+                             "choose another --out or --name") from None
+        now = flatten(config)
+        # where things lie, and how they are read, does not change the result
+        places = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir"}
+        differing = [f"{key} (there {before[key]}, now {now[key]})" for key in now
+                     if key not in places and before[key] != now[key]]
+        if differing:
+            raise InputError(f"{path} holds a run with other settings: {'; '.join(differing)}; give the variant a "
+                             "--name or choose another --out")
+    made = []
+    try:
+        for folder in (*reversed(path.parents), path):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        probe = path / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--out {config.out}: cannot write there ({error.strerror}: {error.filename}); choose "
+                         "another folder") from None
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
+
+
+def provenance(device) -> dict:
+    """What config.json holds beside the settings: command, time, git commit, versions, hardware."""
+    here = Path(__file__).resolve().parent
+    git = None
+    if (here / ".git").exists() and shutil.which("git"):
+        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+                             capture_output=True, text=True)
+    return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "git": git.stdout.strip() if git and git.returncode == 0 else None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__},
+            "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+                         "threads": torch.get_num_threads()}}
+
+
+def save(run, path: Path) -> None:
+    """After every cycle: cycles.csv, updates.csv, and the best network so far."""
+    write_text(path / "cycles.csv", _csv([dataclasses.asdict(row) for row in run.cycles]))
+    if run.updates:
+        write_text(path / "updates.csv", _csv(run.updates))
+    if run.best is run.cycles[-1]:
+        temporary = path / ".best.pt.tmp"
+        torch.save({"format": 1, "settings": flatten(run.config), "cycle": run.best.cycle, "model": run.best_state,
+                    "masks": run.best_masks, "policy": run.policy()}, temporary)
+        temporary.replace(path / "best.pt")
+
+
+def _csv(rows: list[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
