@@ -697,8 +697,8 @@ def copy_network(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:300]}); it is compressed as a copy, so that the given network "
-                         "stays as it is") from error
+                         f"{' '.join(str(error).split())[:300]}); it is compressed as a copy, so that the given "
+                         "network stays as it is") from error
 
 
 def own_network(source: str, num_classes: int) -> nn.Module:

@@ -517,7 +517,9 @@ def resolve_own(source: str, flags: dict, assignments=()) -> Config:
 
 
 def run_experiment(config: Config, log: Log | None = None) -> dict:
-    """Prepare and run one experiment or one network of one's own and fill its run directory (SPEC 12).
+    """Prepare and run one experiment, or one network of one's own, and fill its run directory (SPEC 12).
+
+    Returns result.json's content.
 
     Returns what result.json holds.
     Raises InputError before anything is written when settings, data, weights, device or folder cannot be used.

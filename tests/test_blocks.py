@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import models
-from blocks import (CLASSIFIER, INDIRECT, SHORTCUT, UNREACHED, ParameterKernel, copy_network, own_network, traced_kernels,
-                    try_network)
+from blocks import (CLASSIFIER, INDIRECT, SHORTCUT, UNREACHED, ParameterKernel, copy_network, own_network,
+                    traced_kernels, try_network)
 from config import InputError
 from models import build, find_blocks, survey
 
@@ -497,7 +497,8 @@ def test_a_network_from_a_file_or_a_module(tmp_path, monkeypatch):
     (tmp_path / "mynet.py").write_text(
         "import torch, helper\n\ndef make():\n    return torch.nn.Linear(helper.N, 2)\n\n"
         "def sized(num_classes, width=3):\n    return torch.nn.Linear(width, num_classes)\n\n"
-        "def needs(depth):\n    pass\n\ndef number():\n    return 3\n\ndef fails():\n    raise ValueError('no\\nluck')\n")
+        "def needs(depth):\n    pass\n\ndef number():\n    return 3\n\n"
+        "def fails():\n    raise ValueError('no\\nluck')\n")
     (tmp_path / "helper.py").write_text("N = 7\n")
     (tmp_path / "broken.py").write_text("def make(:\n")
     file = str(tmp_path / "mynet.py")

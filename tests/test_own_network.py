@@ -55,7 +55,8 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.once, self.dw = nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.stem, self.once = nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.dw = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
         self.again = self.once
         self.bn, self.drop, self.fc = nn.BatchNorm2d(8), nn.Dropout(0.2), nn.Linear(8, 3)
 
@@ -125,7 +126,8 @@ def check_figures(given, compressed, policy, result, classifiers):
         total += weight.numel()
         stored += weight.numel() * kernel["bits"] / 32 * kept / len(weight)
         # INT uniform: codes, one float32 scale, and a bitmap of the channels where some are gone
-        size = math.ceil(kept * weight[0].numel() * kernel["bits"] / 8) + 4 + (math.ceil(len(weight) / 8) if zero else 0)
+        bitmap = math.ceil(len(weight) / 8) if zero else 0
+        size = math.ceil(kept * weight[0].numel() * kernel["bits"] / 8) + 4 + bitmap
         assert result["kernels"][name]["bytes"] == size and result["kernels"][name]["params"] == weight.numel()
         saved += 4 * weight.numel() - size
     assert result["cr"] == pytest.approx(total / stored) and 4 <= result["cr"] <= 26.67
@@ -150,7 +152,8 @@ def check_figures(given, compressed, policy, result, classifiers):
     (Flattening, 3, ["a", "c"], "d", {"b"}),
     (swin, 3, ["features.0.0"] + [f"features.1.{i}.{part}" for i in (0, 1) for part in
                                   ("attn.qkv", "attn.proj", "mlp.0", "mlp.3")] + ["features.2.reduction"]
-     + [f"features.3.{i}.{part}" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.0", "mlp.3")], "head", set()),
+     + [f"features.3.{i}.{part}" for i in (0, 1) for part in ("attn.qkv", "attn.proj", "mlp.0", "mlp.3")],
+     "head", set()),
     (lambda: torchvision.models.regnet.RegNet(torchvision.models.regnet.BlockParams(
         [1, 1], [8, 16], [4, 8], [1.0, 1.0], [2, 2], 0.25), num_classes=3, stem_width=8), 3, None, "fc",
      {"trunk_output.block1.block1-0.proj.0", "trunk_output.block2.block2-0.proj.0"}),
