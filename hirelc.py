@@ -32,7 +32,7 @@ from compress import (NetworkConfig, compress_network, from_policy, kernel_bytes
 from config import EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
 from report import results_table, survive_ascii, wilson, write_json
-from runs import check_directory, provenance, run_directory, save
+from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, block_features, compliance,
                     derive_seed, null_controller, random_config)
 from train import Trainer, accuracy, correct, fisher_sensitivity
@@ -644,6 +644,7 @@ def list_experiments() -> str:
 def main(argv=None) -> int:
     """Runs the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
     survive_ascii()
+    keep_freed_memory()
     try:
         args = _parser().parse_args(argv)
         if args.list:

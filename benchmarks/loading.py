@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import sources  # noqa: E402
 from config import Data, InputError  # noqa: E402
+from runs import keep_freed_memory  # noqa: E402
 
 BATCH = 256
 
@@ -83,6 +84,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch threads of this process, the same for all")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as hirelc.py does; for both sides
     tree = Path(args.data_dir).resolve() / "tiny-imagenet-200"
     files = [path for split in ("train", "val") for path in (tree / split).rglob("*.JPEG")]
     if not files:

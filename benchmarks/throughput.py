@@ -32,6 +32,7 @@ import data  # noqa: E402
 import models  # noqa: E402
 from compress import kernel_shapes  # noqa: E402
 from config import Compress, Config, InputError, LLA, override  # noqa: E402
+from runs import keep_freed_memory  # noqa: E402
 from search import (DropEstimator, LayerBudget, LLAEnv, Proxy, Surrogate, lla_nvec, random_config)  # noqa: E402
 from train import Trainer, correct  # noqa: E402
 
@@ -144,6 +145,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="timed passes of each")
     parser.add_argument("--seconds", type=float, default=10.0, help="at least this long per step rate")
     args = parser.parse_args()
+    keep_freed_memory()  # as hirelc.py does; for both sides
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, torchvision "
           f"{torchvision.__version__}, {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as scratch:
