@@ -18,15 +18,6 @@ from models import build, find_blocks, survey
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 class Net(nn.Module):
     """A network from its modules and the function that is its forward; a head for three classes is added."""
 

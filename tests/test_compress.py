@@ -32,14 +32,6 @@ BITS = [2, 3, 4, 5, 6, 7, 8, 12]
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2 ** -11, torch.bfloat16: 2 ** -8}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tensor_cases():
     """Name → weight, made to catch a quantiser out; the same at every call."""
     generator = torch.Generator().manual_seed(7)

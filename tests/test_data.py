@@ -470,14 +470,6 @@ def test_load_synthetic_takes_the_settings():
     assert any("synthetic" in note for note in few.notes)
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def fit(model, lr, epochs, batches):
     optimizer = torch.optim.Adam(model.parameters(), lr)
     for _ in range(epochs):
@@ -488,7 +480,7 @@ def fit(model, lr, epochs, batches):
     return model.eval()
 
 
-def test_synthetic_is_learnt_by_a_small_convnet_but_not_from_colour(one_thread):
+def test_synthetic_is_learnt_by_a_small_convnet_but_not_from_colour():
     train, test = data.synthetic(10, 1000, 500, 32, 0)
     torch.manual_seed(0)
     layers, channels = [], 3

@@ -26,14 +26,6 @@ QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "hla.burst=4"
          "data.test_images=40", "sensitivity.images=2", "finetune.epochs=1"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small_run(**settings) -> HiReLC:
     """A loop over a two-block convolutional network on a few drawn images."""
     config = override(Config(), {

@@ -32,15 +32,6 @@ TINY = {"search__cycles": 1, "lla__timesteps": 4, "hla__timesteps": 4, "baseline
 QUIET = Log(stream=open(os.devnull, "w"))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
-
-
 def pictures(n=40, channels=3, size=16, classes=3):
     """Noise with a brighter channel or corner per class, floats [n, C, size, size], and labels."""
     generator = torch.Generator().manual_seed(n)

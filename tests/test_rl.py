@@ -14,14 +14,6 @@ from rl import A2C, PPO, Rollout
 AGENTS = [PPO, A2C]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Taped:
     """Episodes of `length` steps, staggered by one per environment; observations are [step in episode, environment].
 

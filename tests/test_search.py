@@ -25,14 +25,6 @@ LIMITS = Compress(qtype="any", granularity="any")
 FREE = LayerBudget(target=0.25, max_pruning=0.6, min_bits=3, max_drop=2.0, strategy="auto")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def settings(**changes):
     """A Config with budgets of a few steps; keys with __ for the dot."""
     small = {"lla.timesteps": 8, "lla.episode": 3, "hla.timesteps": 6, "hla.episode": 4}

@@ -15,14 +15,6 @@ from models import Block
 from train import Epoch, Trainer, accuracy, block_fisher, correct, fisher_sensitivity
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
