@@ -633,11 +633,15 @@ FLAGS = {"smoke": "smoke", "seed": "seed", "device": "device", "data_dir": "data
 
 
 def list_experiments() -> str:
-    """The experiments with the paper's numbers, as a table."""
+    """The experiments with the paper's numbers, and where their weights come from."""
     lines = ["exp  network, data                             cycles  epochs  paper: baseline   final    drop    CR"]
     for e in EXPERIMENTS.values():
         lines.append(f"{e.number:3}  {e.title:40}  {e.settings['search.cycles']:6}  {e.settings['finetune.epochs']:6}  "
                      f"{e.paper.baseline:15.2f}  {e.paper.final:6.2f}  {e.paper.drop:6.2f}  {e.paper.cr:4.2f}")
+    lines += ["", "published weights (--weights auto)"]
+    for name, source in models.PRETRAINED.items():
+        check = f", SHA-256 {source.sha256}…" if source.sha256 else ""
+        lines.append(f"  {name}: {source.url} (about {source.megabytes} MB{check})")
     return "\n".join(lines)
 
 

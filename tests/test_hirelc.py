@@ -402,7 +402,9 @@ def test_a_failed_experiment_does_not_stop_the_next(tmp_path, capsys):
 def test_list_shows_the_experiments_with_the_papers_numbers(capsys):
     assert hirelc.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 10 and "ResNet18, Tiny ImageNet" in lines[4] and lines[4].endswith("5.99")
+    assert "ResNet18, Tiny ImageNet" in lines[4] and lines[4].endswith("5.99")
+    assert [int(line.split()[0]) for line in lines[1:10]] == list(range(1, 10)) and lines[10] == ""
+    assert any("deit_small_patch16_224-cd65a155.pth" in line and "SHA-256 cd65a155" in line for line in lines[11:])
 
 
 def test_set_wins_over_flags_and_flags_over_smoke():
