@@ -26,11 +26,12 @@ import torch
 
 import data
 import models
-from blocks import Survey, copy_network, own_network, try_network
+from blocks import Survey
 from compress import (NetworkConfig, compress_network, from_policy, kernel_bytes, kernel_shapes, model_bytes,
                       snap_to_grid, to_policy, whole_model_ratio)
 from config import EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
+from own import copy_network, own_network, try_network
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, block_features, compliance,
@@ -301,6 +302,9 @@ class HiReLC:
         full = {k: v if v is None else accuracy(v) for k, v in full.items()}
         errors = [abs(r.surrogate_prediction - r.acc) for r in self.cycles if r.surrogate_prediction is not None]
         strategies = [budget.strategy for budget in self.best_budgets]
+        moved: dict[str, list[float]] = {}
+        for update in self.updates:
+            moved.setdefault(f"{update['level']} {update['algorithm']}", []).append(update["approx_kl"])
         bad = sum(lla.bad_rewards for lla in self.lla)
         if bad:
             self.log.note(f"{bad} rewards were not finite and became -10")
@@ -322,6 +326,7 @@ class HiReLC:
             "strategies": {s: strategies.count(s) / len(strategies) for s in sorted(set(strategies))},
             "sensitivity": self.sensitivity,
             "surrogate_mae": sum(errors) / len(errors) if errors else None,
+            "mean_kl": {who: sum(values) / len(values) for who, values in moved.items()},
             "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "null_controller": null,
             "notes": self.log.notes, "timings": {k: round(v, 2) for k, v in self.timings.items()}}
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import models
-from blocks import (CLASSIFIER, INDIRECT, SHORTCUT, UNREACHED, ParameterKernel, copy_network, own_network,
-                    traced_kernels, try_network)
+from blocks import CLASSIFIER, INDIRECT, SHORTCUT, UNREACHED, ParameterKernel, traced_kernels
 from config import InputError
 from models import build, find_blocks, survey
+from own import copy_network, own_network, try_network
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 

@@ -254,6 +254,9 @@ def test_a_smoke_run_leaves_a_complete_run_directory(smoke):
     for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance"):
         assert updates[0][key] != "", key
     assert {row["level"] for row in updates} == {"HLA", "LLA"}
+    lla_ppo = [float(row["approx_kl"]) for row in updates if (row["level"], row["algorithm"]) == ("LLA", "PPO")]
+    assert result["mean_kl"]["LLA PPO"] == pytest.approx(sum(lla_ppo) / len(lla_ppo))
+    assert set(result["mean_kl"]) == {"HLA PPO", "HLA A2C", "LLA PPO", "LLA A2C"}
     assert (path / "run.log").read_text().count("cycle 2:") == 1
 
 
