@@ -53,6 +53,7 @@ def compress(name: str, train, test, num_classes: int, log=None, **budget):
 
 
 def main(argv=None) -> int:
+    """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="folder of the data sets; without it images are drawn")
     parser.add_argument("--data", default="cifar10", help="data set below --data-dir (cifar10)")
