@@ -34,8 +34,8 @@ from log import Log, duration
 from own import copy_network, own_network, try_network
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
-from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, block_features, compliance,
-                    derive_seed, null_controller, random_config)
+from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
+                    block_features, compliance, derive_seed, null_controller, random_config)
 from train import Trainer, accuracy, correct, fisher_sensitivity
 
 __all__ = ["EXPERIMENTS", "HiReLC", "compress_model", "fisher_sensitivity", "main", "run_experiment"]
@@ -166,6 +166,8 @@ class HiReLC:
     def make_agents(self) -> None:
         """Drop estimator, high-level ensemble, and one low-level ensemble per block."""
         c = self.config
+        if c.search.method != "no-hla" and c.compress.bits_max < max(TIER_MIN_BITS):
+            self.log.note(f"budgets that ask for more bits than compress.bits_max={c.compress.bits_max} are cut to it")
         batches, wanted = [], c.search.proxy_batches
         for images, _ in self.train_set.batches(c.data.batch_size, self.device, generator=self._generator("proxy"),
                                                 limit=wanted * c.data.batch_size):

@@ -101,9 +101,12 @@ def save(run, path: Path) -> None:
         write_text(path / "updates.csv", _csv(run.updates))
     if run.best is run.cycles[-1]:
         temporary = path / ".best.pt.tmp"
-        torch.save({"format": 1, "settings": flatten(run.config), "cycle": run.best.cycle, "model": run.best_state,
-                    "masks": run.best_masks, "policy": run.policy()}, temporary)
-        temporary.replace(path / "best.pt")
+        try:
+            torch.save({"format": 1, "settings": flatten(run.config), "cycle": run.best.cycle, "model": run.best_state,
+                        "masks": run.best_masks, "policy": run.policy()}, temporary)
+            temporary.replace(path / "best.pt")
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _csv(rows: list[dict]) -> str:

@@ -210,6 +210,13 @@ def test_ablations_are_one_setting_each(setting, check):
     assert check(run)
 
 
+def test_budgets_above_the_most_bits_are_cut_and_noted():
+    run = small_run(**{"compress.bits_max": 4, "search.cycles": 1})
+    result = run.run()
+    assert any("compress.bits_max=4" in note for note in result["notes"])
+    assert all(kernel.bits == 4 for block in run.best_config.blocks for kernel in block.kernels)
+
+
 def test_compress_model_leaves_the_given_network_untouched():
     train, test = data.synthetic(3, 48, 40, 16, 0)
     model = small_network()
