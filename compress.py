@@ -203,6 +203,110 @@ def prune_mask(weight: Tensor, keep: float) -> Tensor:
     return mask
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What the codes of one kernel's kept rows stand for (§3.5.2); codes are whole numbers held as float32.
+
+    INT, learned: signed code c is c * scale. FLOAT: code c in 0…2^b - 1 is (c - zero) * scale. log, log-script: code 0
+    is zero, ±m the (m - 1)-th of the magnitudes that lie in equal steps of log2 between the two ends in ``scale``.
+    ``scale``: float32, [] for a tensor, [n, 1, …] for channels, [2] for a log grid's smallest and largest magnitude;
+    ``zero``: like ``scale``, FLOAT only. ``high``: upper ends of the weights that a FLOAT grid was made for.
+    """
+    bits: int
+    qtype: str
+    granularity: str
+    scale: Tensor
+    zero: Tensor | None = None
+    high: Tensor | None = None
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        if self.granularity in ("log", "log-script"):
+            # 2^(b-1) magnitude codes of which one means zero; the script has 2^b - 1 magnitudes and a sign on top (D3).
+            levels = 2 ** (self.bits - 1) - 1 if self.granularity == "log" else 2 ** self.bits - 1
+            return -levels, levels
+        if self.zero is not None:
+            return 0, 2 ** self.bits - 1
+        q_max = 2 ** (self.bits - 1) - 1
+        return -q_max - (self.granularity == "uniform"), q_max
+
+
+def find_grid(values: Tensor, config: KernelConfig) -> Grid:
+    """The grid of Eq. 19-20 over the range of ``values`` float32 [n, …], a kernel's kept rows.
+
+    INT and learned: scale = max|W| / q_max, at least 1e-8. FLOAT: 2^b levels from min to max, widened to hold 0, with
+    an integer zero-point. log: from the smallest to the largest magnitude of the non-zero weights (1 if there are none).
+    ``uniform`` and ``log`` have one range for the tensor, ``per-channel`` and ``learned`` one per output channel.
+    """
+    bits, qtype, granularity = config.bits, config.qtype, config.granularity
+    per_channel = granularity in ("per-channel", "learned")
+    shape = (-1, *[1] * (values.dim() - 1)) if per_channel else ()
+    rows = values.reshape(values.shape[0], -1) if per_channel else values.reshape(1, -1)
+    if granularity in ("log", "log-script"):
+        magnitude = rows.abs()
+        largest = magnitude.amax()
+        ends = torch.stack([torch.where(magnitude > 0, magnitude, torch.inf).amin(), largest])
+        return Grid(bits, qtype, granularity, torch.where(largest > 0, ends, 1.0))
+    if qtype == "INT" or granularity == "learned":
+        q_max = 2 ** (bits - 1) - 1
+        largest = rows.abs().amax(dim=1).reshape(shape)
+        # The divisor is a tensor because CUDA divides by a plain number through its rounded reciprocal. With a
+        # correctly rounded quotient, (q_max * scale) / q_max gives scale back, so that a second pass changes no bit.
+        return Grid(bits, qtype, granularity, (largest / largest.new_full((), q_max)).clamp_min(SMALLEST_SCALE))
+    low, high = (end.reshape(shape) for end in torch.aminmax(rows, dim=1))
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    scale = (high - low) / (2 ** bits - 1)
+    usable = (scale >= SMALLEST_SCALE) & (high > 0)
+    scale = scale.clamp_min(SMALLEST_SCALE)
+    return Grid(bits, qtype, granularity, scale, (-low / scale).round_(), torch.where(usable, high, torch.inf))
+
+
+def encode(values: Tensor, grid: Grid) -> Tensor:
+    """Codes of ``values`` float32 [n, …]: the nearest of the grid, clipped to its ends."""
+    low, high = grid.code_range
+    if grid.granularity in ("log", "log-script"):
+        smallest, largest = grid.scale.unbind()
+        start, step = _log_steps(grid)
+        position = (values.abs().clamp(smallest, largest).log2() - start) / step if high > 1 else torch.zeros_like(values)
+        return position.round_().clamp_(0, high - 1).add_(1).mul_(values.sign())
+    codes = (values / grid.scale).round_()
+    if grid.zero is None:
+        return codes.clamp_(low, high)
+    codes = codes.add_(grid.zero).clamp_(low, high)
+    # When the zero-point falls on a half, the upper end may round inwards, and a second pass would find a narrower
+    # range. It takes the top code: still within scale / 2, and the range reproduces itself.
+    return codes if grid.high is None else torch.where(values == grid.high, high, codes)
+
+
+def decode(codes: Tensor, grid: Grid) -> Tensor:
+    """The values, float32 like ``codes``, that codes stand for; zero is +0."""
+    if grid.granularity in ("log", "log-script"):
+        return _log_table(grid)[codes.abs().long()] * codes.sign()
+    if grid.zero is not None:
+        codes = codes - grid.zero
+    return (codes * grid.scale).add_(0.0)  # -0 + 0 is +0: a code has no sign of zero
+
+
+def _log_steps(grid: Grid) -> tuple[Tensor, Tensor]:
+    low, high = grid.scale.log2().unbind()
+    levels = grid.code_range[1]
+    return low, ((high - low) / max(levels - 1, 1)).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _log_table(grid: Grid) -> Tensor:
+    """Magnitude of every code from 0, float32 [levels + 1]. The ends are exact, so that a second pass finds the same
+    table; with a single level it is the middle."""
+    levels, (low, step) = grid.code_range[1], _log_steps(grid)
+    smallest, largest = grid.scale.unbind()
+    if levels == 1:
+        middle = smallest if bool(largest == smallest) else torch.exp2((low + largest.log2()) / 2)
+        return torch.stack([torch.zeros_like(middle), middle])
+    table = torch.exp2(low + step * torch.arange(-1, levels, device=grid.scale.device))
+    table[0], table[1], table[-1] = 0.0, smallest, largest
+    return table
+
+
 def quantize(weight: Tensor, bits: int, qtype: str = "INT", granularity: str = "uniform") -> Tensor:
     """De-quantised copy of ``weight`` on a grid of at most 2^bits values (§3.5.2).
 
@@ -210,86 +314,12 @@ def quantize(weight: Tensor, bits: int, qtype: str = "INT", granularity: str = "
     changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT, float32 in). bits >= 32 returns a copy.
     ``log`` and ``learned`` ignore ``qtype``. Raises ValueError for values outside KernelConfig's ranges.
     """
-    KernelConfig(bits, 1.0, qtype, granularity)  # checks the values
+    config = KernelConfig(bits, 1.0, qtype, granularity)  # checks the values
     if bits >= FULL_BITS or weight.numel() == 0:
         return weight.detach().clone()
     values = weight.detach().float()
-    if granularity in ("log", "log-script"):
-        # 2^(b-1) magnitude codes of which one means zero; the script has 2^b - 1 magnitudes and a sign on top (D3).
-        levels = 2 ** (bits - 1) - 1 if granularity == "log" else 2 ** bits - 1
-        result = _log(values, levels)
-    elif granularity == "learned":
-        result = _sign_magnitude(values, bits)
-    elif qtype == "INT":
-        result = _symmetric(values, bits, per_channel=granularity == "per-channel")
-    else:
-        result = _asymmetric(values, bits, per_channel=granularity == "per-channel")
-    return result.to(weight.dtype)
-
-
-def _channel_max(values: Tensor) -> Tensor:
-    """max|W_j| per output channel, shaped to broadcast: [n_out, 1, …]."""
-    return values.abs().reshape(values.shape[0], -1).amax(dim=1).reshape(-1, *[1] * (values.dim() - 1))
-
-
-def _symmetric_scale(largest: Tensor, q_max: int) -> Tensor:
-    """scale = max|W| / q_max, at least 1e-8 (Eq. 19).
-
-    The divisor is a tensor because CUDA divides by a plain number through its rounded reciprocal. With a correctly
-    rounded quotient, (q_max * scale) / q_max gives scale back, so that a second quantisation changes no bit.
-    """
-    return (largest / largest.new_full((), q_max)).clamp_min(SMALLEST_SCALE)
-
-
-def _symmetric(values: Tensor, bits: int, per_channel: bool) -> Tensor:
-    """INT: clip(round(W / scale), q_min, q_max) * scale (Eq. 19); per channel the clip is ±q_max."""
-    q_max = 2 ** (bits - 1) - 1
-    scale = _symmetric_scale(_channel_max(values) if per_channel else values.abs().amax(), q_max)
-    return (values / scale).round_().clamp_(-q_max if per_channel else -q_max - 1, q_max).mul_(scale)
-
-
-def _sign_magnitude(values: Tensor, bits: int) -> Tensor:
-    """learned: per output channel one sign bit and b - 1 magnitude bits (Eq. 20)."""
-    q_max = 2 ** (bits - 1) - 1
-    scale = _symmetric_scale(_channel_max(values), q_max)
-    return (values.abs() / scale).round_().clamp_(0, q_max).mul_(scale).mul_(values.sign())
-
-
-def _asymmetric(values: Tensor, bits: int, per_channel: bool) -> Tensor:
-    """FLOAT: 2^b levels from min to max, widened to hold 0, with an integer zero-point."""
-    top = 2 ** bits - 1
-    rows = values.reshape(values.shape[0], -1) if per_channel else values.reshape(1, -1)
-    low, high = torch.aminmax(rows, dim=1, keepdim=True)
-    low, high = low.clamp_max(0), high.clamp_min(0)
-    scale = (high - low) / top
-    full_range = scale >= SMALLEST_SCALE
-    scale = scale.clamp_min(SMALLEST_SCALE)
-    zero = (-low / scale).round_()
-    codes = (rows / scale).round_().add_(zero).clamp_(0, top)
-    # When the zero-point falls on a half, the upper end may round inwards, and a second pass would find a narrower
-    # range. It takes the top code: still within scale / 2, and the range reproduces itself.
-    codes = torch.where((rows == high) & (high > 0) & full_range, top, codes)
-    return codes.sub_(zero).mul_(scale).reshape(values.shape)
-
-
-def _log(values: Tensor, levels: int) -> Tensor:
-    """log: sign * 2^q, log2|W| on ``levels`` equal steps between its extremes over the non-zero weights."""
-    magnitude = values.abs()
-    nonzero = magnitude > 0
-    if not bool(nonzero.any()):
-        return torch.zeros_like(values)
-    smallest = torch.where(nonzero, magnitude, torch.inf).amin()
-    largest = magnitude.amax()
-    low, high = smallest.log2(), largest.log2()
-    step = ((high - low) / max(levels - 1, 1)).clamp_min(torch.finfo(torch.float32).tiny)
-    table = torch.exp2(low + step * torch.arange(levels, device=values.device))
-    if levels > 1:  # The ends are exact, so that a second pass finds the same table.
-        table[0], table[-1] = smallest, largest
-        codes = ((magnitude.clamp_min(smallest).log2() - low) / step).round_().clamp_(0, levels - 1).long()
-    else:
-        table[0] = torch.exp2((low + high) / 2) if bool(high > low) else smallest
-        codes = torch.zeros_like(values, dtype=torch.long)
-    return table[codes] * values.sign()
+    grid = find_grid(values, config)
+    return decode(encode(values, grid), grid).to(weight.dtype)
 
 
 def compress_kernel(weight: Tensor, config: KernelConfig) -> tuple[Tensor, Tensor]:
@@ -354,16 +384,27 @@ def compress_network(blocks, config: NetworkConfig) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> None:
-    """Put fine-tuned kernels back on their grids (ledger D14), in place; the masks stay as they are."""
+def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> dict[str, Grid | None]:
+    """Put fine-tuned kernels back on their grids (ledger D14), in place; the masks stay as they are.
+
+    Returns the grids, kernel name → :class:`Grid`, None for a kernel of 32 bits.
+    """
     _check_fit(blocks, config)
     _check_masks(blocks, masks)
+    grids = {}
     for block, block_config in zip(blocks, config.blocks):
         for (name, module), kernel in zip(block.kernels.items(), block_config.kernels):
-            mask = masks[name]
-            weight = torch.zeros_like(module.weight)
-            weight[mask] = quantize(module.weight[mask], kernel.bits, kernel.qtype, kernel.granularity)
-            module.weight.copy_(weight)
+            kept = module.weight.detach()[masks[name]].float()
+            grids[name] = find_grid(kept, kernel) if kernel.bits < FULL_BITS else None
+            set_rows(module.weight, masks[name], decode(encode(kept, grids[name]), grids[name]) if grids[name] else kept)
+    return grids
+
+
+def set_rows(weight: Tensor, mask: Tensor, rows: Tensor) -> None:
+    """Write ``rows`` [kept, …] into the rows of ``weight`` [n_out, …] that ``mask`` names, in place; zero the others."""
+    full = torch.zeros_like(weight)
+    full[mask] = rows.to(weight.dtype)
+    weight.copy_(full)
 
 
 @torch.no_grad()
