@@ -28,6 +28,9 @@ CLASSIFIER = "classifier: no kernel comes after it on the way to the logits"
 SHORTCUT = "1x1 projection on a residual shortcut"
 UNREACHED = "never reached by the forward"
 INDIRECT = "not used as it is: the forward computes another tensor from it first"
+PATCHES = "patch embedding: not part of an encoder block"
+LAST = "last 1x1 convolution, not among the paper's 51 kernels"
+OUT_OF_SCOPE = (CLASSIFIER, SHORTCUT, PATCHES, LAST)  # reasons that hold for compress.scope=paper only
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -55,13 +58,15 @@ class Block:
     its ``weight``. ``parameters``: full dotted names of the parameters whose Fisher information makes up s_i (Eq. 14):
     everything under the encoder block for this project's ViTs, the weights and biases of its own kernels otherwise.
     ``tensors``: kernel → all names of its weight in the state dict where they are not just ``<kernel>.weight``;
-    ``places``: of these one per module that holds it, where there are several.
+    ``places``: of these one per module that holds it, where there are several. ``whole``: kernels that keep all their
+    output channels, since those are the classes.
     """
     name: str
     kernels: dict[str, nn.Module | ParameterKernel]
     parameters: tuple[str, ...]
     tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)
     places: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
 
     @property
     def weight_names(self) -> dict[str, str]:
@@ -125,8 +130,10 @@ class Survey:
         return done / max(done + left, 1)
 
 
-def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=None) -> Survey:
+def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=None, scope="paper") -> Survey:
     """Cut kernels into blocks: groups of four in their order, or as ``groups`` and ``sections`` say.
+
+    ``scope="all"``: kernels that are left out for a reason of OUT_OF_SCOPE alone follow in groups of four of their own.
 
     ``exclude``: names of kernels or modules, or patterns with ``*``, which are left out. ``groups``: lists of names;
     they are the blocks, in that order; a kernel that none of them names is left out, one that they name is compressed
@@ -148,9 +155,12 @@ def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=
         cut = [(name, [k for k in kernels if k.name in names and not k.reason], parameters)
                for name, names, parameters in sections]
     else:
-        chosen = [k for k in kernels if not k.reason]
-        cut = [(f"group{first // GROUP}", chosen[first:first + GROUP], None)
-               for first in range(0, len(chosen), GROUP)]
+        cut = _fours("group", [k for k in kernels if not k.reason])
+    if scope == "all" and groups is None:
+        extra = [k for k in kernels if k.reason in OUT_OF_SCOPE and k.holder is not None and k.name not in unwanted]
+        for kernel in extra:
+            kernel.reason = ""
+        cut += _fours("extra", extra)
     blocks, counted = [], set()
     for name, group, parameters in cut:
         if not group:
@@ -161,12 +171,17 @@ def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=
             parameters = tuple(names)
         blocks.append(Block(name, {k.name: k.holder for k in group}, parameters,
                             {k.name: k.tensors for k in group if k.tensors != (f"{k.name}.weight",)},
-                            {k.name: k.places for k in group if len(k.places) > 1}))
+                            {k.name: k.places for k in group if len(k.places) > 1},
+                            tuple(k.name for k in group if k.classifier)))
     compressed = [k for _, group, _ in cut for k in group]
     if not compressed:
         raise InputError(f"{what}: no Conv2d or Linear besides the classifier, nothing to compress"
                          + "".join(f"; {k.name}: {k.reason}" for k in kernels[:5]))
     return Survey(blocks, compressed, [k for k in kernels if k.reason])
+
+
+def _fours(what, kernels):
+    return [(f"{what}{first // GROUP}", kernels[first:first + GROUP], None) for first in range(0, len(kernels), GROUP)]
 
 
 def _named_groups(kernels, groups, unwanted):

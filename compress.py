@@ -62,9 +62,11 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class KernelShape:
-    """What the accounting needs to know of a kernel: output channels and FP32 parameters P_ik."""
+    """What the accounting needs to know of a kernel: output channels, FP32 parameters P_ik, and whether channels may
+    go (a classifier's are the classes)."""
     n_out: int
     params: int
+    prunable: bool = True
 
 
 def channels_kept(keep: float, n_out: int) -> int:
@@ -179,8 +181,11 @@ class NetworkConfig:
 
 
 def kernel_shapes(block) -> tuple[KernelShape, ...]:
-    """Shapes of a block's kernels; ``block.kernels`` maps names to modules with a ``weight``."""
-    return tuple(KernelShape(m.weight.shape[0], m.weight.numel()) for m in block.kernels.values())
+    """Shapes of a block's kernels; ``block.kernels`` maps names to modules with a ``weight``, ``block.whole``, where
+    there is one, names those that keep every channel."""
+    whole = getattr(block, "whole", ())
+    return tuple(KernelShape(m.weight.shape[0], m.weight.numel(), name not in whole)
+                 for name, m in block.kernels.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -445,15 +450,6 @@ def model_bytes(model: torch.nn.Module) -> int:
     """Bytes of every parameter and buffer as stored; a tensor that is shared counts once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def whole_model_ratio(model: torch.nn.Module, blocks, config: NetworkConfig) -> float:
-    """Bytes of the uncompressed network / bytes with packed kernels and everything else as stored."""
-    before = model_bytes(model)
-    kernels = sum(m.weight.numel() * m.weight.element_size() for block in blocks for m in block.kernels.values())
-    packed = sum(kernel_bytes(kernel, shape) for block in config.blocks
-                 for kernel, shape in zip(block.kernels, block.shapes))
-    return before / (before - kernels + packed)
 
 
 def to_policy(blocks, config: NetworkConfig) -> dict:

@@ -80,6 +80,18 @@ class Finetune:
     lr: float = setting(5e-5, "AdamW learning rate", low=0.0)
     weight_decay: float = setting(0.01, "AdamW weight decay", low=0.0)
     patience: int = setting(3, "epochs without a better accuracy before it stops", low=1)
+    mode: str = setting("paper", "paper: kernels move as FP32 numbers (ledger D14); qat: every forward pass uses the "
+                                 "grid values, so that what is trained is what is deployed", choices=("paper", "qat"))
+    scales: str = setting("follow", "scales of mode=qat: follow the weights (Eq. 19-20), or are learned (LSQ)",
+                          choices=("follow", "learned"))
+    bn_images: int = setting(2048, "training images on which BatchNorm's statistics are estimated again once the "
+                                   "weights are on the grid; 0 = keep those of fine-tuning", low=0)
+
+
+@dataclass(frozen=True)
+class Pack:
+    rest: str = setting("float32", "precision of everything in the packed file that is not a compressed kernel",
+                        choices=("float32", "float16"))
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,8 @@ class Compress:
                          choices=("INT", "FLOAT", "any"))
     granularity: str = setting("uniform", "granularity of all kernels; any = the agents choose",
                                choices=("uniform", "log", "per-channel", "learned", "log-script", "any"))
+    scope: str = setting("paper", "paper: the paper's kernels; all: patch embedding, shortcut projections, last "
+                                  "convolution and classifier as well, in extra blocks", choices=("paper", "all"))
 
 
 @dataclass(frozen=True)
@@ -164,12 +178,17 @@ class Config:
                         choices=("uniform", "confidence"))
     carry: str = setting("none", "what a cycle takes over from the last: none (theta_0), rest (all but the kernels) "
                                  "or all", choices=("none", "rest", "all"))
+    enforce_target: bool = setting(False, "after the vote, move bits and keep until rho is within 1 % of search.target")
+    goal: str = setting("", "what to reach, for example size:1.5MB,drop:1 or cr:8; sets search.target and "
+                            "search.max_drop, enforces the size")
+    relax: bool = setting(False, "where the goal's drop is missed, give the most sensitive blocks back until it holds")
     data: Data = Data()
     model: Model = Model()
     scratch: Scratch = Scratch()
     baseline: Baseline = Baseline()
     finetune: Finetune = Finetune()
     compress: Compress = Compress()
+    pack: Pack = Pack()
     search: Search = Search()
     lla: LLA = LLA()
     hla: HLA = HLA()

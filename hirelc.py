@@ -5,6 +5,7 @@ prepares an experiment or a network of one's own and reads the command line::
 
     python hirelc.py --exp 3               # one of the paper's experiments
     python hirelc.py --exp 3 --smoke       # the same code path in seconds, without any download
+    python hirelc.py --exp 3 --load FILE   # accuracy of a packed file
     python hirelc.py --list                # the experiments and the paper's numbers
     python hirelc.py --model net.py:make   # a network of one's own, from a Python file or module
 """
@@ -26,17 +27,20 @@ import torch
 
 import data
 import models
+import pack
 from blocks import Survey
 from compress import (NetworkConfig, compress_network, from_policy, kernel_bytes, kernel_shapes, model_bytes,
-                      snap_to_grid, to_policy, whole_model_ratio)
+                      snap_to_grid, to_policy)
 from config import EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
 from own import copy_network, own_network, try_network
+from qat import GridTraining
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, null_controller, random_config)
-from train import Trainer, accuracy, correct, fisher_sensitivity
+from target import all_given_back, enforce, give_back, parse_goal, retained_weights, total_cost
+from train import Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
 __all__ = ["EXPERIMENTS", "HiReLC", "compress_model", "fisher_sensitivity", "main", "run_experiment"]
 
@@ -54,6 +58,7 @@ SMOKE_MODEL = {  # model.width and model.patch_size per network
     "deit_small_patch16_224": (0.125, 16), "deit_base_patch16_224": (0.0834, 16),
     "vit_base_patch32_clip_224": (0.0834, 16),
     "resnet18": (0.125, 0), "resnet50": (0.125, 0), "mobilenetv2_100": (0.25, 0)}
+INDEX_ROOM = 256  # bytes by which the compressed index of a packed file may differ between configurations
 SMOKE_WARMUP = 4  # random configurations where the experiment has a warm-up
 
 
@@ -67,17 +72,20 @@ class Cycle:
     cycle: int
     acc: float
     drop: float
-    on_grid_acc: float | None = None
+    deployed_acc: float | None = None
     acc_before_finetune: float | None = None
     retained: float = 1.0
     cr: float = 1.0
     msr: float = 0.0
     cr_unweighted: float = 1.0
+    packed_bytes: int | None = None
     whole_model_ratio: float = 1.0
     sparsity: float = 0.0
     average_bits: float = 32.0
     average_keep: float = 1.0
     compliance: float | None = None
+    voted_retained: float = 1.0
+    voted_compliance: float | None = None
     finetune_epochs: int = 0
     finetune_best_epoch: int = 0
     surrogate_active: bool = False
@@ -94,13 +102,16 @@ class HiReLC:
 
     def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None):
         self.model, self.blocks, self.train_set, self.test_set = model, blocks, train, test
-        self.config, self.log, self.save = config, log, save
+        self.config, self.log, self.save, self.network = config, log, save, network or {}
         self.device = next(model.parameters()).device
         self.shapes = [kernel_shapes(block) for block in blocks]
         self.timings: dict[str, float] = {}
         self.updates: list[dict] = []
         self.cycles: list[Cycle] = []
         self.best: Cycle | None = None
+        self.goal = parse_goal(config.goal)
+        if self.goal:
+            self.config = override(config, self._goal_settings())
 
     def run(self) -> dict:
         """Algorithm 1; returns the content of result.json."""
@@ -116,11 +127,15 @@ class HiReLC:
             if cycle > 1:
                 self.train_hla(self.config.hla.burst)
             budgets = self.hla.budgets(deterministic=cycle == last_cycle)
-            chosen = self.search_blocks(cycle, budgets)
+            voted = self.search_blocks(cycle, budgets)
+            chosen = self.meet_target(voted)
             masks = self.apply(chosen)
-            row = self.finetune_and_measure(cycle, chosen, masks, budgets)
+            row = self.finetune_and_measure(cycle, chosen, masks, budgets, voted)
             self.update_surrogate(chosen, row)
             self.keep_best(row, chosen, masks, budgets)
+            self.save(self)
+        while self.may_relax():
+            self.relax()
             self.save(self)
         return self.report()
 
@@ -146,7 +161,7 @@ class HiReLC:
                     self.log.progress, "baseline", self.log.info)
             self.theta0 = self._state()
             self.baseline_acc = accuracy(self._correct())
-        self.cycles.append(Cycle(cycle=0, acc=self.baseline_acc, drop=0.0))
+        self.cycles.append(Cycle(cycle=0, acc=self.baseline_acc, drop=0.0, deployed_acc=self.baseline_acc))
         self.carried = self.theta0
         self.log.info(f"baseline accuracy {self.baseline_acc:.2f} on {self.eval_images} test images")
 
@@ -230,8 +245,27 @@ class HiReLC:
                 self.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, "
                               f"retained {chosen.retained:.3f}, bits {chosen.average_bits:.2f}, "
                               f"keep {chosen.average_keep:.3f}")
-        self.estimator.consensus = list(configs)
         return NetworkConfig(tuple(configs))
+
+    def meet_target(self, voted: NetworkConfig) -> NetworkConfig:
+        """Past the paper, where asked for: steps of bits and keep until the size is met (``target.enforce``)."""
+        chosen, goal, sizes = voted, self.goal, []
+        if self.config.enforce_target or goal and goal.min_cr is not None:
+            sizes.append((self.config.search.target * voted.params, retained_weights))
+        if goal and goal.max_bytes is not None:
+            sizes.append((goal.max_bytes - self._fixed_bytes(voted), kernel_bytes))
+        for n, (budget, cost) in enumerate(sizes):
+            if n and total_cost(chosen, cost) <= budget:
+                continue
+            with self._timed("target"):
+                enforced = enforce(self.blocks, chosen, self.sensitivity, self.config.compress, budget, cost)
+            if enforced.note:
+                self.log.note(enforced.note)
+            self.log.info(f"  target: {enforced.steps} steps, retained {chosen.retained:.4f} -> "
+                          f"{enforced.config.retained:.4f}")
+            chosen = enforced.config
+        self.estimator.consensus = list(chosen.blocks)
+        return chosen
 
     def apply(self, chosen: NetworkConfig) -> dict:
         """Step 6: theta = T(theta_0, C); what else a cycle takes over is ``carry`` (ledger D12). Returns the masks."""
@@ -242,33 +276,53 @@ class HiReLC:
         self.model.load_state_dict(start)
         return compress_network(self.blocks, chosen)
 
-    def finetune_and_measure(self, cycle, chosen, masks, budgets) -> Cycle:
-        """Step 7: fine-tune under the masks; accuracy of the best epoch, and with its weights back on the grid."""
+    def finetune_and_measure(self, cycle, chosen, masks, budgets, voted) -> Cycle:
+        """Step 7: fine-tune under the masks; accuracy of the best epoch, and of the packed file that comes of it."""
         f = self.config.finetune
         with self._timed("finetune"):
             before = accuracy(self._correct())
-            trainer = self._trainer(f"finetune {cycle}", f.epochs, f.lr, f.weight_decay, f.patience, masks=masks)
+            on_grid = GridTraining(self.blocks, chosen, masks, f.scales == "learned") if f.mode == "qat" else None
+            trainer = self._trainer(f"finetune {cycle}", f.epochs, f.lr, f.weight_decay, f.patience, masks=masks,
+                                    on_grid=on_grid)
             best = trainer.run(self.log.progress, f"cycle {cycle}, fine-tuning", self.log.info)
             self.carried = self._state()
-            snap_to_grid(self.blocks, chosen, masks)
-            on_grid = accuracy(self._correct())
+        with self._timed("deploy"):
+            self.packed = self.deploy(chosen, masks, trainer.best_grids)
+            deployed = accuracy(self._correct())
             self.model.load_state_dict(self.carried)
         active = self.surrogate.active
         features = [v for block in chosen.blocks for v in block_features(block)]
         row = Cycle(
-            cycle=cycle, acc=best.acc, drop=self.baseline_acc - best.acc, on_grid_acc=on_grid,
+            cycle=cycle, acc=best.acc, drop=self.baseline_acc - best.acc, deployed_acc=deployed,
             acc_before_finetune=before, retained=chosen.retained, cr=chosen.cr, msr=chosen.msr,
-            cr_unweighted=chosen.cr_unweighted,
-            whole_model_ratio=whole_model_ratio(self.model, self.blocks, chosen), sparsity=chosen.sparsity,
+            cr_unweighted=chosen.cr_unweighted, packed_bytes=len(self.packed),
+            whole_model_ratio=model_bytes(self.model) / len(self.packed), sparsity=chosen.sparsity,
             average_bits=chosen.average_bits, average_keep=chosen.average_keep,
-            compliance=compliance(chosen, budgets), finetune_epochs=len(trainer.history),
+            compliance=compliance(chosen, budgets), voted_retained=voted.retained,
+            voted_compliance=compliance(voted, budgets), finetune_epochs=len(trainer.history),
             finetune_best_epoch=best.epoch, surrogate_active=active,
             surrogate_prediction=self.surrogate.predict([features])[0] if active else None)
         self.cycles.append(row)
-        self.log.info(f"cycle {cycle}: accuracy {row.acc:.2f} (before fine-tuning {before:.2f}, on the grid "
-                      f"{on_grid:.2f}), drop {row.drop:.2f}, CR {row.cr:.2f}, whole model {row.whole_model_ratio:.2f}, "
+        self.log.info(f"cycle {cycle}: accuracy {row.acc:.2f} (before fine-tuning {before:.2f}, packed file "
+                      f"{deployed:.2f}), drop {row.drop:.2f}, CR {row.cr:.2f}, whole model {row.whole_model_ratio:.2f}, "
                       f"sparsity {100 * row.sparsity:.1f} %, compliance {row.compliance:.1f} %")
         return row
+
+    def deploy(self, chosen: NetworkConfig, masks, grids=None) -> bytes:
+        """The packed file of the network as it stands, which is left with what was read back from it.
+
+        Weights that are on no grids yet are put there; then BatchNorm's statistics are estimated again.
+        """
+        if grids is None:
+            grids = snap_to_grid(self.blocks, chosen, masks)
+        estimate_batchnorm(self.model, self.train_set, self.config.data.batch_size, self.config.finetune.bn_images,
+                           self._generator("batchnorm"))
+        notes: list[str] = []
+        packed = pack.pack(self.model, self.blocks, chosen, masks, grids, self.network, self.config.pack.rest, notes)
+        for note in notes:
+            self.log.note(note)
+        pack.load(packed, self.model)
+        return packed
 
     def update_surrogate(self, chosen: NetworkConfig, row: Cycle) -> None:
         """Step 8: add the measured pair, train the MLP once it is active."""
@@ -279,22 +333,51 @@ class HiReLC:
             self.surrogate.train(self.config.surrogate.epochs)
 
     def keep_best(self, row: Cycle, chosen: NetworkConfig, masks, budgets) -> None:
-        """Step 9: the cycle of the highest accuracy wins, the first of equals."""
-        if self.best is None or row.acc > self.best.acc:
+        """Step 9: the cycle of the highest accuracy wins, the first of equals. Under a goal: see :meth:`merit`."""
+        if self.best is None or self.merit(row) > self.merit(self.best):
             self.best, self.best_config, self.best_masks, self.best_budgets = row, chosen, masks, budgets
-            self.best_state = self.carried
+            self.best_state, self.best_packed = self.carried, self.packed
+
+    def merit(self, row: Cycle) -> tuple:
+        """What the best cycle has most of. Under a goal: the packed file's drop holds; then, unless a size was asked
+        for, the smaller network; then the packed file's accuracy."""
+        if self.goal is None:
+            return (row.acc,)
+        holds = self.drop_holds(row)
+        return holds, row.cr if holds and not self.goal.has_size else 0.0, row.deployed_acc
+
+    def drop_holds(self, row: Cycle) -> bool:
+        """Whether the packed file of a cycle keeps the goal's drop; True where it has none."""
+        allowed = self.goal.max_drop if self.goal else None
+        return allowed is None or self.baseline_acc - row.deployed_acc <= allowed
 
     # -- after the last cycle
+
+    def may_relax(self) -> bool:
+        """Whether blocks are to be given back: the drop is missed, and no size is held against it."""
+        allowed = self.goal is not None and (self.config.relax or not self.goal.has_size)
+        return allowed and not self.drop_holds(self.best) and not all_given_back(self.best_config)
+
+    def relax(self) -> None:
+        """Past the paper: give the most sensitive blocks back, twice as many as the round before, and measure."""
+        count = 2 ** (len(self.cycles) - 1 - self.config.search.cycles)
+        chosen, budgets = give_back(self.best_config, self.sensitivity, count, self.config.compress), self.best_budgets
+        self.log.note(f"the goal's drop is missed: the {min(count, len(self.blocks))} most sensitive blocks are given "
+                      "back")
+        masks = self.apply(chosen)
+        row = self.finetune_and_measure(len(self.cycles), chosen, masks, budgets, chosen)
+        self.best, self.best_config, self.best_masks, self.best_budgets = row, chosen, masks, budgets
+        self.best_state, self.best_packed = self.carried, self.packed
 
     def report(self) -> dict:
         """Whole-split accuracies of theta_0 and the best network, and everything for result.json."""
         c, best, count = self.config, self.best, len(self.test_set)
-        full = {"baseline": None, "final": None, "on_grid": None}
+        full = {"baseline": None, "final": None, "deployed": None}
         with self._timed("report"):
             if c.eval.full:
-                for key, state in (("baseline", self.theta0), ("final", self.best_state), ("on_grid", None)):
+                for key, state in (("baseline", self.theta0), ("final", self.best_state), ("deployed", None)):
                     if state is None:
-                        snap_to_grid(self.blocks, self.best_config, self.best_masks)
+                        pack.load(self.best_packed, self.model)
                     else:
                         self.model.load_state_dict(state)
                     full[key] = correct(self.model, self.test_set, c.eval.batch_size, 0, self.log.progress)
@@ -318,12 +401,16 @@ class HiReLC:
                         "*_full from the whole test split",
             "eval_images": self.eval_images, "test_images": count,
             "baseline_acc": self.baseline_acc, "final_acc": best.acc, "drop": best.drop,
-            "on_grid_acc": best.on_grid_acc, "baseline_acc_full": full["baseline"], "final_acc_full": full["final"],
-            "on_grid_acc_full": full["on_grid"], "baseline_interval_full": interval["baseline"],
-            "final_interval_full": interval["final"], "on_grid_interval_full": interval["on_grid"],
+            "deployed_acc": best.deployed_acc, "baseline_acc_full": full["baseline"], "final_acc_full": full["final"],
+            "deployed_acc_full": full["deployed"], "baseline_interval_full": interval["baseline"],
+            "final_interval_full": interval["final"], "deployed_interval_full": interval["deployed"],
+            "mode": c.finetune.mode, "scope": c.compress.scope,
             "cr": best.cr, "msr": best.msr, "cr_unweighted": best.cr_unweighted,
-            "whole_model_ratio": best.whole_model_ratio, "sparsity": best.sparsity, "compliance": best.compliance,
+            "whole_model_ratio": best.whole_model_ratio, "fp32_bytes": model_bytes(self.model),
+            "packed_bytes": best.packed_bytes, "sparsity": best.sparsity, "compliance": best.compliance,
             "cr_met": best.cr >= 1 / c.search.target, "drop_met": best.drop <= c.search.max_drop,
+            "goal": self._goal_result(), "voted_retained": best.voted_retained,
+            "voted_compliance": best.voted_compliance,
             "best_cycle": best.cycle, "cycles": [dataclasses.asdict(row) for row in self.cycles],
             "strategies": {s: strategies.count(s) / len(strategies) for s in sorted(set(strategies))},
             "sensitivity": self.sensitivity,
@@ -353,6 +440,7 @@ class HiReLC:
             "hla": self.hla.state_dict(), "lla": [lla.state_dict() for lla in self.lla],
             "best": {"cycle": self.best.cycle, "policy": to_policy(self.blocks, self.best_config),
                      "masks": self.best_masks, "state": self.best_state,
+                     "packed": torch.frombuffer(bytearray(self.best_packed), dtype=torch.uint8),
                      "budgets": [dataclasses.asdict(budget) for budget in self.best_budgets]},
             "updates": self.updates, "timings": self.timings, "notes": self.log.notes}
 
@@ -371,11 +459,40 @@ class HiReLC:
         best = state["best"]
         self.best, self.best_config = self.cycles[best["cycle"]], from_policy(best["policy"], self.blocks)
         self.best_masks, self.best_state = best["masks"], best["state"]
+        self.best_packed = best["packed"].numpy().tobytes()
         self.best_budgets = tuple(LayerBudget(**budget) for budget in best["budgets"])
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
         self.log.notes = list(state["notes"])
 
     # -- helpers
+
+    def _goal_settings(self) -> dict:
+        """rho_target and delta_max as the goal has them; the target of a file's size as if it had no index."""
+        params, goal = sum(shape.params for block in self.shapes for shape in block), self.goal
+        targets = [] if goal.min_cr is None else [1 / goal.min_cr]
+        if goal.max_bytes is not None:
+            targets.append((goal.max_bytes - model_bytes(self.model)) / (4 * params) + 1)
+        settings = {"search.target": min(max(min(targets), 0.01), 1.0)} if targets else {}
+        return settings if goal.max_drop is None else {**settings, "search.max_drop": goal.max_drop}
+
+    def _fixed_bytes(self, chosen: NetworkConfig) -> int:
+        """Bytes of the packed file besides the kernels: everything else, the index, and room for it to vary."""
+        masks = compress_network(self.blocks, chosen)
+        grids = snap_to_grid(self.blocks, chosen, masks)
+        packed = pack.pack(self.model, self.blocks, chosen, masks, grids, self.network, self.config.pack.rest)
+        self.model.load_state_dict(self.theta0)
+        kernels = sum(kernel_bytes(k, s) for block in chosen.blocks for k, s in zip(block.kernels, block.shapes))
+        return len(packed) - kernels + INDEX_ROOM
+
+    def _goal_result(self) -> dict | None:
+        """Which of the goal's conditions the packed file meets; the drop is the packed file's."""
+        if self.goal is None:
+            return None
+        goal, best = self.goal, self.best
+        met = {"size": goal.max_bytes is None or best.packed_bytes <= goal.max_bytes,
+               "cr": goal.min_cr is None or best.cr >= goal.min_cr, "drop": self.drop_holds(best)}
+        return {"asked": self.config.goal, "met": all(met.values()), "missed": [k for k, v in met.items() if not v],
+                "deployed_drop": self.baseline_acc - best.deployed_acc, "packed_bytes": best.packed_bytes}
 
     @property
     def eval_images(self) -> int:
@@ -391,11 +508,12 @@ class HiReLC:
     def _correct(self):
         return correct(self.model, self.test_set, self.config.eval.batch_size, self.eval_images)
 
-    def _trainer(self, phase, epochs, lr, weight_decay, patience, warmup_epochs=0.0, masks=None) -> Trainer:
+    def _trainer(self, phase, epochs, lr, weight_decay, patience, warmup_epochs=0.0, masks=None,
+                 on_grid=None) -> Trainer:
         return Trainer(self.model, self.train_set, self.test_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
                        patience=patience, batch_size=self.config.data.batch_size, eval_images=self.eval_images,
                        eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
-                       blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs)
+                       blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid)
 
     def _timed(self, phase: str):
         return _Timed(self.timings, phase)
@@ -421,13 +539,14 @@ class _Timed:
 # Networks of one's own
 
 
-def compress_model(model, train, test, *, exclude=(), groups=None, log=None, **settings):
+def compress_model(model, train, test, *, exclude=(), groups=None, log=None, packed=None, **settings):
     """Compress a network of one's own: any nn.Module that maps a batch of images to logits [n, classes].
 
     train, test: a Dataset, a DataLoader, a pair of tensors (:func:`data.as_images`), or an object with ``len()``,
     ``batch`` and ``batches`` as :class:`data.Images`. Kernels and blocks are found by what a forward of eight training
     images does (:func:`blocks.traced_kernels`). exclude: names of kernels or modules, or patterns with ``*``, to leave
     out; groups: lists of kernel names that are the blocks. log: a :class:`log.Log`; without one it prints.
+    packed: path of the packed file to write; ``pack.load(path, model=…)`` fills a network of the same class with it.
     settings: those of config.Config, with ``__`` for the dot, for example ``search__cycles=1``.
 
     Returns (compressed network, policy, result): the network in eval mode on the given one's device, the other two as
@@ -441,13 +560,15 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, **s
     train, test = data.as_images(train), data.as_images(test)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        network, survey = _prepare(copy_network(model).to(device), train, test, log, exclude, groups)
-        run = HiReLC(network, survey.blocks, train, test, config, log)
+        network, survey = _prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
+        run = HiReLC(network, survey.blocks, train, test, config, log, network=_describe(network, config, train))
         result = {**run.run(), "data": "given", **_account(run, survey)}
+        if packed is not None:
+            pack.write(packed, run.best_packed)
     return network.to(home), run.policy(), result
 
 
-def _prepare(network, train, test, log: Log, exclude=(), groups=None):
+def _prepare(network, train, test, log: Log, config: Config, exclude=(), groups=None):
     """(network, survey) of a network that is not this project's: in the memory format that suits it, and its kernels.
 
     It is tried on eight images of ``train``. What is left out is said in the log, and kept in the notes unless it is
@@ -464,13 +585,24 @@ def _prepare(network, train, test, log: Log, exclude=(), groups=None):
                              f"logits for the classes 0 to {classes - 1}")
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
-    survey = models.survey(network, images, exclude, groups)
+    survey = models.survey(network, images, exclude, groups, config.compress.scope)
     log.info(f"{type(network).__name__}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
              f"{100 * survey.coverage:.2f} % of the kernel parameters besides the classifier's")
     for kernel in survey.excluded:
         say = log.info if kernel.classifier else log.note
         say(f"not compressed: {kernel.name} ({kernel.params:,} parameters): {kernel.reason}")
     return network, survey
+
+
+def _describe(network, config: Config, train, num_classes: int = 0) -> dict:
+    """What the packed file says of its network: how to build it where it is one of ours, and what images it takes."""
+    own = bool(config.model.source)
+    image_size = config.data.image_size if num_classes else list(train.batch(torch.arange(1))[0].shape[-2:])
+    return {"name": "" if own else config.model.name, "source": config.model.source,
+            "num_classes": num_classes, "image_size": image_size,
+            "width": config.model.width, "patch_size": config.model.patch_size,
+            "quick_gelu": models.has_quick_gelu(network), "mean": list(getattr(train, "mean", ())),
+            "std": list(getattr(train, "std", ())), "data": config.data.name}
 
 
 def _account(run: HiReLC, survey: Survey) -> dict:
@@ -491,7 +623,7 @@ def _account(run: HiReLC, survey: Survey) -> dict:
         "accounting": {
             "parameters": total, "compressed": compressed, "classifier": classifier, "kernels_left_out": left_out,
             "not_kernels": total - compressed - classifier - left_out, "bytes": stored,
-            "bytes_packed": round(stored / run.best.whole_model_ratio)}}
+            "bytes_packed": run.best.packed_bytes}}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -526,8 +658,6 @@ def resolve_own(source: str, flags: dict, assignments=()) -> Config:
 def run_experiment(config: Config, log: Log | None = None) -> dict:
     """Prepare and run one experiment, or one network of one's own, and fill its run directory (SPEC 12).
 
-    Returns result.json's content.
-
     Returns what result.json holds.
     Raises InputError before anything is written when settings, data, weights, device or folder cannot be used.
     """
@@ -552,30 +682,73 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
     if config.model.source:
         model = own_network(config.model.source, splits.num_classes)
         _load_weights(model, config, log)
-        model, survey = _prepare(model.to(device), splits.train, splits.test, log)
+        model, survey = _prepare(model.to(device), splits.train, splits.test, log, config)
     else:
         model = models.build(config.model.name, splits.num_classes, config.data.image_size, config.model.width,
                              config.model.patch_size)
         _load_weights(model, config, log)
         # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
-        model, survey = model.to(device, memory_format=torch.channels_last), models.survey(model)
+        model, survey = model.to(device, memory_format=torch.channels_last), models.survey(
+            model, scope=config.compress.scope)
         log.info(f"{config.model.name}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
                  f"{sum(kernel.params for kernel in survey.compressed):,} kernel parameters")
 
     path.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", "policy.json", "best.pt", "cycles.csv", "updates.csv"):
+    for name in ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv"):
         (path / name).unlink(missing_ok=True)  # of an earlier run with the same settings
     log.open(path / "run.log")
     write_json(path / "config.json", {"settings": flatten(config), **provenance(device)})
-    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log, save=lambda r: save(r, path))
-    result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped}
+    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log, save=lambda r: save(r, path),
+                 network=_describe(model, config, splits.train, splits.num_classes))
+    result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
+              "fp32_file_bytes": (path / "baseline.pt").stat().st_size}
     result["timings"]["total"] = round(time.monotonic() - started, 2)
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
     log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
-             f"on the grid {result['on_grid_acc']:.2f}, CR {result['cr']:.2f}, whole model "
-             f"{result['whole_model_ratio']:.2f}, best cycle {result['best_cycle']}, "
-             f"{duration(result['timings']['total'])} → {path}")
+             f"packed file {result['deployed_acc']:.2f}, CR {result['cr']:.2f}, {result['packed_bytes']:,} bytes for "
+             f"{result['fp32_file_bytes']:,}, whole model {result['whole_model_ratio']:.2f}, best cycle "
+             f"{result['best_cycle']}, {duration(result['timings']['total'])} → {path}")
+    return result
+
+
+def evaluate_packed(config: Config, path: str, log: Log | None = None) -> dict:
+    """Accuracy of a packed file on the test images of an experiment, or with ``model.source`` of one's own network.
+
+    Image size, mean and std are those that the file was made with. Writes nothing. Returns accuracies in percentage
+    points on the first ``eval.images`` images and on the whole split, its Wilson interval, and sizes in bytes. Raises
+    InputError where file, network and data do not fit.
+    """
+    log, device, packed = log or Log(), _device(config), pack.read(path)
+    network = packed.network
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if network["name"] and not config.model.source:
+        config = override(config, {"data.image_size": network["image_size"]})
+    splits = data.load(config.data, log.progress, models.PRETRAINED_STATS[config.model.name])
+    test = splits.test
+    if config.model.source:
+        model = pack.load(path, own_network(config.model.source, splits.num_classes))
+    else:
+        model = pack.load(path)
+        if network["name"] != config.model.name:
+            log.note(f"the file holds {network['name']}, the experiment is about {config.model.name}")
+    if network["num_classes"] != splits.num_classes:
+        raise InputError(f"{path}: made for {network['num_classes']} classes, {config.data.name} has "
+                         f"{splits.num_classes}; choose the experiment or --set data.name=… that it was made with")
+    if network["mean"] and (network["mean"], network["std"]) != (list(test.mean), list(test.std)):
+        test = dataclasses.replace(test, mean=tuple(network["mean"]), std=tuple(network["std"]))
+        log.note(f"images are normalised as the file says: mean {network['mean']}, std {network['std']}")
+    hits = correct(model.to(device), test, config.eval.batch_size, 0, log.progress)
+    count = min(config.eval.images, len(test))
+    low, high = wilson(int(hits.sum()), len(hits))
+    result = {"deployed_acc": accuracy(hits[:count]), "eval_images": count, "deployed_acc_full": accuracy(hits),
+              "test_images": len(hits), "deployed_interval_full": [low, high], "packed_bytes": packed.file_bytes,
+              "fp32_bytes": model_bytes(model)}
+    log.info(f"{path}: {network['name'] or config.model.source}, {packed.file_bytes:,} bytes for "
+             f"{result['fp32_bytes']:,} ({result['fp32_bytes'] / packed.file_bytes:.2f} times smaller); accuracy "
+             f"{result['deployed_acc']:.2f} on the first {count} test images, {result['deployed_acc_full']:.2f} "
+             f"[{low:.2f}, {high:.2f}] on all {len(hits)}")
     return result
 
 
@@ -618,6 +791,7 @@ def _parser() -> argparse.ArgumentParser:
                      "learning, as in arXiv 2606.26002.")
     parser.add_argument("--exp", type=int, nargs="+", metavar="N", help="experiments of the paper, one after the other")
     parser.add_argument("--model", metavar="SOURCE", help="a network of one's own: module:function or file.py:function")
+    parser.add_argument("--load", metavar="FILE", help="evaluate a packed file on the experiment's test images, no more")
     parser.add_argument("--list", action="store_true", help="the experiments with the paper's numbers")
     parser.add_argument("--smoke", action="store_true", help="seconds, not hours: narrow network, synthetic images")
     parser.add_argument("--seed", type=int, help="seed of the run (42)")
@@ -653,7 +827,8 @@ def list_experiments() -> str:
 
 
 def main(argv=None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
+    """Runs the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 3 for a missed goal, 130 for
+    Ctrl-C."""
     survive_ascii()
     keep_freed_memory()
     try:
@@ -664,6 +839,8 @@ def main(argv=None) -> int:
         if bool(args.exp) == bool(args.model):
             raise InputError("give either --exp N, for example --exp 3 --smoke, or --model FILE.py:FUNCTION, or --list")
         flags = {key: getattr(args, name) for name, key in FLAGS.items() if getattr(args, name) not in (None, False)}
+        if args.load and len(args.exp or [0]) > 1:
+            raise InputError("--load evaluates one file on one experiment's images; give one --exp")
         configs = [resolve(exp, flags, args.set) for exp in args.exp or ()] or [
             resolve_own(args.model, flags, args.set)]
     except InputError as error:
@@ -672,7 +849,10 @@ def main(argv=None) -> int:
     for config in configs:
         log = Log()
         try:
-            done.append(run_experiment(config, log))
+            if args.load:
+                evaluate_packed(config, args.load, log)
+            else:
+                done.append(run_experiment(config, log))
         except (InputError, OSError) as error:
             code = max(code, _fail(error, 2))
         except FloatingPointError as error:
@@ -683,6 +863,11 @@ def main(argv=None) -> int:
             log.close()
     if done and not args.no_table:
         print("\n" + results_table(done))
+    for result in done:
+        if result["goal"] and not result["goal"]["met"]:
+            code = max(code, _fail(f"goal missed ({', '.join(result['goal']['missed'])}): asked for "
+                                   f"{result['goal']['asked']}, the packed file has {result['packed_bytes']:,} bytes, CR "
+                                   f"{result['cr']:.2f} and a drop of {result['goal']['deployed_drop']:.2f} points", 3))
     return code
 
 

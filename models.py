@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blocks import CLASSIFIER, SHORTCUT, Block, Survey, arrange, registered_kernels, traced_kernels
+from blocks import CLASSIFIER, LAST, PATCHES, SHORTCUT, Block, Survey, arrange, registered_kernels, traced_kernels
 from checkpoints import is_torchscript, read_checkpoint, shown
 from config import InputError
 from files import cached, file_name, hash_prefix
@@ -379,15 +379,16 @@ def build(name: str, num_classes: int, image_size: int = 224, width: float = 1.0
 # Blocks and kernels (paper §3.2)
 
 
-def survey(model: nn.Module, example=None, exclude=(), groups=None) -> Survey:
+def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str = "paper") -> Survey:
     """The blocks of ``model`` in order, and the kernels that are in none with the reason (paper §3.2).
 
     ViT: {qkv, attn.proj, mlp.fc1, mlp.fc2} of each encoder block. The CNNs here: every Conv2d/Linear in forward
     order but the classifier, the down-sample projections and MobileNetV2's last 1×1 convolution, in groups of
     four. Any other module: by what one forward of the batch ``example`` does (:func:`blocks.traced_kernels`), in
     groups of four; without an example its Conv2d/Linear in registration order but the classifier
-    (:func:`classifier_name`). ``exclude``, ``groups``: names that override it (:func:`blocks.arrange`). Raises
-    InputError where that leaves nothing to compress.
+    (:func:`classifier_name`). ``exclude``, ``groups``: names that override it (:func:`blocks.arrange`);
+    ``scope="all"``: the ViT's patch embedding, shortcut projections, MobileNetV2's last convolution and the classifier
+    too, in extra blocks. Raises InputError where that leaves nothing to compress.
     """
     what, sections = type(model).__name__, None
     if isinstance(model, (VisionTransformer, ResNet, MobileNetV2)) or example is None:
@@ -397,18 +398,18 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None) -> Survey:
             if kernel.name == classifier:
                 kernel.reason, kernel.classifier = CLASSIFIER, True
             elif isinstance(model, VisionTransformer) and kernel.name == "patch_embed.proj":
-                kernel.reason = "patch embedding: not part of an encoder block"
+                kernel.reason = PATCHES
             elif isinstance(model, (ResNet, MobileNetV2)) and ".downsample." in kernel.name:
                 kernel.reason = SHORTCUT
             elif isinstance(model, MobileNetV2) and kernel.name == "conv_head":
-                kernel.reason = "last 1x1 convolution, not among the paper's 51 kernels"
+                kernel.reason = LAST
     else:
         kernels = traced_kernels(model, example)
     if isinstance(model, VisionTransformer):
         sections = [(f"blocks.{i}", {f"blocks.{i}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")},
                      tuple(f"blocks.{i}.{name}" for name, _ in block.named_parameters()))
                     for i, block in enumerate(model.blocks)]
-    return arrange(what, kernels, exclude, groups, sections)
+    return arrange(what, kernels, exclude, groups, sections, scope)
 
 
 def find_blocks(model: nn.Module, example=None, exclude=(), groups=None) -> list[Block]:
@@ -548,9 +549,14 @@ def set_quick_gelu(model: VisionTransformer, on: bool) -> None:
         block.mlp.act = QuickGELU() if on else nn.GELU()
 
 
+def has_quick_gelu(model: nn.Module) -> bool:
+    """Whether a network is one of this file's ViTs with QuickGELU."""
+    return isinstance(model, VisionTransformer) and isinstance(model.blocks[0].mlp.act, QuickGELU)
+
+
 def _set_activation(model, quick_gelu, clip_names, openai):
     """Act on ``quick_gelu`` (:func:`load_pretrained`) → notes."""
-    before = isinstance(model.blocks[0].mlp.act, QuickGELU)
+    before = has_quick_gelu(model)
     after = quick_gelu if quick_gelu is not None else before or openai
     if after != before:
         set_quick_gelu(model, after)

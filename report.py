@@ -57,17 +57,19 @@ def _number(value, form="{:.2f}"):
     return "-" if value is None else form.format(value)
 
 
-COLUMNS = ("exp", "network, data", "seed", "baseline", "final", "drop", "on grid", "CR", "file", "compl.", "Eq. 3",
-           "null: CR", "compl.", "paper: base", "final", "drop", "CR", "compl.")
+COLUMNS = ("exp", "network, data", "seed", "scope", "mode", "baseline", "final", "drop", "deployed", "CR", "FP32 KB",
+           "packed KB", "ratio", "compl.", "Eq. 3", "null: CR", "compl.", "paper: base", "final", "drop", "CR", "compl.")
 
 
 def _row(result: dict) -> list[str]:
     name = str(result["exp"]) + (f"-{result['name']}" if result["name"] else "")
     null = result["null_controller"]
     cells = [name, f"{result['model']}, {result['data']}" + (" (smoke)" if result["smoke"] else ""),
-             str(result["seed"]), _number(result["baseline_acc"]), _number(result["final_acc"]),
-             _number(result["drop"]), _number(result["on_grid_acc"]), _number(result["cr"]),
-             _number(result["whole_model_ratio"]), _number(result["compliance"], "{:.1f}"),
+             str(result["seed"]), result["scope"], result["mode"], _number(result["baseline_acc"]),
+             _number(result["final_acc"]), _number(result["drop"]), _number(result["deployed_acc"]),
+             _number(result["cr"]), _number(result["fp32_bytes"] / 1000, "{:.1f}"),
+             _number(result["packed_bytes"] / 1000, "{:.1f}"), _number(result["whole_model_ratio"]),
+             _number(result["compliance"], "{:.1f}"),
              "met" if result["cr_met"] and result["drop_met"] else "no",
              f"{null['cr_mean']:.2f}±{null['cr_std']:.2f}",
              f"{null['compliance_mean']:.1f}±{null['compliance_std']:.1f}"]
@@ -95,10 +97,11 @@ def results_table(results, markdown: bool = False) -> str:
         "",
         f"Accuracies and drops in percentage points on the first {' or '.join(map(str, counts))} test images, which "
         "also chose epoch and cycle (the paper's protocol).",
-        "final: FP32 weights after fine-tuning, as the paper scores them; on grid: the same weights put back on their "
-        "quantisation grid.",
-        "CR: kernels only (Eq. 22); file: FP32 bytes of the whole network / bytes with packed kernels; compl.: budget "
-        "compliance in percent.",
+        "final: the best epoch of fine-tuning, mode paper: FP32 weights off the grid, as the paper scores them, qat: on "
+        "it; deployed: read back from packed.pt.",
+        "scope: paper's kernels, or all of them; CR: those kernels only (Eq. 22); FP32 KB: every parameter and buffer, "
+        "packed KB: the size of packed.pt, in 1000 bytes; ratio: between these two; compl.: budget compliance in "
+        "percent.",
         "Eq. 3: whether CR >= 1/rho_target and drop <= delta_max; null: every action drawn uniformly, same votes "
         "(mean ± standard deviation, no training)."]
     if any(r["smoke"] for r in results):
@@ -112,7 +115,7 @@ def results_table(results, markdown: bool = False) -> str:
             b_low, b_high = r["baseline_interval_full"]
             legend.append(f"  exp {r['exp']}{'-' + r['name'] if r['name'] else ''} seed {r['seed']}: baseline "
                           f"{r['baseline_acc_full']:.2f} [{b_low:.2f}, {b_high:.2f}], final {r['final_acc_full']:.2f} "
-                          f"[{low:.2f}, {high:.2f}], on grid {r['on_grid_acc_full']:.2f} (n = {r['test_images']})")
+                          f"[{low:.2f}, {high:.2f}], deployed {r['deployed_acc_full']:.2f} (n = {r['test_images']})")
     if markdown:  # a list, since Markdown would join the lines of a paragraph
         legend = [f"- {line.strip()}" if line else "" for line in legend]
     return "\n".join(lines + legend)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torchvision
 
+import pack
 from config import Config, InputError, flatten, from_flat
 from report import write_text
 
@@ -95,18 +96,27 @@ def provenance(device) -> dict:
 
 
 def save(run, path: Path) -> None:
-    """After every cycle: cycles.csv, updates.csv, and the best network so far."""
+    """After every cycle: cycles.csv, updates.csv, once theta_0, and the best network so far, masked and packed."""
     write_text(path / "cycles.csv", _csv([dataclasses.asdict(row) for row in run.cycles]))
     if run.updates:
         write_text(path / "updates.csv", _csv(run.updates))
+    if not (path / "baseline.pt").exists():
+        _write_tensors(path / "baseline.pt", run.theta0)
     if run.best is run.cycles[-1]:
-        temporary = path / ".best.pt.tmp"
-        try:
-            torch.save({"format": 1, "settings": flatten(run.config), "cycle": run.best.cycle, "model": run.best_state,
-                        "masks": run.best_masks, "policy": run.policy()}, temporary)
-            temporary.replace(path / "best.pt")
-        finally:
-            temporary.unlink(missing_ok=True)
+        _write_tensors(path / "best.pt", {
+            "format": 1, "settings": flatten(run.config), "cycle": run.best.cycle, "network": run.network,
+            "model": run.best_state, "masks": run.best_masks, "policy": run.policy()})
+        pack.write(path / "packed.pt", run.best_packed)
+
+
+def _write_tensors(path: Path, value) -> None:
+    """``torch.save``, a whole file or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(value, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _csv(rows: list[dict]) -> str:

@@ -62,8 +62,9 @@ def hla_nvec(blocks: int) -> list[int]:
     return [len(TIERS), len(STRATEGIES)] * blocks
 
 
-def decode_lla(action, budget: LayerBudget, limits) -> tuple[KernelConfig, ...]:
-    """LLA action, int [4 K], → one configuration per kernel (Eq. 6-7). ``limits``: config.Compress.
+def decode_lla(action, budget: LayerBudget, limits, shapes=None) -> tuple[KernelConfig, ...]:
+    """LLA action, int [4 K], → one configuration per kernel (Eq. 6-7). ``limits``: config.Compress; ``shapes``: the
+    kernels' KernelShape, where some may have to keep every channel.
 
     bits = b_lo + floor(a_b (b_max - b_lo) / 14) with b_lo = max(b_min, budget.min_bits);
     keep = 1 - (a_p / 14) p_hi with p_hi = min(max_pruning, budget.max_pruning); type and granularity by index
@@ -76,10 +77,11 @@ def decode_lla(action, budget: LayerBudget, limits) -> tuple[KernelConfig, ...]:
     b_lo = min(max(limits.bits_min, budget.min_bits), limits.bits_max)
     p_hi = min(limits.max_pruning, budget.max_pruning)
     configs = []
-    for a_b, a_p, a_t, a_g in actions.tolist():
+    for k, (a_b, a_p, a_t, a_g) in enumerate(actions.tolist()):
+        prunable = shapes is None or shapes[k].prunable
         configs.append(KernelConfig(
             bits=b_lo + a_b * (limits.bits_max - b_lo) // (LEVELS - 1),
-            keep=1.0 - a_p / (LEVELS - 1) * p_hi,
+            keep=1.0 - a_p / (LEVELS - 1) * p_hi if prunable else 1.0,
             qtype=QTYPES[a_t] if limits.qtype == "any" else limits.qtype,
             granularity=GRANULARITIES[a_g] if limits.granularity == "any" else limits.granularity))
     return tuple(configs)
@@ -424,7 +426,7 @@ class LLAEnv:
 
     def step(self, actions):
         """Apply one candidate per environment; see SPEC 12 for what is returned."""
-        configs = [BlockConfig(decode_lla(a, self.budget, self.limits), self.shapes) for a in actions]
+        configs = [BlockConfig(decode_lla(a, self.budget, self.limits, self.shapes), self.shapes) for a in actions]
         drops = self.estimator.drops(self.index, configs)
         rewards, rows = np.zeros(self.num_envs, dtype=np.float64), []
         for n, (config, drop) in enumerate(zip(configs, drops)):
@@ -532,7 +534,7 @@ class LLAEnsemble:
             if self.config.vote == "confidence":
                 weights = confidence_weights([agent.recent_rewards for agent in self.agents])
         action = vote_actions(actions, weights)
-        return BlockConfig(decode_lla(action, self.envs[0].budget, self.config.compress), self.shapes)
+        return BlockConfig(decode_lla(action, self.envs[0].budget, self.config.compress, self.shapes), self.shapes)
 
     @property
     def bad_rewards(self) -> int:
@@ -635,10 +637,10 @@ def random_config(shapes, limits, rng: np.random.Generator) -> NetworkConfig:
     for block in shapes:
         kernels = tuple(KernelConfig(
             bits=int(rng.integers(min(low, high), high + 1)),
-            keep=float(rng.uniform(max(0.6, 1 - limits.max_pruning), 1.0)),
+            keep=float(rng.uniform(max(0.6, 1 - limits.max_pruning) if shape.prunable else 1.0, 1.0)),
             qtype=QTYPES[rng.integers(len(QTYPES))] if limits.qtype == "any" else limits.qtype,
             granularity=(GRANULARITIES[rng.integers(len(GRANULARITIES))] if limits.granularity == "any"
-                         else limits.granularity)) for _ in block)
+                         else limits.granularity)) for shape in block)
         blocks.append(BlockConfig(kernels, tuple(block)))
     return NetworkConfig(tuple(blocks))
 
@@ -660,7 +662,7 @@ def null_controller(shapes, sensitivity, config, draws: int = 200) -> dict:
                                     for _ in config.hla.algorithms])
         drawn = NetworkConfig(tuple(
             BlockConfig(decode_lla(vote_actions(rng.integers(lla_nvec(len(block)), size=(agents, 4 * len(block)))),
-                                   budget, config.compress), tuple(block))
+                                   budget, config.compress, block), tuple(block))
             for block, budget in zip(shapes, budgets)))
         crs.append(drawn.cr)
         compliances.append(compliance(drawn, budgets))

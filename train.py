@@ -7,12 +7,14 @@ percentage points.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from compress import apply_masks, eval_mode
 
@@ -45,6 +47,9 @@ def accuracy(hits: Tensor) -> float:
     return 100.0 * int(hits.sum()) / len(hits)
 
 
+SCALE_LR_FACTOR = 20.0  # a learned scale's logarithm moves by up to this many learning rates per step
+
+
 @dataclass(frozen=True)
 class Epoch:
     """One training epoch: its number from 1, mean training loss, learning rate at its start, accuracy after it."""
@@ -62,16 +67,21 @@ class Trainer:
     ``patience`` epochs in a row brought no better accuracy (0 = never early). The state before the first epoch is
     not a candidate. With ``warmup_epochs`` = 0 the learning rate is constant within an epoch, as in
     lr * (1 + cos(pi * epoch / epochs)) / 2; with a warm-up it rises linearly and then follows the cosine step by
-    step.
+    step. With ``on_grid``, a ``qat.GridTraining``, the network computes with grid values everywhere, the best epoch's
+    weights are those, and ``best_grids`` are their grids.
     """
 
     def __init__(self, model, train, test, *, epochs, lr, weight_decay, patience, batch_size, eval_images,
-                 eval_batch_size, generator, blocks=None, masks=None, warmup_epochs=0.0):
+                 eval_batch_size, generator, blocks=None, masks=None, warmup_epochs=0.0, on_grid=None):
         self.model, self.train_set, self.test_set = model, train, test
         self.epochs, self.lr, self.patience, self.warmup_epochs = epochs, lr, patience, warmup_epochs
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
         self.generator, self.blocks, self.masks = generator, blocks, masks
+        self.on_grid, self.best_grids = on_grid, None
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        if on_grid is not None and on_grid.log_scales:
+            self.optimizer.add_param_group({"params": list(on_grid.log_scales.values()), "weight_decay": 0.0,
+                                            "lr_factor": SCALE_LR_FACTOR})
         self.history: list[Epoch] = []
         self.best_state: dict[str, Tensor] = {}
 
@@ -113,8 +123,8 @@ class Trainer:
                 if len(y) == 1 and step and self.batch_size > 1:
                     continue
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.rate(epoch, step / steps)
-                loss = F.cross_entropy(self.model(x), y)
+                    group["lr"] = self.rate(epoch, step / steps) * group.get("lr_factor", 1.0)
+                loss = F.cross_entropy(self._logits(x), y)
                 self.optimizer.zero_grad(set_to_none=True)
                 if loss.requires_grad:  # not where every parameter is frozen
                     loss.backward()
@@ -129,12 +139,19 @@ class Trainer:
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"{what}: the loss of epoch {epoch + 1} is {mean_loss}; lower the learning rate "
                                      f"({self.lr:g})")
-        acc = accuracy(correct(self.model, self.test_set, self.eval_batch_size, self.eval_images))
-        result = Epoch(epoch + 1, mean_loss, self.rate(epoch, 0.0), acc)
-        self.history.append(result)
-        if self.best is result:
-            self.best_state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        with self.on_grid.in_place() if self.on_grid is not None else contextlib.nullcontext() as grids:
+            acc = accuracy(correct(self.model, self.test_set, self.eval_batch_size, self.eval_images))
+            result = Epoch(epoch + 1, mean_loss, self.rate(epoch, 0.0), acc)
+            self.history.append(result)
+            if self.best is result:
+                self.best_state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+                self.best_grids = grids
         return result
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self.on_grid is None:
+            return self.model(x)
+        return functional_call(self.model, self.on_grid.weights(), (x,), tie_weights=False)
 
     def run(self, progress=None, what="training", log=None) -> Epoch:
         """Trains to the end, leaves the network at its best epoch in eval mode, and returns that epoch."""
@@ -159,6 +176,29 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.best_state = state["best_state"]
         self.history = [Epoch(**e) for e in state["history"]]
+
+
+@torch.no_grad()
+def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, generator) -> None:
+    """Running mean and variance of every BatchNorm as the mean over batches of ``limit`` training images, augmented
+    as in training; in place. Everything else stays in eval mode. Nothing where there is no BatchNorm, or no images.
+    """
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms or min(limit, len(images)) < 2:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with eval_mode(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the cumulative mean
+                norm.train()
+            for x, _ in images.batches(batch_size, device_of(model), generator=generator, limit=limit):
+                if len(x) > 1:
+                    model(x)
+        finally:
+            for norm, momentum in zip(norms, momenta):
+                norm.momentum = momentum
 
 
 def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> list[float]:

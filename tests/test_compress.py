@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import compress  # noqa: E402
 from compress import (BlockConfig, KernelConfig, KernelShape, NetworkConfig, apply_masks,  # noqa: E402
                       compress_kernel, compress_network, from_policy, kernel_bytes, kernel_retained, model_bytes,
-                      prune_mask, quantize, snap_to_grid, to_policy, whole_model_ratio)
+                      prune_mask, quantize, snap_to_grid, to_policy)
 from config import InputError  # noqa: E402
 
 LINEAR = [("INT", "uniform"), ("FLOAT", "uniform"), ("INT", "per-channel"), ("FLOAT", "per-channel"),
@@ -795,21 +795,6 @@ def test_model_bytes_by_hand():
     model = nn.Module()
     model.register_buffer("table", torch.zeros(5, dtype=torch.uint8))
     assert model_bytes(model) == 5
-
-
-def test_whole_model_ratio_by_hand():
-    model = Ten()
-    # 96 bytes, 40 of them kernels. a: 3 weights of 3 bits (2), a scale (4), a map (1); b: 4 of 2 bits (1), 4 + 1.
-    assert whole_model_ratio(model, model.blocks(), TEN) == pytest.approx(96 / (96 - 40 + 7 + 6))
-    plain = NetworkConfig(tuple(BlockConfig((KernelConfig(),), block.shapes) for block in TEN.blocks))
-    assert whole_model_ratio(model, model.blocks(), plain) == 1.0
-
-
-def test_whole_model_ratio_does_not_depend_on_the_weights_being_compressed():
-    model = Ten()
-    before = whole_model_ratio(model, model.blocks(), TEN)
-    compress_network(model.blocks(), TEN)
-    assert whole_model_ratio(model, model.blocks(), TEN) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------

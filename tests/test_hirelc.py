@@ -14,6 +14,7 @@ import torch
 import data
 import hirelc
 import models
+import pack
 from compress import KernelConfig, from_policy, kernel_retained, prune_mask
 from config import Config, InputError, override
 from hirelc import Cycle, HiReLC
@@ -21,7 +22,8 @@ from log import Log
 from train import accuracy, correct
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {"config.json", "run.log", "cycles.csv", "updates.csv", "policy.json", "result.json", "best.pt"}
+FILES = {"config.json", "run.log", "cycles.csv", "updates.csv", "policy.json", "result.json", "best.pt",
+         "baseline.pt", "packed.pt"}
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "hla.burst=4", "data.train_images=64",
          "data.test_images=40", "sensitivity.images=2", "finetune.epochs=1"]
 
@@ -152,8 +154,9 @@ def test_the_reported_network_is_the_best_cycle_and_scores_what_is_reported():
         for module, kernel in zip(block.kernels.values(), config.kernels):
             zero_rows = int((module.weight.flatten(1) == 0).all(dim=1).sum())
             assert zero_rows == len(module.weight) - int(prune_mask(module.weight, kernel.keep).sum())
-    hirelc.snap_to_grid(run.blocks, run.best_config, run.best_masks)
-    assert accuracy(correct(run.model, run.test_set, limit=30)) == result["on_grid_acc"]
+    pack.load(run.best_packed, run.model)
+    assert accuracy(correct(run.model, run.test_set, limit=30)) == result["deployed_acc"]
+    assert accuracy(correct(run.model, run.test_set)) == result["deployed_acc_full"]
     for block, config in zip(run.blocks, run.best_config.blocks):
         for module, kernel in zip(block.kernels.values(), config.kernels):
             assert module.weight.unique().numel() <= 2 ** kernel.bits
@@ -251,7 +254,7 @@ def test_a_smoke_run_leaves_a_complete_run_directory(smoke):
     config = json.loads((path / "config.json").read_text())
     assert config["settings"]["data.name"] == "synthetic" and config["versions"]["torch"] == torch.__version__
     result = json.loads((path / "result.json").read_text())
-    for key in ("baseline_acc", "final_acc", "drop", "on_grid_acc", "cr", "msr", "whole_model_ratio", "best_cycle",
+    for key in ("baseline_acc", "final_acc", "drop", "deployed_acc", "packed_bytes", "fp32_file_bytes", "cr", "msr", "whole_model_ratio", "best_cycle",
                 "cr_met", "drop_met", "timings", "compliance", "null_controller", "final_interval_full"):
         assert key in result, key
     rows = list(csv.DictReader((path / "cycles.csv").open()))

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import models  # noqa: E402
+from compress import kernel_shapes  # noqa: E402
 from config import NETWORKS, InputError  # noqa: E402
 from models import VisionTransformer, build, find_blocks, load_pretrained  # noqa: E402
 
@@ -404,3 +405,36 @@ def test_autocast(name):
         full = model(x)
     assert half.dtype == torch.bfloat16
     assert (half.float() - full).abs().max() < 0.1 * full.abs().max()
+
+
+# Scope
+
+
+@pytest.mark.parametrize("name, width, extra", [
+    ("deit_small_patch16_224", 0.125, ["patch_embed.proj", "head"]),
+    ("resnet18", 0.125, [f"layer{n}.0.downsample.0" for n in (2, 3, 4)] + ["fc"]),
+    ("mobilenetv2_100", 0.25, ["conv_head", "classifier"])])
+def test_scope_all_adds_blocks_and_changes_none(name, width, extra):
+    model = models.build(name, 10, 32, width)
+    paper, everything = (models.survey(model, scope=scope) for scope in ("paper", "all"))
+    assert [list(b.kernels) for b in everything.blocks[:-1]] == [list(b.kernels) for b in paper.blocks]
+    last = everything.blocks[-1]
+    assert list(last.kernels) == extra and last.whole == (extra[-1],) and not everything.excluded
+    assert [shape.prunable for shape in kernel_shapes(last)] == [True] * (len(extra) - 1) + [False]
+    assert all(shape.prunable for block in paper.blocks for shape in kernel_shapes(block))
+    assert all(f"{kernel}.weight" in last.parameters for kernel in extra)
+
+
+def test_scope_all_of_mobilenetv2_holds_nearly_all_parameters():
+    model = models.build("mobilenetv2_100", 200)
+    sizes = {scope: sum(k.params for k in models.survey(model, scope=scope).compressed) for scope in ("paper", "all")}
+    assert sizes == {"paper": 1_780_160, "all": 1_780_160 + 320 * 1280 + 1280 * 200}
+
+
+def test_scope_all_of_a_network_of_one_s_own_takes_classifier_and_shortcuts_but_not_what_is_excluded():
+    model = torchvision.models.resnet18(num_classes=7)
+    images = torch.randn(2, 3, 32, 32)
+    found = models.survey(model, images, exclude=["layer2.0.downsample.0"], scope="all")
+    assert list(found.blocks[-1].kernels) == ["layer3.0.downsample.0", "layer4.0.downsample.0", "fc"]
+    assert found.blocks[-1].whole == ("fc",)
+    assert [k.name for k in found.excluded] == ["layer2.0.downsample.0"]

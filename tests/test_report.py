@@ -96,16 +96,17 @@ def result(**changes):
     return {**{
         "exp": 1, "name": "", "smoke": False, "seed": 42, "model": "deit_small_patch16_224", "data": "cifar100",
         "eval_images": 1280, "test_images": 10_000,
-        "baseline_acc": 87.1094, "final_acc": 85.4688, "drop": 1.6406, "on_grid_acc": 84.2969, "cr": 6.5432,
+        "baseline_acc": 87.1094, "final_acc": 85.4688, "drop": 1.6406, "deployed_acc": 84.2969, "cr": 6.5432,
+        "scope": "paper", "mode": "qat", "fp32_bytes": 87_654_321, "packed_bytes": 16_136_360,
         "whole_model_ratio": 5.4321, "compliance": 61.2345, "cr_met": True, "drop_met": False,
         "null_controller": {"cr_mean": 6.7012, "cr_std": 0.2109, "compliance_mean": 60.9512, "compliance_std": 2.0512},
-        "baseline_acc_full": None, "final_acc_full": None, "on_grid_acc_full": None,
-        "baseline_interval_full": None, "final_interval_full": None, "on_grid_interval_full": None}, **changes}
+        "baseline_acc_full": None, "final_acc_full": None, "deployed_acc_full": None,
+        "baseline_interval_full": None, "final_interval_full": None, "deployed_interval_full": None}, **changes}
 
 
 def full(**changes):
     return result(baseline_acc_full=87.01, baseline_interval_full=[86.336, 87.654], final_acc_full=85.2,
-                  final_interval_full=[84.491, 85.882], on_grid_acc_full=84.019, on_grid_interval_full=[83.29, 84.72],
+                  final_interval_full=[84.491, 85.882], deployed_acc_full=84.019, deployed_interval_full=[83.29, 84.72],
                   **changes)
 
 
@@ -160,16 +161,16 @@ def test_a_result_that_cannot_be_read_is_named(tmp_path, make):
 
 def test_every_number_stands_under_its_title():
     titles, row = cells(results_table([result()], markdown=True))
-    assert titles == ["exp", "network, data", "seed", "baseline", "final", "drop", "on grid", "CR", "file", "compl.",
-                      "Eq. 3", "null: CR", "compl.", "paper: base", "final", "drop", "CR", "compl."]
-    assert row == ["1", "deit_small_patch16_224, cifar100", "42", "87.11", "85.47", "1.64", "84.30", "6.54", "5.43",
-                   "61.2", "no", "6.70±0.21", "61.0±2.1", "86.88", "85.16", "1.72", "6.23", "59.8"]
+    assert titles == ["exp", "network, data", "seed", "scope", "mode", "baseline", "final", "drop", "deployed", "CR",
+                      "FP32 KB", "packed KB", "ratio", "compl.", "Eq. 3", "null: CR", "compl.", "paper: base", "final", "drop", "CR", "compl."]
+    assert row == ["1", "deit_small_patch16_224, cifar100", "42", "paper", "qat", "87.11", "85.47", "1.64", "84.30",
+                   "6.54", "87654.3", "16136.4", "5.43", "61.2", "no", "6.70±0.21", "61.0±2.1", "86.88", "85.16", "1.72", "6.23", "59.8"]
 
 
 def test_the_paper_s_numbers_stand_beside_each_experiment():
     rows = cells(results_table([result(exp=n) for n in (1, 2, 3, 4, 5, 6, 7)], markdown=True))[1:]
     assert [row[0] for row in rows] == list("1234567")
-    assert [row[13:] for row in rows] == [
+    assert [row[17:] for row in rows] == [
         ["86.88", "85.16", "1.72", "6.23", "59.8"], ["57.50", "56.95", "0.55", "6.63", "59.2"],
         ["89.22", "93.05", "-3.83", "6.64", "-"], ["75.16", "70.94", "4.22", "5.99", "60.9"],
         ["76.56", "70.94", "5.62", "6.59", "62.4"], ["87.42", "86.25", "1.17", "6.27", "58.3"],
@@ -185,7 +186,7 @@ def test_seven_results_give_seven_aligned_rows_of_text():
     assert len({len(line) for line in lines[:9]}) == 1
     assert [row.split()[:4] for row in rows[:2]] == [["1", "deit_small_patch16_224,", "cifar100", "42"],
                                                      ["2", "vit_base_patch32_clip_224,", "cifar100", "42"]]
-    for title, value in (("baseline", "87.11"), ("on grid", "84.30"), ("file", "5.43"), ("null: CR", "6.70±0.21")):
+    for title, value in (("baseline", "87.11"), ("deployed", "84.30"), ("ratio", "5.43"), ("null: CR", "6.70±0.21")):
         end = head.index(title) + len(title)
         assert all(row[:end].endswith(" " + value) for row in rows), title
 
@@ -200,24 +201,24 @@ def test_a_variant_is_named_and_a_network_of_one_s_own_has_no_paper():
                                 result(exp=0, name="wide")], markdown=True))[1:]
     assert [row[0] for row in rows] == ["1-no-hla", "0", "0-wide"]
     assert rows[0][2] == "43" and rows[1][1] == "mine, cifar100"
-    assert rows[0][13] == "86.88" and rows[1][13:] == ["-"] * 5
-    assert rows[1][3:5] == ["87.11", "85.47"]
+    assert rows[0][17] == "86.88" and rows[1][17:] == ["-"] * 5
+    assert rows[1][5:7] == ["87.11", "85.47"]
 
 
 def test_numbers_that_were_not_measured_are_dashes():
-    row = cells(results_table([result(on_grid_acc=None, compliance=None)], markdown=True))[1]
-    assert (row[6], row[9]) == ("-", "-")
-    assert "-" not in row[3:6] + row[7:9]
+    row = cells(results_table([result(deployed_acc=None, compliance=None)], markdown=True))[1]
+    assert (row[8], row[13]) == ("-", "-")
+    assert "-" not in row[5:8] + row[9:13]
 
 
 def test_a_gain_is_a_negative_drop():
-    assert cells(results_table([result(drop=-3.828125)], markdown=True))[1][5] == "-3.83"
+    assert cells(results_table([result(drop=-3.828125)], markdown=True))[1][7] == "-3.83"
 
 
 @pytest.mark.parametrize("cr_met, drop_met, word", [(True, True, "met"), (True, False, "no"), (False, True, "no"),
                                                     (False, False, "no")])
 def test_equation_3_needs_both_conditions(cr_met, drop_met, word):
-    assert cells(results_table([result(cr_met=cr_met, drop_met=drop_met)], markdown=True))[1][10] == word
+    assert cells(results_table([result(cr_met=cr_met, drop_met=drop_met)], markdown=True))[1][14] == word
 
 
 @pytest.mark.parametrize("markdown", [False, True])
@@ -226,7 +227,7 @@ def test_the_legend_says_what_the_numbers_are_of(markdown):
     assert "first 200 or 1280 test images" in text
     assert "smoke" not in text and "Wilson" not in text
     legend = text.partition("\n\n")[2]
-    for word in ("final:", "on grid:", "CR:", "file:", "compl.:", "Eq. 3:", "null:"):
+    for word in ("final:", "deployed:", "scope:", "CR:", "packed KB:", "ratio:", "compl.:", "Eq. 3:", "null:"):
         assert word in legend, word
 
 
@@ -242,7 +243,7 @@ def test_smoke_runs_are_marked_and_explained(markdown):
 def test_the_whole_split_has_a_line_per_run_that_scored_it(markdown):
     text = results_table([full(), result(exp=2), full(exp=3, name="any", seed=7, test_images=9_999)], markdown)
     lines = [line.removeprefix("- ").strip() for line in text.splitlines() if "n = " in line]
-    numbers = "baseline 87.01 [86.34, 87.65], final 85.20 [84.49, 85.88], on grid 84.02"
+    numbers = "baseline 87.01 [86.34, 87.65], final 85.20 [84.49, 85.88], deployed 84.02"
     assert lines == [f"exp 1 seed 42: {numbers} (n = 10000)", f"exp 3-any seed 7: {numbers} (n = 9999)"]
     assert text.count("95 % Wilson") == 1
 

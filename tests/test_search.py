@@ -1234,3 +1234,11 @@ def test_null_ensembles_agree_with_the_null_controller():
     shortcut = search.null_controller([search.kernel_shapes(block) for block in blocks], [0.5] * 4, config, draws=150)
     assert np.mean(crs) == pytest.approx(shortcut["cr_mean"], rel=0.05)
     assert estimator.calls == []
+
+
+def test_a_kernel_that_must_stay_whole_keeps_every_channel_in_every_draw():
+    shapes = (KernelShape(10, 100), KernelShape(10, 100, prunable=False))
+    most = search.decode_lla([14, 14, 0, 0] * 2, budget(max_pruning=0.6), LIMITS, shapes)
+    assert most[0].keep == pytest.approx(0.4) and most[1].keep == 1.0 and most[0].bits == most[1].bits
+    drawn = search.random_config([shapes], Compress(), np.random.default_rng(0)).blocks[0].kernels
+    assert drawn[0].keep < 1.0 == drawn[1].keep
