@@ -251,6 +251,11 @@ class Goal:
     min_cr: float | None = None
     max_drop: float | None = None
 
+    @property
+    def has_size(self) -> bool:
+        """Whether the network's size is part of it."""
+        return self.max_bytes is not None or self.min_cr is not None
+
 
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6}
 CONDITION = re.compile(r"(?:(size)(?::|<=)|(cr)(?::|>=)|(drop)(?::|<=))"
