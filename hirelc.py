@@ -487,11 +487,12 @@ class HiReLC:
                                  f"compress.bits_min={limits.bits_min} and compress.max_pruning="
                                  f"{limits.max_pruning:g} at least {smallest.retained:.4f} is retained")
         if goal and goal.max_bytes is not None:
-            least = model_bytes(self.model) - 4 * smallest.params + _packed_kernels(smallest)
-            if self.config.pack.rest == "float32" and least > goal.max_bytes:
-                raise InputError(f"goal={self.config.goal}: the network takes at least {least:,} bytes, "
-                                 f"{least - _packed_kernels(smallest):,} of them for what is not compressed; ask for "
-                                 "more, or try compress.scope=all or pack.rest=float16")
+            rest = (model_bytes(self.model) - 4 * smallest.params) // (2 if self.config.pack.rest == "float16" else 1)
+            least = rest + _packed_kernels(smallest)
+            if least > goal.max_bytes:
+                raise InputError(f"goal={self.config.goal}: the file takes at least {least:,} bytes, {rest:,} of them "
+                                 "for what is not compressed; ask for more, or try compress.scope=all or "
+                                 "pack.rest=float16")
 
     def _goal_settings(self) -> dict:
         """rho_target and delta_max as the goal has them; the target of a file's size as if it had no index."""
