@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compress import apply_masks, eval_mode
+from parallel import Ranks
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -25,21 +26,30 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def correct(model: nn.Module, images, batch_size: int = 256, limit: int = 0, progress=None) -> Tensor:
+def correct(model: nn.Module, images, batch_size: int = 256, limit: int = 0, progress=None,
+            ranks: Ranks = Ranks()) -> Tensor:
     """Which of the first ``limit`` (0 = all) images the network classifies rightly: bool [n] on the CPU.
 
     Runs in eval mode and puts the modes back as they were, so that the next training epoch trains (ledger D20).
+    Several ranks share the batches, each has the whole answer.
     """
     device = device_of(model)
     total = min(limit, len(images)) if limit else len(images)
+    if ranks.size == 1:
+        batches = images.batches(batch_size, device, limit=limit)
+    else:
+        batches = (images.batch(index, device) for index in ranks.part(torch.arange(total)).split(batch_size))
     hits, done = [], 0
     with eval_mode(model):
-        for x, y in images.batches(batch_size, device, limit=limit):
+        for x, y in batches:
             hits.append((model(x).argmax(dim=1) == y).cpu())
             done += len(y)
             if progress:
-                progress("evaluation", done, total)
-    return torch.cat(hits)
+                progress("evaluation", done * ranks.size, total)
+    answer = torch.zeros(total, dtype=torch.bool)
+    for rank, part in enumerate(ranks.gather(torch.cat(hits) if hits else torch.zeros(0, dtype=torch.bool))):
+        answer[rank::ranks.size] = part
+    return answer
 
 
 def accuracy(hits: Tensor) -> float:
@@ -59,6 +69,20 @@ class Epoch:
     acc: float
 
 
+class _Logits(nn.Module):
+    """The network as it computes in training: as it is, or with the grid values of its kernels."""
+
+    def __init__(self, model, on_grid):
+        super().__init__()
+        self.model, self.on_grid = model, on_grid
+        self.scales = nn.ParameterList(on_grid.log_scales.values() if on_grid is not None else ())
+
+    def forward(self, x):
+        if self.on_grid is None:
+            return self.model(x)
+        return functional_call(self.model, self.on_grid.weights(), (x,), tie_weights=False)
+
+
 class Trainer:
     """AdamW with a cosine schedule, early stopping, masks, and the best epoch kept (§3.5, §3.7 step 7).
 
@@ -67,17 +91,20 @@ class Trainer:
     ``patience`` epochs in a row brought no better accuracy (0 = never early). The state before the first epoch is
     not a candidate. With ``warmup_epochs`` = 0 the learning rate is constant within an epoch, as in
     lr * (1 + cos(pi * epoch / epochs)) / 2; with a warm-up it rises linearly and then follows the cosine step by
-    step. With ``on_grid``, a ``qat.GridTraining``, the network computes with grid values everywhere, the best epoch's
+    step. Several ``ranks`` divide each batch, their gradients are averaged, BatchNorm's statistics are rank 0's; with
+    ``unused_parameters`` some may have no gradient. With ``on_grid``, a ``qat.GridTraining``, the network computes with grid values everywhere, the best epoch's
     weights are those, and ``best_grids`` are their grids.
     """
 
     def __init__(self, model, train, test, *, epochs, lr, weight_decay, patience, batch_size, eval_images,
-                 eval_batch_size, generator, blocks=None, masks=None, warmup_epochs=0.0, on_grid=None):
+                 eval_batch_size, generator, blocks=None, masks=None, warmup_epochs=0.0, on_grid=None,
+                 ranks=Ranks(), unused_parameters=False):
         self.model, self.train_set, self.test_set = model, train, test
         self.epochs, self.lr, self.patience, self.warmup_epochs = epochs, lr, patience, warmup_epochs
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
         self.generator, self.blocks, self.masks = generator, blocks, masks
-        self.on_grid, self.best_grids = on_grid, None
+        self.on_grid, self.best_grids, self.ranks = on_grid, None, ranks
+        self.parallel = ranks.wrap(_Logits(model, on_grid), unused_parameters)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
         if on_grid is not None and on_grid.log_scales:
             self.optimizer.add_param_group({"params": list(on_grid.log_scales.values()), "weight_decay": 0.0,
@@ -120,38 +147,38 @@ class Trainer:
             torch.manual_seed(self.generator.initial_seed() + epoch)
             batches = self.train_set.batches(self.batch_size, device, generator=self.generator)
             for step, (x, y) in enumerate(batches):
-                if len(y) == 1 and step and self.batch_size > 1:
+                if len(y) < 2 * self.ranks.size and step and self.batch_size > 1:
                     continue
+                whole = len(y)
+                x, y = self.ranks.part(x), self.ranks.part(y)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate(epoch, step / steps) * group.get("lr_factor", 1.0)
-                loss = F.cross_entropy(self._logits(x), y)
+                # DistributedDataParallel averages over the ranks; this makes it the mean over the whole batch.
+                loss = F.cross_entropy(self.parallel(x), y) * (len(y) * self.ranks.size / whole)
                 self.optimizer.zero_grad(set_to_none=True)
                 if loss.requires_grad:  # not where every parameter is frozen
                     loss.backward()
                     self.optimizer.step()
                 if self.masks is not None:
                     apply_masks(self.blocks, self.masks)
-                total_loss += loss.detach() * len(y)
-                seen += len(y)
+                total_loss += loss.detach() * (whole / self.ranks.size)
+                seen += whole
                 if progress:
                     progress(f"{what}, epoch {epoch + 1} of {self.epochs}", step + 1, steps)
-        mean_loss = total_loss.item() / max(seen, 1)
+        self.ranks.same_tensors(self.model.buffers())
+        mean_loss = self.ranks.total(total_loss).item() / max(seen, 1)
         if not math.isfinite(mean_loss):
             raise FloatingPointError(f"{what}: the loss of epoch {epoch + 1} is {mean_loss}; lower the learning rate "
                                      f"({self.lr:g})")
         with self.on_grid.in_place() if self.on_grid is not None else contextlib.nullcontext() as grids:
-            acc = accuracy(correct(self.model, self.test_set, self.eval_batch_size, self.eval_images))
+            acc = accuracy(correct(self.model, self.test_set, self.eval_batch_size, self.eval_images,
+                                   ranks=self.ranks))
             result = Epoch(epoch + 1, mean_loss, self.rate(epoch, 0.0), acc)
             self.history.append(result)
             if self.best is result:
                 self.best_state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
                 self.best_grids = grids
         return result
-
-    def _logits(self, x: Tensor) -> Tensor:
-        if self.on_grid is None:
-            return self.model(x)
-        return functional_call(self.model, self.on_grid.weights(), (x,), tie_weights=False)
 
     def run(self, progress=None, what="training", log=None) -> Epoch:
         """Trains to the end, leaves the network at its best epoch in eval mode, and returns that epoch."""
