@@ -35,6 +35,7 @@ from config import EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from qat import GridTraining
+from parallel import Ranks, start, stop
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
@@ -100,9 +101,11 @@ class HiReLC:
     ``data.Images``. ``save``: called as save(self) after every cycle.
     """
 
-    def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None):
+    def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None,
+                 ranks: Ranks = Ranks()):
         self.model, self.blocks, self.train_set, self.test_set = model, blocks, train, test
         self.config, self.log, self.save, self.network = config, log, save, network or {}
+        self.ranks = ranks
         self.device = next(model.parameters()).device
         self.shapes = [kernel_shapes(block) for block in blocks]
         self.timings: dict[str, float] = {}
@@ -127,7 +130,7 @@ class HiReLC:
             self.hla.feedback(self.cycles[-1].drop, self.cycles[-1].retained, cycle)
             if cycle > 1:
                 self.train_hla(self.config.hla.burst)
-            budgets = self.hla.budgets(deterministic=cycle == last_cycle)
+            budgets = self.ranks.same(self.hla.budgets(deterministic=cycle == last_cycle))
             voted = self.search_blocks(cycle, budgets)
             chosen = self.meet_target(voted)
             masks = self.apply(chosen)
@@ -160,6 +163,7 @@ class HiReLC:
                 b = c.baseline
                 self._trainer("baseline", b.epochs, b.lr, b.weight_decay, b.patience).run(
                     self.log.progress, "baseline", self.log.info)
+            self.ranks.same_tensors(self.model.state_dict().values())
             self.theta0 = self._state()
             self.baseline_acc = accuracy(self._correct())
         self.cycles.append(Cycle(cycle=0, acc=self.baseline_acc, drop=0.0, deployed_acc=self.baseline_acc))
@@ -177,6 +181,7 @@ class HiReLC:
                 order = torch.randperm(len(self.train_set), generator=self._generator("sensitivity"))
                 images, labels = self.train_set.batch(order[:count], self.device)
                 self.sensitivity = fisher_sensitivity(self.model, self.blocks, images, labels)
+        self.sensitivity = self.ranks.same(self.sensitivity)
         self.log.info("sensitivity " + " ".join(f"{s:.3f}" for s in self.sensitivity))
 
     def make_agents(self) -> None:
@@ -196,6 +201,7 @@ class HiReLC:
         self.hla = HLAEnsemble(params, self.sensitivity, c)
         self.lla = [LLAEnsemble(i, block, s, self.estimator, c, len(self.blocks))
                     for i, (block, s) in enumerate(zip(self.blocks, self.sensitivity))]
+        self.owners = self.ranks.owners([1.0] * len(self.blocks))
 
     def warm_up_surrogate(self) -> None:
         """Random configurations, each fine-tuned for one epoch and measured, fill the buffer (§3.6)."""
@@ -227,26 +233,33 @@ class HiReLC:
             self._log_updates(self.hla.train(timesteps))
 
     def search_blocks(self, cycle: int, budgets) -> NetworkConfig:
-        """Steps 4-5: train each block's low-level agents under its budget and vote, with theta_0 in the network."""
+        """Steps 4-5: train each block's low-level agents under its budget and vote, with theta_0 in the network.
+
+        Blocks are independent of one another, so that several ranks divide them.
+        """
         self.model.load_state_dict(self.theta0)
-        done, total = 0, len(self.blocks) * len(self.config.lla.algorithms)
+        done, mine = 0, [i for i, owner in enumerate(self.owners) if owner == self.ranks.rank]
+        total = len(mine) * len(self.config.lla.algorithms)
 
         def progress():
             nonlocal done
             done += 1
             self.log.progress(f"cycle {cycle}, search", done, total)
 
-        configs = []
+        found = {}
         self.log.progress(f"cycle {cycle}, search", 0, total)
         with self._timed("search"):
-            for block, lla, budget in zip(self.blocks, self.lla, budgets):
-                self._log_updates(lla.train(budget, progress))
-                chosen = lla.consensus()
-                configs.append(chosen)
-                self.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, "
-                              f"retained {chosen.retained:.3f}, bits {chosen.average_bits:.2f}, "
-                              f"keep {chosen.average_keep:.3f}")
-        return NetworkConfig(tuple(configs))
+            for i in mine:
+                updates = self.lla[i].train(budgets[i], progress)
+                found[i] = self.lla[i].consensus(), updates
+            found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
+        for i, (block, budget) in enumerate(zip(self.blocks, budgets)):
+            chosen, updates = found[i]
+            self._log_updates(updates)
+            self.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, "
+                          f"retained {chosen.retained:.3f}, bits {chosen.average_bits:.2f}, "
+                          f"keep {chosen.average_keep:.3f}")
+        return NetworkConfig(tuple(found[i][0] for i in range(len(self.blocks))))
 
     def meet_target(self, voted: NetworkConfig) -> NetworkConfig:
         """Past the paper, where asked for: steps of bits and keep until the size is met (``target.enforce``)."""
@@ -383,7 +396,8 @@ class HiReLC:
                         pack.load(self.best_packed, self.model)
                     else:
                         self.model.load_state_dict(state)
-                    full[key] = correct(self.model, self.test_set, c.eval.batch_size, 0, self.log.progress)
+                    full[key] = correct(self.model, self.test_set, c.eval.batch_size, 0, self.log.progress,
+                                        self.ranks)
             self.model.load_state_dict(self.best_state)
             null = null_controller(self.shapes, self.sensitivity, c)
         interval = {k: v if v is None else list(wilson(int(v.sum()), count)) for k, v in full.items()}
@@ -393,7 +407,7 @@ class HiReLC:
         moved: dict[str, list[float]] = {}
         for update in self.updates:
             moved.setdefault(f"{update['level']} {update['algorithm']}", []).append(update["approx_kl"])
-        bad = sum(lla.bad_rewards for lla in self.lla)
+        bad = sum(self.ranks.gather(sum(lla.bad_rewards for lla in self.lla)))
         if bad:
             self.log.note(f"{bad} rewards were not finite and became -10")
         return {
@@ -440,7 +454,7 @@ class HiReLC:
             "theta0": self.theta0, "baseline_acc": self.baseline_acc, "sensitivity": self.sensitivity,
             "carried": self.carried, "cycles": [dataclasses.asdict(row) for row in self.cycles],
             "consensus": to_policy(self.blocks, consensus), "surrogate": self.surrogate.state_dict(),
-            "hla": self.hla.state_dict(), "lla": [lla.state_dict() for lla in self.lla],
+            "hla": self.hla.state_dict(), "lla": self._lla_states(),
             "best": {"cycle": self.best.cycle, "policy": to_policy(self.blocks, self.best_config),
                      "masks": self.best_masks, "state": self.best_state,
                      "packed": torch.frombuffer(bytearray(self.best_packed), dtype=torch.uint8),
@@ -533,14 +547,21 @@ class HiReLC:
         return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def _correct(self):
-        return correct(self.model, self.test_set, self.config.eval.batch_size, self.eval_images)
+        return correct(self.model, self.test_set, self.config.eval.batch_size, self.eval_images, ranks=self.ranks)
+
+    def _lla_states(self) -> list[dict]:
+        """State of every block's agents, each from the rank that trains them."""
+        mine = {i: self.lla[i].state_dict() for i, owner in enumerate(self.owners) if owner == self.ranks.rank}
+        states = {i: state for part in self.ranks.gather(mine) for i, state in part.items()}
+        return [states[i] for i in range(len(self.lla))]
 
     def _trainer(self, phase, epochs, lr, weight_decay, patience, warmup_epochs=0.0, masks=None,
                  on_grid=None) -> Trainer:
         return Trainer(self.model, self.train_set, self.test_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
                        patience=patience, batch_size=self.config.data.batch_size, eval_images=self.eval_images,
                        eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
-                       blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid)
+                       blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
+                       ranks=self.ranks, unused_parameters=bool(self.config.model.source))
 
     def _timed(self, phase: str):
         return _Timed(self.timings, phase)
@@ -695,13 +716,18 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
     Returns what result.json holds.
     Raises InputError before anything is written when settings, data, weights, device or folder cannot be used.
     """
-    log = log or Log()
-    started = time.monotonic()
+    started, ranks = time.monotonic(), start(config.device)
+    log = (log or Log()) if ranks.first else Log(open(os.devnull, "w"))
     parse_goal(config.goal)
-    device, path = _device(config), run_directory(config)
-    check_directory(path, config)
+    if config.data.batch_size < 2 * ranks.size:
+        raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each "
+                         "needs two images of a batch")
+    device, path = _device(config, ranks), run_directory(config)
+    if ranks.first:
+        check_directory(path, config)
     title = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
-    log.info(f"{title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}")
+    log.info(f"{title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}"
+             + (f", {ranks.size} processes" if ranks.size > 1 else ""))
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -709,35 +735,42 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
     if config.model.source and config.data.normalize == "pretrained":
         raise InputError("data.normalize=pretrained: mean and std of the weights of a network of one's own are not "
                          "known; leave it at dataset, or normalise inside the network")
-    splits = data.load(config.data, log.progress, models.PRETRAINED_STATS[config.model.name])
+    with ranks.one_before_the_others():  # downloads and builds caches
+        splits = data.load(config.data, log.progress, models.PRETRAINED_STATS[config.model.name])
     for note in splits.notes:
         log.note(note)
     log.info(f"{config.data.name}: {len(splits.train)} training and {len(splits.test)} test images, "
              f"{splits.num_classes} classes, {config.data.image_size} px")
     if config.model.source:
         model = own_network(config.model.source, splits.num_classes)
-        _load_weights(model, config, log)
+        with ranks.one_before_the_others():
+            _load_weights(model, config, log)
         model, survey = _prepare(model.to(device), splits.train, splits.test, log, config)
     else:
         model = models.build(config.model.name, splits.num_classes, config.data.image_size, config.model.width,
                              config.model.patch_size)
-        _load_weights(model, config, log)
+        with ranks.one_before_the_others():
+            _load_weights(model, config, log)
         # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
         model, survey = model.to(device, memory_format=torch.channels_last), models.survey(
             model, scope=config.compress.scope)
         log.info(f"{config.model.name}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
                  f"{sum(kernel.params for kernel in survey.compressed):,} kernel parameters")
 
-    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log, save=lambda r: save(r, path),
-                 network=_describe(model, config, splits.train))
-    path.mkdir(parents=True, exist_ok=True)
-    for name in ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv"):
-        (path / name).unlink(missing_ok=True)  # of an earlier run with the same settings
-    log.open(path / "run.log")
-    write_json(path / "config.json", {"settings": flatten(config), **provenance(device)})
-    result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
-              "fp32_file_bytes": (path / "baseline.pt").stat().st_size}
+    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log,
+                 save=lambda r: save(r, path) if ranks.first else None,
+                 network=_describe(model, config, splits.train), ranks=ranks)
+    if ranks.first:
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv"):
+            (path / name).unlink(missing_ok=True)  # of an earlier run with the same settings
+        log.open(path / "run.log")
+        write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size, **provenance(device)})
+    result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped}
     result["timings"]["total"] = round(time.monotonic() - started, 2)
+    if not ranks.first:
+        return result
+    result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
     log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
@@ -787,12 +820,12 @@ def evaluate_packed(config: Config, path: str, log: Log | None = None) -> dict:
     return result
 
 
-def _device(config: Config) -> torch.device:
+def _device(config: Config, ranks: Ranks = Ranks()) -> torch.device:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no usable GPU; use --device cpu or auto")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local) if ranks.size > 1 else torch.device("cuda")
 
 
 def _load_weights(model, config: Config, log: Log) -> None:
@@ -880,7 +913,7 @@ def main(argv=None) -> int:
             resolve_own(args.model, flags, args.set)]
     except InputError as error:
         return _fail(error, 2)
-    code, done = 0, []
+    code, done, first = 0, [], os.environ.get("RANK", "0") == "0"
     for config in configs:
         log = Log()
         try:
@@ -896,10 +929,11 @@ def main(argv=None) -> int:
             return _fail("stopped by Ctrl-C; the run directory holds what was finished", 130)
         finally:
             log.close()
-    if done and not args.no_table:
+    stop()
+    if done and not args.no_table and first:
         print("\n" + results_table(done))
     for result in done:
-        if result["goal"] and not result["goal"]["met"]:
+        if first and result["goal"] and not result["goal"]["met"]:
             code = max(code, _fail(f"goal missed ({', '.join(result['goal']['missed'])}): asked for "
                                    f"{result['goal']['asked']}, the packed file has {result['packed_bytes']:,} bytes, "
                                    f"CR {result['cr']:.2f}, a drop of {result['goal']['deployed_drop']:.2f}", 3))

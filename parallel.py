@@ -8,6 +8,7 @@ images, rank 0 writes; everything else is cheap and done by all of them. A proce
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -57,6 +58,15 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(value)
         return value
+
+    @contextlib.contextmanager
+    def one_before_the_others(self):
+        """Rank 0 goes through the body first, so that the others find on the disk what it made."""
+        if self.size > 1 and not self.first:
+            dist.barrier()
+        yield
+        if self.size > 1 and self.first:
+            dist.barrier()
 
     def part(self, x: Tensor) -> Tensor:
         """This rank's rows of a batch [n, …]: every ``size``-th from its number on."""

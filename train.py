@@ -91,9 +91,9 @@ class Trainer:
     ``patience`` epochs in a row brought no better accuracy (0 = never early). The state before the first epoch is
     not a candidate. With ``warmup_epochs`` = 0 the learning rate is constant within an epoch, as in
     lr * (1 + cos(pi * epoch / epochs)) / 2; with a warm-up it rises linearly and then follows the cosine step by
-    step. Several ``ranks`` divide each batch, their gradients are averaged, BatchNorm's statistics are rank 0's; with
-    ``unused_parameters`` some may have no gradient. With ``on_grid``, a ``qat.GridTraining``, the network computes with grid values everywhere, the best epoch's
-    weights are those, and ``best_grids`` are their grids.
+    step. With ``on_grid``, a ``qat.GridTraining``, the network computes with grid values everywhere, the best epoch's
+    weights are those, and ``best_grids`` are their grids. Several ``ranks`` divide each batch, their gradients are
+    averaged, BatchNorm's statistics are rank 0's; with ``unused_parameters`` some may have no gradient.
     """
 
     def __init__(self, model, train, test, *, epochs, lr, weight_decay, patience, batch_size, eval_images,
