@@ -101,7 +101,10 @@ class Pictures:
         count = min(limit, len(self)) if limit else len(self)
         order = torch.randperm(len(self), generator=generator)[:count] if generator else torch.arange(count)
         for index in order.split(batch_size):
-            yield self.images[index], self.labels[index]
+            yield self.batch(index, device)
+
+    def batch(self, index, device):
+        return self.images[index], self.labels[index]
 
 
 def small_network():
