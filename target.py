@@ -56,10 +56,10 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float, c
     A step is one bit within [bits_min, bits_max], or one value of the agents' keep grid, 1 - j/14 max_pruning, that
     changes the number of channels; ``qtype`` and granularity stay. Above the budget: the steps down whose damage per
     cost saved is least, until it fits. Then, below 0.99 of it: the steps up that fit and undo most damage per cost;
-    after those single channels; then steps up that do not fit, paid for by single channels; and at last the choice of
-    least damage among all. Kernels above bits_max (FP32) are left alone while another kernel has a step. Ties:
-    the smaller change of the error, then the order of kernels. Raises InputError when even the smallest configuration
-    is above the budget, ValueError when ``config`` or ``sensitivity`` is for another number of blocks or kernels.
+    after those single channels; then a step up that does not fit, paid for by single channels; and at last the choice
+    of least damage among all. Kernels above bits_max (FP32) are left alone while another kernel has a step. Ties: the
+    smaller change of the error, then the order of kernels. Raises InputError when even the smallest configuration is
+    above the budget, ValueError when ``config`` or ``sensitivity`` is for another number of blocks or kernels.
     """
     kernels = [_Kernel(holder.weight, kernel, shape, s, limits, cost)
                for block, chosen, s in zip(blocks, config.blocks, sensitivity, strict=True)
