@@ -412,7 +412,7 @@ class HiReLC:
             "whole_model_ratio": best.whole_model_ratio, "fp32_bytes": model_bytes(self.model),
             "packed_bytes": best.packed_bytes, "sparsity": best.sparsity, "compliance": best.compliance,
             "cr_met": best.cr >= 1 / c.search.target, "drop_met": best.drop <= c.search.max_drop,
-            "goal": self._goal_result(), "voted_retained": best.voted_retained,
+            "goal": self._goal_result(), "target": c.search.target, "retained": best.retained, "voted_retained": best.voted_retained,
             "voted_compliance": best.voted_compliance,
             "best_cycle": best.cycle, "cycles": [dataclasses.asdict(row) for row in self.cycles],
             "strategies": {s: strategies.count(s) / len(strategies) for s in sorted(set(strategies))},
