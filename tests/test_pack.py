@@ -448,8 +448,9 @@ def assembled(index, blob, version=1, magic=b"HiReLC packed\n", more=None):
     def tensor(content):
         return torch.from_numpy(np.frombuffer(bytes(content), np.uint8).copy())
 
-    digest = hashlib.sha256(version.to_bytes(4, "little") + len(index).to_bytes(8, "little") + index + bytes(blob))
-    header = magic + version.to_bytes(4, "little") + digest.digest()
+    version = version if isinstance(version, bytes) else version.to_bytes(4, "little")
+    digest = hashlib.sha256(version[:4] + len(index).to_bytes(8, "little") + index + bytes(blob))
+    header = magic + version + digest.digest()
     file = io.BytesIO()
     torch.save({"header": tensor(header), "index": tensor(index), "blob": tensor(blob), **(more or {})}, file)
     return file.getvalue()
@@ -490,6 +491,7 @@ def saved(value, **options):
     (lambda data: assembled(*parts(data)[1:], magic=b"HiReLC quacked"), ["its magic is b'HiReLC quacked'"]),
     (lambda data: assembled(*parts(data)[1:], version=2), ["version 2, expected 1", "read it with"]),
     (lambda data: assembled(*parts(data)[1:], version=0), ["version 0"]),
+    (lambda data: assembled(*parts(data)[1:], version=b"\1\0\0\0\0"), ["a header of 51 bytes"]),
     (lambda data: data.replace(b"HiReLC packed\n", b"HiReLC PACKED\n"), ["CRC"]),
 ])
 def test_damage_is_refused_in_one_line(tmp_path, capsys, spoil, words):
@@ -573,8 +575,9 @@ CRAFTED = {  # the first kernel: stem [8, 1, 3, 3], 3 bits INT uniform, 4 of 8 c
     "a field too few": network(lambda i: i["blocks"][0][1][0].pop()),
     "a tensor twice": network(lambda i: i["rest"][1].__setitem__(0, i["rest"][0][0])),
     "a kernel's tensor twice": kernel(1, ["once.weight"]), "its own twice": kernel(1, ["stem.weight", "stem.weight"]),
-    "kernel name": kernel(0, 7), "no names": kernel(1, []), "names": kernel(1, "stem.weight"),
-    "names 2": kernel(1, [1]), "names 3": kernel(1, None), "dtype": kernel(2, "quint8"), "dtype 2": kernel(2, []),
+    "kernel name": kernel(0, 7), "another's": kernel(0, "once"), "no names": kernel(1, []),
+    "names": kernel(1, "stem.weight"), "names 2": kernel(1, [1]), "names 3": kernel(1, None),
+    "dtype": kernel(2, "quint8"), "dtype 2": kernel(2, []),
     "int kernel": kernel(2, "int32"),
     "shape": kernel(3, [8, 1, 3]), "larger": kernel(3, [8, 1, 3, 4]), "one side": kernel(3, []),
     "no side": kernel(3, [0, 1, 3, 3]), "no side 2": kernel(3, [8, 0, 3, 3]), "negative": kernel(3, [8, -1, -3, 3]),
@@ -592,6 +595,7 @@ CRAFTED = {  # the first kernel: stem [8, 1, 3, 3], 3 bits INT uniform, 4 of 8 c
     "wider": lambda index, blob: index["rest"][0].__setitem__(slice(1, 3), ["float16", "float32"]),
     "other shape": other(3, [9]), "other shape 2": other(3, [-8]), "other shape 3": other(3, [0, 1 << 62]),
     "other shape 4": other(3, [1 << 39, 0, 1 << 39]), "other shape 5": other(3, {"0": 8}),
+    "empty": network(lambda i: i["rest"].append([["e"], "float32", "float32", [1 << 39, 0, 1 << 39]])),
     "an empty bitmap": byte(0, 0), "a fuller bitmap": byte(0, 0xff), "scale 0": scale(0.0), "scale -1": scale(-1.0),
     "scale nan": scale(math.nan), "scale inf": scale(math.inf), "overflow": scale(3e38),
     "bits behind the last code": byte(18, 0xff), "longer": lambda index, blob: blob.append(0),
@@ -630,6 +634,15 @@ def test_an_index_that_is_none(name, text):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
+def test_nothing_hides_behind_the_index_or_in_a_truth_value():
+    _, index, blob = parts(small()[1])
+    index["rest"].append([["true"], "bool", "bool", [2]])
+    text = zlib.compress(json.dumps(index).encode())
+    assert raw(pack.state(pack.read(assembled(text, blob + b"\2\0")))["true"]) == b"\1\0"
+    with pytest.raises(InputError, match="an index that ends elsewhere"):
+        pack.read(assembled(text + b"more", blob + b"\2\0"))
+
+
 def entry(shape, bits, kept, granularity="uniform", qtype="INT"):
     return ["k", ["k.weight"], "float32", shape, bits, kept, qtype, granularity]
 
@@ -654,9 +667,11 @@ def test_few_bytes_do_not_become_many_weights(monkeypatch):
     (entry([1, 2], 3, 1, "log-script"), struct.pack("<ff", 1, 2) + b"\x0f", "a code beyond 7"),
     (entry([1, 2], 3, 1, "log"), struct.pack("<ff", 2, 1) + b"\0", "scales that are not"),
     (entry([1, 2], 3, 1, "log"), struct.pack("<ff", 0, 1) + b"\0", "scales that are not"),
+    (entry([1, 2], 3, 1, "log"), struct.pack("<ff", 1, math.inf) + b"\x1b", "scales that are not"),
     (entry([1, 2], 3, 1, "uniform", "FLOAT"), struct.pack("<f", 1) + b"\x08\0", "a zero-point beyond"),
     (entry([2, 1], 12, 2, "per-channel", "FLOAT"), struct.pack("<ffHH", 1, 1, 7, 4096) + b"\0\0\0", "zero-point"),
     (entry([2, 1], 3, 1), b"\4" + struct.pack("<f", 1) + b"\0", "a bitmap of 1 channels"),
+    (entry([2, 1], 3, 1), b"\5" + struct.pack("<f", 1) + b"\0", "a bitmap of 2 channels"),
     (entry([1, 1], 3, 1), struct.pack("<f", 1) + b"\x10", "bits behind its last code")])
 def test_numbers_out_of_range(kernel, data, message):
     with pytest.raises(InputError, match=message) as caught:
