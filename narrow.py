@@ -52,7 +52,7 @@ class Value:
     computed, because the images reach them or because their constant differs within the batch; ``const``: the
     constants of the others, of size 1 in every dimension along which they are equal, without the living channels.
     ``known``: the whole tensor, where no image reaches it and its shape does not depend on the batch.
-    ``reached``: whether an image reaches any of it. ``source`` [C]: where one operand alone has the channels, which
+    ``reached``: whether an image reaches any of it. ``source`` [C]: where the channels are those of one operand, which
     of its channels each one is.
     """
     shape: tuple[int, ...]
@@ -467,6 +467,7 @@ class _Narrow:
                 self.made[node] = self.graph.placeholder(node.name)
             elif node.op == "call_function":
                 self.write(node)
+                self.unfollowed(node)
             elif node.op == "output":
                 logits, = node.args[0]
                 self.graph.output(self.take(logits))
@@ -697,10 +698,11 @@ class _Narrow:
         if node.target not in CONVOLUTIONS:
             return const @ full[rows].double().t()
         const = const.expand(1, -1, *x.shape[2:])
+        settings = _settings(node, full.dim() - 2)
         if _groups(node) == 1:
-            product = node.target(const[:, ~inside], full[rows][:, ~inside].double(), None, *_settings(node, full.dim() - 2))
+            product = node.target(const[:, ~inside], full[rows][:, ~inside].double(), None, *settings)
         else:
-            product = node.target(const, full.double(), None, *_settings(node, full.dim() - 2), _groups(node))[:, rows]
+            product = node.target(const, full.double(), None, *settings, _groups(node))[:, rows]
         for along in range(2, product.dim()):
             if _equal(product, along).all():
                 product = product.narrow(along, 0, 1)
@@ -728,6 +730,17 @@ class _Narrow:
         node, order = self.spread(name, constant.movedim(dim, -1)), list(range(constant.dim()))
         order.insert(dim, order.pop())
         return node if dim == order[-1] else self.call(aten.permute.default, node, order)
+
+    def unfollowed(self, node):
+        """Record kernels with pruned channels that go into an operation of which nothing is known."""
+        if _kind(node, self.values) or not self.values[node].reached:
+            return
+        for weight in (_source(n) for n in node.all_input_nodes if not self.values[n].reached):
+            if weight is not None and self.values[weight].known.dim() > 1:
+                pruned = ~self.values[weight].known.flatten(1).ne(0).any(1)
+                if pruned.any():
+                    self.stays[_name(weight).removesuffix(".weight")] = f"{int(pruned.sum())} pruned channels stay: " \
+                        f"used in {node.target}, which is not followed"
 
     def note(self, node, weight, full, rows):
         """Record a layer that still computes pruned channels."""
@@ -762,12 +775,17 @@ def _where(mask):
 
 
 def _name(node):
-    """The parameter that a constant is, or is computed from first."""
+    """Name of the parameter that a constant is, or is computed from first."""
+    source = _source(node)
+    return node.name if source is None else source.target
+
+
+def _source(node):
     while node.op != "get_attr":
         if not node.all_input_nodes:
-            return node.name
+            return None
         node = node.all_input_nodes[0]
-    return node.target
+    return node
 
 
 def _like(tensor, weight, old):

@@ -171,7 +171,8 @@ def rows(layer, *pruned):
 
 def chain(*layers):
     torch.manual_seed(0)
-    return randomised(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(layers[-1].out_channels, 3)))
+    end = nn.Linear(layers[-1].out_channels, 3)
+    return randomised(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), end))
 
 
 IMAGES = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
@@ -210,6 +211,24 @@ def test_a_convolution_in_groups_shrinks_evenly_or_says_why_not(gone, shape, sta
     assert shapes(network)[1] == shape and set(narrow.stays(network)) == ({"2"} if stay else set())
     assert not stay or narrow.stays(network)["2"].startswith(stay)
     assert shapes(network)[2][1] == shape[0]
+
+
+def test_a_kernel_in_an_operation_that_is_not_followed_is_named():
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(4, 3)
+            self.up, self.w = nn.ConvTranspose2d(8, 4, 2), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            x = self.up(self.a(x).relu()).mean((2, 3))
+            return self.fc(torch.einsum("ni,oi->no", x, self.w))
+
+    model = randomised(Transposed())
+    rows(model.a, 0, 1), rows(model.up, 2)
+    network = check(model, IMAGES)
+    assert shapes(network)[0] == (6, 3, 3, 3) and set(narrow.stays(network)) == {"up"}
+    assert "conv_transpose2d" in narrow.stays(network)["up"]
 
 
 def test_all_rows_may_be_gone():
