@@ -818,12 +818,13 @@ def materialize(model: nn.Module, example=None) -> fx.GraphModule:
     shrink. Raises InputError for a network that fails on the images or that torch.export cannot export.
     """
     images = _images(model, example)
+    device = images.device
     with torch.no_grad():
-        network = copy_network(model).eval()
+        network, images = copy_network(model).eval().cpu(), images.cpu()  # masks and indices are made there
         forward(network, images.clone())
         graph = _exported(network, images)
         values = _watched(graph, images.clone())
-        return _Narrow(graph, values, _planned(graph, values)).run()
+        return _Narrow(graph, values, _planned(graph, values)).run().to(device)
 
 
 def stays(network: fx.GraphModule) -> dict[str, str]:

@@ -653,23 +653,28 @@ def info(packed: Packed) -> str:
 
 
 def export(file, out, source: str = "", image_size: int = 0) -> str:
-    """Write the narrow network of a packed file through torch.export to ``out``; returns a line that says what came of
+    """Write the narrow network of a packed file through torch.export to ``out``; returns lines that say what came of
     it. source: module:function or file.py:function of a network of one's own; image_size: side of the example's images
     in pixels, 0 = as the file says. Raises InputError."""
     import narrow  # not needed to pack and load
 
     network = read(file).network
-    size, classes = image_size or network.get("image_size"), network.get("num_classes")
+    size, classes, channels = (image_size or network.get("image_size"), network.get("num_classes"),
+                               network.get("channels", 3))
     if type(size) is not int or not 1 <= size <= 1024:
         raise InputError(f"{file}: an image size of {shown(size)}, expected 1 to 1024 pixels; give --image-size N")
+    if type(channels) is not int or not 1 <= channels <= 1024:
+        raise InputError(f"{file}: images of {shown(channels)} channels, expected 1 to 1024; pack the network again")
     if source and type(classes) is not int:
         raise InputError(f"{file}: says no number of classes for --model {source}; pack the network again")
     model = load(file, own_network(source, classes) if source else None)
-    example = torch.zeros(2, 3, size, size, dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    example = torch.zeros(2, channels, size, size,
+                          dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()))
     narrowed = narrow.materialize(model, example)  # first: it says what is wrong with a network that does not run
     before, after = narrow.multiply_adds(model, example), narrow.multiply_adds(narrowed, example)
     narrow.export(narrowed, example, out)
-    return f"{out}: {before:,} multiply-adds before, {after:,} after, {os.path.getsize(out):,} bytes"
+    wide = "".join(f"\nstays wide: {layer}: {reason}" for layer, reason in narrow.stays(narrowed).items())
+    return f"{out}: {before:,} multiply-adds before, {after:,} after, {os.path.getsize(out):,} bytes{wide}"
 
 
 class _Parser(argparse.ArgumentParser):
