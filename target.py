@@ -56,10 +56,10 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float, c
     A step is one bit within [bits_min, bits_max], or one value of the agents' keep grid, 1 - j/14 max_pruning, that
     changes the number of channels; ``qtype`` and granularity stay. Above the budget: the steps down whose damage per
     cost saved is least, until it fits. Then, below 0.99 of it: the steps up that fit and undo most damage per cost;
-    after those single channels; then steps up that do not fit, paid for by single channels elsewhere; and at last the
-    least damage over all choices. Kernels above bits_max (FP32) are left alone while another kernel has a step. Ties:
-    the smaller change of the error, then the order of kernels. Raises InputError when even the smallest configuration
-    is above the budget, ValueError when ``config`` or ``sensitivity`` is for another number of blocks or kernels.
+    after those single channels; then a step up that does not fit, paid for by single channels; and at last the choice
+    of least damage among all. Kernels above bits_max (FP32) are left alone while another kernel has a step. Ties: the
+    smaller change of the error, then the order of kernels. Raises InputError when even the smallest configuration is
+    above the budget, ValueError when ``config`` or ``sensitivity`` is for another number of blocks or kernels.
     """
     kernels = [_Kernel(holder.weight, kernel, shape, s, limits, cost)
                for block, chosen, s in zip(blocks, config.blocks, sensitivity, strict=True)
@@ -75,13 +75,13 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float, c
                          f"compress.max_pruning={limits.max_pruning:g}")
     walk.go(+1)
     walk.go(+1, fine=True)
-    if not walk.met and any(kernel.steps(+1, fine=True) for kernel in kernels):
-        walk.swap() or walk.combine()
-        note = f"no choice of bits and channels within 1 % below the target was found; this one takes {walk.total:,.6g}"
-    else:
+    if not walk.met and not any(kernel.steps(+1, fine=True) for kernel in kernels):
         note = f"the largest configuration takes {walk.total:,.6g}: compress.bits_max={limits.bits_max} allows no more"
-    return Enforced(walk.config(config), walk.moves, walk.met,
-                    "" if walk.met else f"the target of {budget:,.6g} is not met: {note}")
+    elif walk.met or walk.swap() or walk.combine():
+        return Enforced(walk.config(config), walk.moves, True)
+    else:
+        note = f"no choice of bits and channels lies within 1 % below it, this one takes {walk.total:,.6g}"
+    return Enforced(walk.config(config), walk.moves, False, f"the target of {budget:,.6g} is not met: {note}")
 
 
 class _Kernel:
@@ -200,7 +200,7 @@ class _Walk:
                 push(index)
 
     def swap(self) -> bool:
-        """A step up that is too large, and single channels elsewhere that pay for it; whether that meets the budget."""
+        """A step up that is too large, and single channels that pay for it; whether that meets the budget."""
         start, moves = [kernel.now for kernel in self.kernels], self.moves
         steps = [(*kernel.price(choice), index, choice) for index, kernel in enumerate(self.kernels)
                  for choice in kernel.steps(+1, fine=True)]
@@ -215,9 +215,9 @@ class _Walk:
         self.moves = moves
         return False
 
-    def combine(self) -> None:
+    def combine(self) -> bool:
         """The least damage over all choices of all kernels, by dynamic programming over the total so far, in SLOTS
-        parts of the budget; nothing moves where no combination meets it. Only networks of a few small kernels come
+        parts of the budget; whether that meets it, and if not nothing moves. Only networks of a few small kernels come
         here: with more, or with more channels, single steps or swaps are fine enough."""
         options = [[(kernel.cost(c), kernel.sensitivity * kernel.error(c), c)
                     for c in product(kernel.bits, kernel.fine[::1 + len(kernel.fine) // COUNTS])]
@@ -237,6 +237,7 @@ class _Walk:
         if states:
             for kernel, choice in zip(self.kernels, min(states.values())[2]):
                 self.moves, kernel.now = self.moves + (kernel.now != choice), choice
+        return self.met
 
 
 # ---------------------------------------------------------------------------------------------------------------
