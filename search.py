@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig, compress_kernel,
-                      eval_mode, kernel_shapes)
-from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO
+                      eval_mode, kernel_retained, kernel_shapes)
+from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO, learn_together, threads
 
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
 TIERS = (0.35, 0.30, 0.25, 0.20, 0.15)  # rho* of the five compression levels (Eq. 8)
@@ -104,10 +105,15 @@ def layer_budget(tier: int, strategy: int, sensitivity: float, limits) -> LayerB
 
 def decode_hla(action, sensitivity, limits) -> tuple[LayerBudget, ...]:
     """HLA action, int [2 B], → one budget per block (Eq. 8). Raises ValueError outside the range."""
-    pairs = np.asarray(action).reshape(-1, 2)
-    if len(pairs) != len(sensitivity) or (pairs < 0).any() or (pairs >= np.array(hla_nvec(1))).any():
-        raise ValueError(f"HLA action {pairs.tolist()} is outside {hla_nvec(1)} for {len(sensitivity)} blocks")
+    pairs = _hla_pairs(action, len(sensitivity))
     return tuple(layer_budget(tier, strategy, s, limits) for (tier, strategy), s in zip(pairs.tolist(), sensitivity))
+
+
+def _hla_pairs(action, blocks: int) -> np.ndarray:
+    pairs = np.asarray(action).reshape(-1, 2)
+    if len(pairs) != blocks or (pairs < 0).any() or (pairs >= np.array(hla_nvec(1))).any():
+        raise ValueError(f"HLA action {pairs.tolist()} is outside {hla_nvec(1)} for {blocks} blocks")
+    return pairs
 
 
 def uniform_budgets(blocks: int, search, limits) -> tuple[LayerBudget, ...]:
@@ -161,41 +167,40 @@ def vote_budgets(proposals) -> tuple[LayerBudget, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rewards (Eq. 9-12, 25-28)
+# Rewards (Eq. 9-12, 25-28). Those of the low level take numbers, or arrays with one entry per candidate.
 
 
-def accuracy_reward(drop: float) -> float:
+def accuracy_reward(drop):
     """R_acc (Eq. 25), piecewise linear in the estimated drop, in [0, 100]."""
-    if drop < 1:
-        return 100.0
-    if drop < 2:
-        return 95.0 - 5.0 * (drop - 1)
-    if drop < 3:
-        return 85.0 - 10.0 * (drop - 2)
-    return max(0.0, 70.0 - 10.0 * (drop - 3))
+    beyond = np.where(np.less(drop, 3), 85.0 - 10.0 * (drop - 2), np.maximum(0.0, 70.0 - 10.0 * (drop - 3)))
+    return np.where(np.less(drop, 1), 100.0, np.where(np.less(drop, 2), 95.0 - 5.0 * (drop - 1), beyond))
 
 
-def compression_reward(retained: float) -> float:
+def compression_reward(retained):
     """R_comp = 60 (1 - rho_i) (Eq. 26)."""
     return 60.0 * (1.0 - retained)
 
 
-def budget_reward(retained: float, target: float) -> float:
+def budget_reward(retained, target):
     """R_budget = 20 exp(-10 |rho_i - rho*_i|) (Eq. 27)."""
-    return 20.0 * math.exp(-10.0 * abs(retained - target))
+    return 20.0 * np.exp(-10.0 * np.abs(retained - target))
 
 
-def sensitivity_penalty(sensitivity: float, retained: float) -> float:
+def sensitivity_penalty(sensitivity, retained):
     """P_sens = 12 s_i (1 - rho_i) (Eq. 10, 28)."""
     return 12.0 * sensitivity * (1.0 - retained)
 
 
-def stability_reward(history) -> float:
-    """R_stab = -2 std of the last five rewards of the episode (population), 0 while there are fewer (§3.1.2)."""
-    return -2.0 * float(np.std(history[-STABILITY_WINDOW:])) if len(history) >= STABILITY_WINDOW else 0.0
+def stability_reward(history):
+    """R_stab = -2 std of the last five rewards of the episode (population), 0 while there are fewer (§3.1.2).
+
+    history [..., rewards so far] → [...].
+    """
+    last = np.asarray(history)[..., -STABILITY_WINDOW:]
+    return -2.0 * np.std(last, axis=-1) if last.shape[-1] == STABILITY_WINDOW else 0.0
 
 
-def lla_reward(drop, retained, target, penalty, history, weights) -> float:
+def lla_reward(drop, retained, target, penalty, history, weights):
     """R = alpha R_acc + beta R_comp + R_budget + gamma_s R_stab - P_sens (Eq. 9); weights (alpha, beta, gamma_s)."""
     alpha, beta, gamma_s = weights
     return (alpha * accuracy_reward(drop) + beta * compression_reward(retained) + budget_reward(retained, target)
@@ -317,8 +322,16 @@ class Surrogate:
 
     @torch.no_grad()
     def predict(self, features) -> list[float]:
-        """Predicted accuracies in points; features [n, 5 sum K_i]."""
-        return self._forward(torch.as_tensor(features, dtype=torch.float32), training=False).tolist()
+        """Predicted accuracies in points; features [n, 5 sum K_i].
+
+        A row is predicted alike, to the last bit, whatever rows it comes with: each is a matrix of its own in a
+        batched product, and the sigmoid is written with exp, since torch's own rounds the last few numbers otherwise.
+        """
+        x = torch.as_tensor(features, dtype=torch.float32).unsqueeze(1)  # [n, 1, inputs]
+        for layer in self.layers[:-1]:
+            x = torch.baddbmm(layer.bias, x, layer.weight.T.expand(len(x), -1, -1)).relu()
+        x = (x * self.layers[-1].weight).sum(-1) + self.layers[-1].bias  # [n, 1]
+        return (100 / (1 + (-x).exp())).squeeze(1).tolist()
 
     def train(self, epochs: int) -> float:
         """Fit the buffer by MSE (Eq. 24); keeps the epoch of the lowest loss over the buffer, and returns it.
@@ -378,11 +391,23 @@ class DropEstimator:
         """Estimated drops in points of candidate configurations of block ``index``."""
         if not self.surrogate_active:
             return self.proxy.drops(index, configs)
+        return self.predicted_drops([(index, np.array([block_features(config) for config in configs]))])[0]
+
+    def predicted_drops(self, requests) -> list[list[float]]:
+        """The surrogate's drops of candidates of several blocks, in one prediction.
+
+        requests: (index, features [n, 5 K_index]) per block; returns n drops in points for each.
+        """
         parts = [block_features(known) if known else UNKNOWN_KERNEL * len(block.kernels)
                  for known, block in zip(self.consensus, self.proxy.blocks)]
-        rows = [[v for j, part in enumerate(parts) for v in (block_features(config) if j == index else part)]
-                for config in configs]
-        return [self.baseline_acc - acc for acc in self.surrogate.predict(rows)]
+        starts, ends = [0], list(np.cumsum([len(features) for _, features in requests]))
+        starts += ends
+        rows = np.tile(np.concatenate(parts), (ends[-1], 1))
+        for (index, features), start, end in zip(requests, starts, ends):
+            first = sum(map(len, parts[:index]))
+            rows[start:end, first:first + len(parts[index])] = features
+        drops = [self.baseline_acc - acc for acc in self.surrogate.predict(rows)]
+        return [drops[start:end] for start, end in zip(starts, ends)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -405,44 +430,143 @@ class LLAEnv:
         self.num_envs, self.obs_dim = settings.envs, 12 + len(shapes)
         self.budget: LayerBudget | None = None
         self.bad_rewards = 0
-        self.steps, self.history = 0, [[] for _ in range(self.num_envs)]
+        self.steps, self.history = 0, np.zeros((self.num_envs, settings.episode))  # rewards of the episode
+        self._alone: Lockstep | None = None
 
-    def observation(self, retained, drop, last_reward, per_kernel) -> np.ndarray:
-        """The vector of §3.1.3 [12 + K_i]; ``retained`` None stands for the reset state."""
-        b, at_reset = self.budget, retained is None
-        return np.array([
-            self.index / self.blocks, self.sensitivity, 1.0 if at_reset else retained,
-            0.0 if at_reset else abs(retained - b.target), 0.0 if at_reset else drop / 10,
-            1.0, b.target, STRATEGY_CODE[b.strategy], b.max_drop / 10, 1.0,
-            float(self.estimator.surrogate_active), last_reward / 100, *per_kernel], dtype=np.float32)
+    def first_observation(self) -> np.ndarray:
+        """The vector of §3.1.3 [12 + K_i] in the reset state."""
+        if self.budget is None:
+            raise RuntimeError(f"block {self.index}: no budget has been set")
+        b = self.budget
+        return np.array([self.index / self.blocks, self.sensitivity, 1.0, 0.0, 0.0, 1.0, b.target,
+                         STRATEGY_CODE[b.strategy], b.max_drop / 10, 1.0, float(self.estimator.surrogate_active), 0.0,
+                         *[0.5] * len(self.shapes)], dtype=np.float32)
 
     def reset(self) -> np.ndarray:
         """Start a new episode in every environment."""
-        if self.budget is None:
-            raise RuntimeError(f"block {self.index}: no budget has been set")
-        self.steps, self.history = 0, [[] for _ in range(self.num_envs)]
-        first = self.observation(None, 0.0, 0.0, [0.5] * len(self.shapes))
+        first = self.first_observation()
+        self.steps, self._alone = 0, None
         return np.tile(first, (self.num_envs, 1))
 
     def step(self, actions):
-        """Apply one candidate per environment; see SPEC 12 for what is returned."""
-        configs = [BlockConfig(decode_lla(a, self.budget, self.limits, self.shapes), self.shapes) for a in actions]
-        drops = self.estimator.drops(self.index, configs)
-        rewards, rows = np.zeros(self.num_envs, dtype=np.float64), []
-        for n, (config, drop) in enumerate(zip(configs, drops)):
-            retained = config.retained
-            penalty = self.penalty_scale * sensitivity_penalty(self.sensitivity, retained)
-            reward = lla_reward(drop, retained, self.budget.target, penalty, self.history[n], self.weights)
-            if not (math.isfinite(reward) and math.isfinite(drop)):
-                reward, drop = BAD_REWARD, 50.0
-                self.bad_rewards += 1
-            self.history[n].append(reward)
-            rewards[n] = reward
-            rows.append(self.observation(retained, drop, reward, config.per_kernel))
-        self.steps += 1
-        done = self.steps >= self.settings.episode
-        obs = self.reset() if done else np.stack(rows)
-        return obs, rewards, np.full(self.num_envs, done), {"configs": configs, "drops": drops}
+        """Apply one candidate per environment: observations, rewards and dones, and the estimated drops."""
+        self._alone = self._alone or Lockstep([self])
+        return self._alone.step([self], [actions])[0]
+
+
+@lru_cache(maxsize=256)
+def action_numbers(min_bits: int, max_pruning: float, limits, shapes) -> np.ndarray:
+    """What bit and keep index of an LLA action mean for each kernel under a budget, float64 [K, 15, 15, 4].
+
+    The four numbers are the retained fraction and, of :func:`kernel_features`, bits, keep and the joint indicator.
+    """
+    budget = LayerBudget(1.0, max_pruning, min_bits, 0.0, "auto")
+    numbers, rows = np.empty((len(shapes), LEVELS, LEVELS, 4)), {}
+    for a_b in range(LEVELS):
+        bits = decode_lla([a_b, 0, 0, 0], budget, limits)[0].bits
+        if bits not in rows:  # several indices mean the same bits
+            for a_p in range(LEVELS):
+                kernels = decode_lla([a_b, a_p, 0, 0] * len(shapes), budget, limits, shapes)
+                for k, (kernel, shape) in enumerate(zip(kernels, shapes)):
+                    tenth, keep, _, _, joint = kernel_features(kernel)
+                    numbers[k, a_b, a_p] = kernel_retained(kernel, shape.n_out), tenth, keep, joint
+        rows.setdefault(bits, a_b)
+        numbers[:, a_b] = numbers[:, rows[bits]]
+    return numbers
+
+
+class Lockstep:
+    """Low-level environments that step together: what each would do alone, computed for all at once.
+
+    ``envs``: LLAEnv with their budgets set. Candidates of one block are estimated in one call, agent by agent; with
+    the surrogate active those of all blocks of as many kernels are.
+    """
+
+    def __init__(self, envs):
+        groups: dict[tuple, list[LLAEnv]] = {}
+        for env in envs:
+            groups.setdefault((id(env.estimator), len(env.shapes), env.num_envs, env.settings.episode), []).append(env)
+        self.groups = [_Group(sorted(group, key=lambda env: env.index)) for group in groups.values()]
+
+    def step(self, envs, actions):
+        """Apply actions int64 [N, 4 K] of each environment; returns what each env.step would, in the order given."""
+        actions, outcomes = dict(zip(map(id, envs), actions)), {}
+        for group in self.groups:
+            outcomes |= zip(map(id, group.envs), group.step(np.stack([actions[id(env)] for env in group.envs])))
+        return [outcomes[id(env)] for env in envs]
+
+
+class _Group:
+    """E environments of a Lockstep with N parallel ones each and K kernels, sorted by block."""
+
+    def __init__(self, envs):
+        def column(values):
+            return np.array(values, dtype=np.float64)[:, None]  # [E, 1]
+
+        self.envs, first = envs, envs[0]
+        self.estimator, self.episode = first.estimator, first.settings.episode
+        self.sizes = np.array(lla_nvec(1))
+        self.indices = np.arange(len(envs))[:, None, None], np.arange(len(first.shapes))
+        self.numbers = np.stack([action_numbers(env.budget.min_bits, env.budget.max_pruning, env.limits, env.shapes)
+                                 for env in envs])  # [E, K, 15, 15, 4]
+        self.types, self.granularities = (np.array([[kernel_features(kernel)[slot] for kernel in (
+            decode_lla([0, 0, t, g], env.budget, env.limits)[0] for t, g in choices)] for env in envs])
+            for slot, choices in ((2, [(t, 0) for t in range(2)]), (3, [(0, g) for g in range(4)])))  # [E, 2], [E, 4]
+        self.params = np.array([[shape.params for shape in env.shapes] for env in envs], dtype=np.float64)  # [E, K]
+        self.total = column([sum(shape.params for shape in env.shapes) for env in envs])
+        self.target = column([env.budget.target for env in envs])
+        self.sensitivity = column([env.sensitivity for env in envs])
+        self.penalty_scale = column([env.penalty_scale for env in envs])
+        self.weights = [column(values) for values in zip(*(env.weights for env in envs))]
+        self.start = np.repeat(np.stack([env.first_observation() for env in envs])[:, None], first.num_envs, axis=1)
+
+    def step(self, actions):
+        """actions int64 [E, N, 4 K] → per environment (obs, rewards, dones, info)."""
+        actions = actions.reshape(*actions.shape[:2], -1, 4)  # [E, N, K, 4]
+        if (actions < 0).any() or (actions >= self.sizes).any():
+            raise ValueError(f"LLA actions outside {self.sizes.tolist()} per kernel: {actions.tolist()}")
+        steps, = {env.steps for env in self.envs}
+        numbers = self.numbers[(*self.indices, actions[..., 0], actions[..., 1])]  # [E, N, K, 4]
+        per_kernel, retained = numbers[..., 0], 0.0
+        for k in range(per_kernel.shape[2]):  # one after the other: the same sum as BlockConfig.retained
+            retained = retained + self.params[:, k, None] * per_kernel[..., k]
+        retained = retained / self.total  # [E, N]
+        drops = self._drops(actions, numbers)
+        history = np.stack([env.history for env in self.envs])[..., :steps]
+        penalty = self.penalty_scale * sensitivity_penalty(self.sensitivity, retained)
+        with np.errstate(invalid="ignore", over="ignore"):
+            rewards = lla_reward(drops, retained, self.target, penalty, history, self.weights)
+        bad = ~(np.isfinite(rewards) & np.isfinite(drops))
+        rewards, known = np.where(bad, BAD_REWARD, rewards), np.where(bad, 50.0, drops)
+        obs = self.start.copy()
+        done = steps + 1 >= self.episode
+        if not done:
+            obs[..., 2], obs[..., 3] = retained, np.abs(retained - self.target)
+            obs[..., 4], obs[..., 11], obs[..., 12:] = known / 10, rewards / 100, per_kernel
+        dones = np.full(rewards.shape[1], done)
+        for env, reward, wrong in zip(self.envs, rewards, bad.sum(axis=1)):
+            env.history[:, steps] = reward
+            env.steps = 0 if done else steps + 1
+            env.bad_rewards += int(wrong)
+        return [(o, r, dones, {"drops": d}) for o, r, d in zip(obs, rewards, drops.tolist())]
+
+    def _drops(self, actions, numbers):
+        """Estimated drops [E, N] in points, each block's candidates in one call."""
+        edges = [n for n, env in enumerate(self.envs) if n == 0 or env.index != self.envs[n - 1].index]
+        blocks = [slice(start, end) for start, end in zip(edges, edges[1:] + [len(self.envs)])]
+        if self.estimator.surrogate_active:
+            of_type, of_granularity = (np.take_along_axis(table[:, None, None], actions[..., slot, None], axis=-1)
+                                       for table, slot in ((self.types, 2), (self.granularities, 3)))
+            features = np.concatenate([numbers[..., 1:3], of_type, of_granularity, numbers[..., 3:]], axis=-1)
+            requests = [(self.envs[block.start].index, features[block].reshape(-1, 5 * features.shape[2]))
+                        for block in blocks]
+            with threads(1):
+                drops = self.estimator.predicted_drops(requests)
+        else:
+            drops = [self.estimator.drops(self.envs[block.start].index, [
+                BlockConfig(decode_lla(action, env.budget, env.limits, env.shapes), env.shapes)
+                for env, own in zip(self.envs[block], actions[block]) for action in own]) for block in blocks]
+        return np.concatenate(drops).reshape(actions.shape[:2])
 
 
 class HLAEnv:
@@ -459,6 +583,7 @@ class HLAEnv:
         self.params, self.sensitivity = np.asarray(params, dtype=np.float64), list(sensitivity)
         self.limits, self.search, self.settings, self.weights = limits, search, settings, weights
         self.obs_dim = 5 + 2 * len(self.sensitivity)
+        self.tiers = np.array([[TIERS[corrected_tier(tier, s)] for tier in range(len(TIERS))] for s in sensitivity])
         self.last_drop, self.last_retained, self.cycle = 0.0, 1.0, 1
         self.steps = 0
 
@@ -478,10 +603,11 @@ class HLAEnv:
         return self.observation([0.5] * len(self.sensitivity), self.search.target, self.search.max_drop / 10)
 
     def step(self, actions):
-        """Propose budgets for all blocks; see SPEC 12 for what is returned."""
-        budgets = decode_hla(actions[0], self.sensitivity, self.limits)
-        targets = [b.target for b in budgets]
-        mean = float(self.params @ np.array(targets) / self.params.sum())
+        """Propose budgets for all blocks; returns the observation, reward and done, each with a leading 1."""
+        pairs = _hla_pairs(actions[0], len(self.sensitivity))
+        targets = self.tiers[np.arange(len(pairs)), pairs[:, 0]]  # those of decode_hla
+        mean = float(self.params @ targets / self.params.sum())
+        targets = targets.tolist()
         alpha, beta, gamma = self.weights
         r_bal, r_sens = balance_reward(targets), sensitivity_reward(targets, self.sensitivity)
         r_glob = global_reward(mean, self.search.target)
@@ -491,7 +617,7 @@ class HLAEnv:
         done = self.steps >= self.settings.episode
         obs = self.reset() if done else self.observation(targets, abs(mean - self.search.target),
                                                          (r_bal + r_sens + r_dyn) / 20)
-        return obs, np.array([reward]), np.array([done]), {"budgets": budgets}
+        return obs, np.array([reward]), np.array([done]), {}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -507,20 +633,14 @@ class LLAEnsemble:
         self.config, self.shapes, self.index = config, shapes, index
         self.envs = [LLAEnv(index, shapes, sensitivity, estimator, config.compress, s, weights, blocks=blocks,
                             penalty_scale=penalty) for weights in zip(s.alpha, s.beta, s.gamma_s)]
-        self.agents = [_agent(name, env, lla_nvec(len(shapes)), derive_seed(config.seed, "lla", index, n), LLA_PPO,
-                              LLA_A2C) for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
+        self.agents = [_agent(name, f"block {index}, agent {n}", env, lla_nvec(len(shapes)),
+                              derive_seed(config.seed, "lla", index, n), LLA_PPO, LLA_A2C)
+                       for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
         self.rng = np.random.default_rng(derive_seed(config.seed, "null", index))
 
     def train(self, budget: LayerBudget, progress=None) -> list[dict]:
-        """Give every agent its steps under ``budget``; returns the diagnostics of every update."""
-        updates = []
-        for n, (env, agent) in enumerate(zip(self.envs, self.agents)):
-            env.budget = budget
-            if self.config.search.method != "null":
-                updates += _labelled(agent.learn(self.config.lla.timesteps), "LLA", n, agent, self.index)
-            if progress:
-                progress()
-        return updates
+        """Give every agent its steps under ``budget``; returns the diagnostics of every update, agent by agent."""
+        return train_together([self], [budget], progress)[0]
 
     def consensus(self) -> BlockConfig:
         """Each agent's greedy action from the reset observation, voted and decoded (Eq. 16)."""
@@ -556,6 +676,31 @@ class LLAEnsemble:
         self.rng.bit_generator.state = state["rng"]
 
 
+def train_together(ensembles, budgets, progress=None) -> list[list[dict]]:
+    """Train the agents of several blocks in lockstep, each ensemble under its budget; returns what each
+    :meth:`LLAEnsemble.train` would, to the last bit, whichever blocks are trained together.
+
+    That pays with the surrogate active: all candidates of a step are one prediction. The proxy is asked block by block
+    in any case. ``progress()`` is called once per agent, after the training.
+    """
+    for ensemble, budget in zip(ensembles, budgets):
+        for env in ensemble.envs:
+            env.budget = budget
+    learning = [ensemble for ensemble in ensembles if ensemble.config.search.method != "null"]
+    agents = [agent for ensemble in learning for agent in ensemble.agents]
+    updates: dict[int, list[dict]] = {}
+    if agents:
+        step = Lockstep([agent.env for agent in agents]).step
+        learnt = learn_together(agents, learning[0].config.lla.timesteps, step)
+        updates = dict(zip(map(id, agents), learnt))
+    if progress:
+        for _ in (agent for ensemble in ensembles for agent in ensemble.agents):
+            progress()
+    return [[row for n, agent in enumerate(ensemble.agents)
+             for row in _labelled(updates.get(id(agent), []), "LLA", n, agent, ensemble.index)]
+            for ensemble in ensembles]
+
+
 class HLAEnsemble:
     """High-level agents and their vote (§3.4.2)."""
 
@@ -564,8 +709,8 @@ class HLAEnsemble:
         self.config, self.sensitivity = config, list(sensitivity)
         self.envs = [HLAEnv(params, sensitivity, config.compress, config.search, s, weights)
                      for weights in zip(s.alpha, s.beta, s.gamma)]
-        self.agents = [_agent(name, env, hla_nvec(len(self.sensitivity)), config.seed + n, HLA_PPO, HLA_A2C)
-                       for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
+        self.agents = [_agent(name, f"high-level agent {n}", env, hla_nvec(len(self.sensitivity)), config.seed + n,
+                              HLA_PPO, HLA_A2C) for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
         self.rng = np.random.default_rng(derive_seed(config.seed, "null", "hla"))
 
     def feedback(self, last_drop: float, last_retained: float, cycle: int) -> None:
@@ -574,11 +719,11 @@ class HLAEnsemble:
             env.feedback(last_drop, last_retained, cycle)
 
     def train(self, timesteps: int) -> list[dict]:
-        """Train every agent for ``timesteps`` steps; returns the diagnostics of every update."""
+        """Train every agent for ``timesteps`` steps; returns the diagnostics of every update, agent by agent."""
         if self.config.search.method != "hirelc":
             return []
-        return [row for n, agent in enumerate(self.agents)
-                for row in _labelled(agent.learn(timesteps), "HLA", n, agent, "")]
+        return [row for n, (agent, updates) in enumerate(zip(self.agents, learn_together(self.agents, timesteps)))
+                for row in _labelled(updates, "HLA", n, agent, "")]
 
     def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
         """Voted budgets from the start state; greedy proposals in the last cycle, drawn ones before (§3.7 step 3)."""
@@ -607,8 +752,9 @@ class HLAEnsemble:
         self.rng.bit_generator.state = state["rng"]
 
 
-def _agent(algorithm, env, nvec, seed, ppo, a2c):
-    return PPO(env, nvec, seed=seed, **ppo) if algorithm == "PPO" else A2C(env, nvec, seed=seed, **a2c)
+def _agent(algorithm, name, env, nvec, seed, ppo, a2c):
+    kind, hyper = (PPO, ppo) if algorithm == "PPO" else (A2C, a2c)
+    return kind(env, nvec, seed=seed, name=f"{algorithm} ({name})", **hyper)
 
 
 def _labelled(updates, level, agent_index, agent, block):
