@@ -217,8 +217,8 @@ def channel_order(weight: Tensor) -> Tensor:
 class Grid:
     """What the codes of one kernel's kept rows stand for (§3.5.2); codes are whole numbers held as float32.
 
-    INT, learned: signed code c is c * scale. FLOAT: code c in 0…2^b - 1 is (c - zero) * scale. log, log-script: code 0
-    is zero, ±m the (m - 1)-th of the magnitudes that lie in equal steps of log2 between the two ends in ``scale``.
+    INT, learned: signed code c is c * scale. FLOAT: code c in 0…2^b - 1 is (c - zero) * scale. log, log-script: code
+    0 is zero, ±m the (m - 1)-th of the magnitudes that lie in equal steps of log2 between the two ends in ``scale``.
     ``scale``: float32, [] for a tensor, [n, 1, …] for channels, [2] for a log grid's smallest and largest magnitude;
     ``zero``: like ``scale``, FLOAT only. ``high``: upper ends of the weights that a FLOAT grid was made for.
     """
@@ -246,7 +246,7 @@ def find_grid(values: Tensor, config: KernelConfig) -> Grid:
     """The grid of Eq. 19-20 over the range of ``values`` float32 [n, …], a kernel's kept rows.
 
     INT and learned: scale = max|W| / q_max, at least 1e-8. FLOAT: 2^b levels from min to max, widened to hold 0, with
-    an integer zero-point. log: from the smallest to the largest magnitude of the non-zero weights (1 if there are none).
+    an integer zero-point. log: from the smallest to the largest magnitude of the non-zero weights (1 without any).
     ``uniform`` and ``log`` have one range for the tensor, ``per-channel`` and ``learned`` one per output channel.
     """
     bits, qtype, granularity = config.bits, config.qtype, config.granularity
@@ -448,12 +448,13 @@ def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> dic
         for (name, module), kernel in zip(block.kernels.items(), block_config.kernels):
             kept = module.weight.detach()[masks[name]].float()
             grids[name] = find_grid(kept, kernel) if kernel.bits < FULL_BITS else None
-            set_rows(module.weight, masks[name], decode(encode(kept, grids[name]), grids[name]) if grids[name] else kept)
+            grid = grids[name]
+            set_rows(module.weight, masks[name], decode(encode(kept, grid), grid) if grid else kept)
     return grids
 
 
 def set_rows(weight: Tensor, mask: Tensor, rows: Tensor) -> None:
-    """Write ``rows`` [kept, …] into the rows of ``weight`` [n_out, …] that ``mask`` names, in place; zero the others."""
+    """Write ``rows`` [kept, …] into the rows of ``weight`` [n_out, …] that ``mask`` names, zero elsewhere."""
     full = torch.zeros_like(weight)
     full[mask] = rows.to(weight.dtype)
     weight.copy_(full)

@@ -29,17 +29,17 @@ import data
 import models
 import pack
 from blocks import Survey
-from compress import (NetworkConfig, compress_network, from_policy, kernel_bytes, kernel_shapes, model_bytes,
-                      snap_to_grid, to_policy)
+from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
+                      kernel_shapes, model_bytes, snap_to_grid, to_policy)
 from config import EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
-from own import copy_network, own_network, try_network
+from own import copy_network, forward, own_network, try_network, untouched
 from qat import GridTraining
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, null_controller, random_config)
-from target import all_given_back, enforce, give_back, parse_goal, retained_weights, total_cost
+from target import enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
 __all__ = ["EXPERIMENTS", "HiReLC", "compress_model", "fisher_sensitivity", "main", "run_experiment"]
@@ -100,7 +100,7 @@ class HiReLC:
     ``data.Images``. ``save``: called as save(self) after every cycle.
     """
 
-    def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None):
+    def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None):
         self.model, self.blocks, self.train_set, self.test_set = model, blocks, train, test
         self.config, self.log, self.save, self.network = config, log, save, network or {}
         self.device = next(model.parameters()).device
@@ -112,6 +112,7 @@ class HiReLC:
         self.goal = parse_goal(config.goal)
         if self.goal:
             self.config = override(config, self._goal_settings())
+        self._check_sizes()
 
     def run(self) -> dict:
         """Algorithm 1; returns the content of result.json."""
@@ -255,13 +256,13 @@ class HiReLC:
         if goal and goal.max_bytes is not None:
             sizes.append((goal.max_bytes - self._fixed_bytes(voted), kernel_bytes))
         for n, (budget, cost) in enumerate(sizes):
-            if n and total_cost(chosen, cost) <= budget:
+            if n and _packed_kernels(chosen) <= budget:  # only the bytes come second
                 continue
             with self._timed("target"):
                 enforced = enforce(self.blocks, chosen, self.sensitivity, self.config.compress, budget, cost)
             if enforced.note:
                 self.log.note(enforced.note)
-            self.log.info(f"  target: {enforced.steps} steps, retained {chosen.retained:.4f} -> "
+            self.log.info(f"  target: {enforced.moves} steps, retained {chosen.retained:.4f} -> "
                           f"{enforced.config.retained:.4f}")
             chosen = enforced.config
         self.estimator.consensus = list(chosen.blocks)
@@ -304,7 +305,8 @@ class HiReLC:
             surrogate_prediction=self.surrogate.predict([features])[0] if active else None)
         self.cycles.append(row)
         self.log.info(f"cycle {cycle}: accuracy {row.acc:.2f} (before fine-tuning {before:.2f}, packed file "
-                      f"{deployed:.2f}), drop {row.drop:.2f}, CR {row.cr:.2f}, whole model {row.whole_model_ratio:.2f}, "
+                      f"{deployed:.2f}), drop {row.drop:.2f}, CR {row.cr:.2f}, "
+                      f"{row.packed_bytes:,} bytes, whole model {row.whole_model_ratio:.2f}, "
                       f"sparsity {100 * row.sparsity:.1f} %, compliance {row.compliance:.1f} %")
         return row
 
@@ -356,14 +358,15 @@ class HiReLC:
     def may_relax(self) -> bool:
         """Whether blocks are to be given back: the drop is missed, and no size is held against it."""
         allowed = self.goal is not None and (self.config.relax or not self.goal.has_size)
-        return allowed and not self.drop_holds(self.best) and not all_given_back(self.best_config)
+        left = self._give_back_count // 2 < max_give_back(self.best_config)
+        return allowed and left and not self.drop_holds(self.best)
 
     def relax(self) -> None:
         """Past the paper: give the most sensitive blocks back, twice as many as the round before, and measure."""
-        count = 2 ** (len(self.cycles) - 1 - self.config.search.cycles)
+        count = min(self._give_back_count, max_give_back(self.best_config))
         chosen, budgets = give_back(self.best_config, self.sensitivity, count, self.config.compress), self.best_budgets
         self.log.note(f"the goal's drop is missed: the {min(count, len(self.blocks))} most sensitive blocks are given "
-                      "back")
+                      f"back{', some as FP32' if count > len(self.blocks) else ''}")
         masks = self.apply(chosen)
         row = self.finetune_and_measure(len(self.cycles), chosen, masks, budgets, chosen)
         self.best, self.best_config, self.best_masks, self.best_budgets = row, chosen, masks, budgets
@@ -466,6 +469,31 @@ class HiReLC:
 
     # -- helpers
 
+    @property
+    def _give_back_count(self) -> int:
+        """How many blocks the next round gives back: 1, 2, 4, …"""
+        return 2 ** (len(self.cycles) - 1 - self.config.search.cycles)
+
+    def _check_sizes(self) -> None:
+        """InputError for a size that no configuration within the bounds can have."""
+        limits, goal = self.config.compress, self.goal
+        smallest = NetworkConfig(tuple(BlockConfig(tuple(KernelConfig(
+            limits.bits_min, 1 - limits.max_pruning if shape.prunable else 1.0) for shape in block), block)
+            for block in self.shapes))
+        if self.config.enforce_target or goal and goal.min_cr is not None:
+            if smallest.retained > self.config.search.target:
+                target = self.config.search.target
+                raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with "
+                                 f"compress.bits_min={limits.bits_min} and compress.max_pruning="
+                                 f"{limits.max_pruning:g} at least {smallest.retained:.4f} is retained")
+        if goal and goal.max_bytes is not None:
+            rest = (model_bytes(self.model) - 4 * smallest.params) // (2 if self.config.pack.rest == "float16" else 1)
+            least = rest + _packed_kernels(smallest)
+            if least > goal.max_bytes:
+                raise InputError(f"goal={self.config.goal}: the file takes at least {least:,} bytes, {rest:,} of them "
+                                 "for what is not compressed; ask for more, or try compress.scope=all or "
+                                 "pack.rest=float16")
+
     def _goal_settings(self) -> dict:
         """rho_target and delta_max as the goal has them; the target of a file's size as if it had no index."""
         params, goal = sum(shape.params for block in self.shapes for shape in block), self.goal
@@ -481,8 +509,7 @@ class HiReLC:
         grids = snap_to_grid(self.blocks, chosen, masks)
         packed = pack.pack(self.model, self.blocks, chosen, masks, grids, self.network, self.config.pack.rest)
         self.model.load_state_dict(self.theta0)
-        kernels = sum(kernel_bytes(k, s) for block in chosen.blocks for k, s in zip(block.kernels, block.shapes))
-        return len(packed) - kernels + INDEX_ROOM
+        return len(packed) - _packed_kernels(chosen) + INDEX_ROOM
 
     def _goal_result(self) -> dict | None:
         """Which of the goal's conditions the packed file meets; the drop is the packed file's."""
@@ -520,6 +547,11 @@ class HiReLC:
 
     def _log_updates(self, rows) -> None:
         self.updates += [{"cycle": len(self.cycles), **row} for row in rows]
+
+
+def _packed_kernels(config: NetworkConfig) -> int:
+    """Bytes of all kernels in the packed file."""
+    return sum(kernel_bytes(k, s) for block in config.blocks for k, s in zip(block.kernels, block.shapes))
 
 
 class _Timed:
@@ -594,12 +626,14 @@ def _prepare(network, train, test, log: Log, config: Config, exclude=(), groups=
     return network, survey
 
 
-def _describe(network, config: Config, train, num_classes: int = 0) -> dict:
+def _describe(network, config: Config, train) -> dict:
     """What the packed file says of its network: how to build it where it is one of ours, and what images it takes."""
-    own = bool(config.model.source)
-    image_size = config.data.image_size if num_classes else list(train.batch(torch.arange(1))[0].shape[-2:])
-    return {"name": "" if own else config.model.name, "source": config.model.source,
-            "num_classes": num_classes, "image_size": image_size,
+    images, _ = train.batch(torch.arange(1), next(network.parameters()).device)
+    with untouched(network):
+        classes = forward(network, images).shape[1]
+    _, channels, height, width = images.shape
+    return {"name": "" if config.model.source else config.model.name, "source": config.model.source,
+            "num_classes": classes, "channels": channels, "image_size": height if height == width else [height, width],
             "width": config.model.width, "patch_size": config.model.patch_size,
             "quick_gelu": models.has_quick_gelu(network), "mean": list(getattr(train, "mean", ())),
             "std": list(getattr(train, "std", ())), "data": config.data.name}
@@ -663,6 +697,7 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
     """
     log = log or Log()
     started = time.monotonic()
+    parse_goal(config.goal)
     device, path = _device(config), run_directory(config)
     check_directory(path, config)
     title = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
@@ -693,13 +728,13 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
         log.info(f"{config.model.name}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
                  f"{sum(kernel.params for kernel in survey.compressed):,} kernel parameters")
 
+    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log, save=lambda r: save(r, path),
+                 network=_describe(model, config, splits.train))
     path.mkdir(parents=True, exist_ok=True)
     for name in ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv"):
         (path / name).unlink(missing_ok=True)  # of an earlier run with the same settings
     log.open(path / "run.log")
     write_json(path / "config.json", {"settings": flatten(config), **provenance(device)})
-    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log, save=lambda r: save(r, path),
-                 network=_describe(model, config, splits.train, splits.num_classes))
     result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
               "fp32_file_bytes": (path / "baseline.pt").stat().st_size}
     result["timings"]["total"] = round(time.monotonic() - started, 2)
@@ -791,7 +826,7 @@ def _parser() -> argparse.ArgumentParser:
                      "learning, as in arXiv 2606.26002.")
     parser.add_argument("--exp", type=int, nargs="+", metavar="N", help="experiments of the paper, one after the other")
     parser.add_argument("--model", metavar="SOURCE", help="a network of one's own: module:function or file.py:function")
-    parser.add_argument("--load", metavar="FILE", help="evaluate a packed file on the experiment's test images, no more")
+    parser.add_argument("--load", metavar="FILE", help="only evaluate a packed file on the test images")
     parser.add_argument("--list", action="store_true", help="the experiments with the paper's numbers")
     parser.add_argument("--smoke", action="store_true", help="seconds, not hours: narrow network, synthetic images")
     parser.add_argument("--seed", type=int, help="seed of the run (42)")
@@ -827,8 +862,8 @@ def list_experiments() -> str:
 
 
 def main(argv=None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 3 for a missed goal, 130 for
-    Ctrl-C."""
+    """Runs the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 3 for a missed goal,
+    130 for Ctrl-C."""
     survive_ascii()
     keep_freed_memory()
     try:
@@ -866,8 +901,8 @@ def main(argv=None) -> int:
     for result in done:
         if result["goal"] and not result["goal"]["met"]:
             code = max(code, _fail(f"goal missed ({', '.join(result['goal']['missed'])}): asked for "
-                                   f"{result['goal']['asked']}, the packed file has {result['packed_bytes']:,} bytes, CR "
-                                   f"{result['cr']:.2f} and a drop of {result['goal']['deployed_drop']:.2f} points", 3))
+                                   f"{result['goal']['asked']}, the packed file has {result['packed_bytes']:,} bytes, "
+                                   f"CR {result['cr']:.2f}, a drop of {result['goal']['deployed_drop']:.2f}", 3))
     return code
 
 

@@ -58,7 +58,8 @@ def _number(value, form="{:.2f}"):
 
 
 COLUMNS = ("exp", "network, data", "seed", "scope", "mode", "baseline", "final", "drop", "deployed", "CR", "FP32 KB",
-           "packed KB", "ratio", "compl.", "Eq. 3", "null: CR", "compl.", "paper: base", "final", "drop", "CR", "compl.")
+           "packed KB", "ratio", "compl.", "Eq. 3", "null: CR", "compl.", "paper: base", "final", "drop", "CR",
+           "compl.")
 
 
 def _row(result: dict) -> list[str]:
@@ -97,8 +98,8 @@ def results_table(results, markdown: bool = False) -> str:
         "",
         f"Accuracies and drops in percentage points on the first {' or '.join(map(str, counts))} test images, which "
         "also chose epoch and cycle (the paper's protocol).",
-        "final: the best epoch of fine-tuning, mode paper: FP32 weights off the grid, as the paper scores them, qat: on "
-        "it; deployed: read back from packed.pt.",
+        "final: the best epoch of fine-tuning; mode paper: FP32 weights off the grid, as the paper scores them, qat: "
+        "on it; deployed: read back from packed.pt.",
         "scope: paper's kernels, or all of them; CR: those kernels only (Eq. 22); FP32 KB: every parameter and buffer, "
         "packed KB: the size of packed.pt, in 1000 bytes; ratio: between these two; compl.: budget compliance in "
         "percent.",

@@ -136,7 +136,7 @@ def test_theta0_is_what_a_cycle_starts_from():
 
 def test_the_best_cycle_is_the_most_accurate_and_the_first_of_equals():
     run = small_run()
-    run.carried = {}
+    run.carried, run.packed = {}, b""
     for cycle, acc in enumerate((50.0, 60.0, 60.0, 55.0), start=1):
         run.keep_best(Cycle(cycle, acc, 0.0), f"config {cycle}", {}, ())
     assert run.best.cycle == 2 and run.best_config == "config 2"
