@@ -200,12 +200,17 @@ def prune_mask(weight: Tensor, keep: float) -> Tensor:
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep={keep!r}: expected a number in (0, 1]")
     n_out = weight.shape[0]
-    values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))  # half precision would make ties
-    norms = torch.linalg.vector_norm(values.reshape(n_out, -1), dim=1)
-    order = torch.sort(norms, descending=True, stable=True).indices
     mask = torch.zeros(n_out, dtype=torch.bool, device=weight.device)
-    mask[order[:channels_kept(keep, n_out)]] = True
+    mask[channel_order(weight)[:channels_kept(keep, n_out)]] = True
     return mask
+
+
+def channel_order(weight: Tensor) -> Tensor:
+    """Output channels of ``weight`` [n_out, …] from the largest L2 norm to the smallest, int64 [n_out]; equal norms:
+    the lower index first."""
+    values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))  # half precision would make ties
+    norms = torch.linalg.vector_norm(values.reshape(weight.shape[0], -1), dim=1)
+    return torch.sort(norms, descending=True, stable=True).indices
 
 
 @dataclass(frozen=True)
@@ -271,10 +276,13 @@ def encode(values: Tensor, grid: Grid) -> Tensor:
     """Codes of ``values`` float32 [n, …]: the nearest of the grid, clipped to its ends."""
     low, high = grid.code_range
     if grid.granularity in ("log", "log-script"):
+        if high == 1:
+            return values.sign()
         smallest, largest = grid.scale.unbind()
         start, step = _log_steps(grid)
-        position = (values.abs().clamp(smallest, largest).double().log2() - start) / step
-        position = position.float() if high > 1 else torch.zeros_like(values)
+        # maximum and minimum do what clamp does with tensors as ends, in an eighth of the time on a CPU.
+        magnitude = torch.minimum(torch.maximum(values.abs(), smallest), largest)
+        position = magnitude.double().log2_().sub_(start).div_(step).float()
         return position.round_().clamp_(0, high - 1).add_(1).mul_(values.sign())
     codes = (values / grid.scale).round_()
     if grid.zero is None:
@@ -288,7 +296,8 @@ def encode(values: Tensor, grid: Grid) -> Tensor:
 def decode(codes: Tensor, grid: Grid) -> Tensor:
     """The values, float32 like ``codes``, that codes stand for; zero is +0."""
     if grid.granularity in ("log", "log-script"):
-        return _log_table(grid)[codes.abs().long()] * codes.sign()
+        magnitudes = _log_table(grid).index_select(0, codes.abs().long().flatten())  # a fifth of indexing's time
+        return magnitudes.reshape(codes.shape) * codes.sign()
     if grid.zero is not None:
         codes = codes - grid.zero
     return (codes * grid.scale).add_(0.0)  # -0 + 0 is +0: a code has no sign of zero
@@ -341,6 +350,41 @@ def compress_kernel(weight: Tensor, config: KernelConfig) -> tuple[Tensor, Tenso
     result = torch.zeros_like(weight)
     result[mask] = quantize(weight.detach()[mask], config.bits, config.qtype, config.granularity)
     return result, mask
+
+
+class PreparedKernel:
+    """Compresses one kernel again and again: what :func:`compress_kernel` computes of ``weight`` [n_out, …] whatever
+    the configuration, its pruning order and the range of every row, is computed once. The weight must stay as it is.
+    """
+
+    CHUNK = 2 ** 16  # weights that a CPU takes at a time, so that all passes over them stay in its cache
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.order = weight.detach(), channel_order(weight)
+        rows = self._rows(self.weight).float()
+        # A grid follows from three weights of each row as it does from all: the ends and the one nearest to zero.
+        nearest = torch.where(rows == 0, torch.inf, rows.abs()).argmin(1, keepdim=True)
+        self.ends = torch.cat([rows.amin(1, True), rows.amax(1, True), rows.gather(1, nearest)], dim=1)
+
+    def _rows(self, tensor):
+        """A dense tensor like the weight as a view [n_out, weights of a channel], in the order that they lie in."""
+        order = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
+        return tensor.permute(0, *order).flatten(1)
+
+    def compressed(self, config: KernelConfig) -> Tensor:
+        """The weight that :func:`compress_kernel` gives, in the layout of the kernel's."""
+        kept = self.order[:channels_kept(config.keep, len(self.order))]
+        grid = find_grid(self.ends.index_select(0, kept), config) if config.bits < FULL_BITS else None
+        result = torch.empty_like(self.weight)
+        rows, target = self._rows(self.weight), self._rows(result)
+        target.index_fill_(0, self.order[len(kept):], 0)
+        width = max(1, self.CHUNK // len(kept)) if rows.device.type == "cpu" else rows.shape[1]
+        for part, out in zip(rows.split(width, dim=1), target.split(width, dim=1)):
+            values = part.index_select(0, kept)
+            if grid is not None:
+                values = decode(encode(values.float(), grid), grid).to(values.dtype)
+            out.index_copy_(0, kept, values)
+        return result
 
 
 @contextlib.contextmanager

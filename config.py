@@ -24,8 +24,8 @@ def setting(default, help, choices=None, low=None, high=None):
 
 
 DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "synthetic")
-NETWORKS = ("deit_small_patch16_224", "deit_base_patch16_224", "vit_base_patch32_clip_224", "resnet18",
-            "resnet50", "mobilenetv2_100")
+NETWORKS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_base_patch32_clip_224",
+            "resnet18", "resnet50", "mobilenetv2_100")
 ALGORITHMS = ("PPO", "A2C")
 
 
@@ -115,6 +115,13 @@ class Search:
     target: float = setting(0.25, "rho_target, retained fraction to reach", low=0.01, high=1.0)
     max_drop: float = setting(1.0, "delta_max, allowed accuracy drop in points", low=0.0)
     proxy_batches: int = setting(2, "calibration batches (of data.batch_size) of the logit-MSE proxy", low=1)
+    cache: bool = setting(True, "the proxy starts at the block, from activations that it keeps; off = whole forwards")
+    cache_mb: int = setting(1024, "MB of activations that the proxy keeps at most; what is more is computed again",
+                            low=0)
+    dtype: str = setting("float32", "precision of the proxy's forwards; bfloat16 pays where the hardware has it",
+                         choices=("float32", "bfloat16"))
+    together: int = setting(0, "candidates of a block that share a pass through the layers behind it; 0 = one on a "
+                               "CPU, as many as make 512 images on a GPU", low=0)
 
 
 @dataclass(frozen=True)

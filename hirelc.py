@@ -56,7 +56,7 @@ SMOKE = {  # small enough for two CPU cores; blocks, kernels and the code path s
     "lla.timesteps": 32, "hla.timesteps": 64, "hla.burst": 64,
     "surrogate.min_samples": 1, "surrogate.epochs": 20, "surrogate.epochs_after_warmup": 40}
 SMOKE_MODEL = {  # model.width and model.patch_size per network
-    "deit_small_patch16_224": (0.125, 16), "deit_base_patch16_224": (0.0834, 16),
+    "deit_tiny_patch16_224": (0.25, 16), "deit_small_patch16_224": (0.125, 16), "deit_base_patch16_224": (0.0834, 16),
     "vit_base_patch32_clip_224": (0.0834, 16),
     "resnet18": (0.125, 0), "resnet50": (0.125, 0), "mobilenetv2_100": (0.25, 0)}
 INDEX_ROOM = 256  # bytes by which the compressed index of a packed file may differ between configurations

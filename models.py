@@ -20,6 +20,7 @@ from blocks import CLASSIFIER, LAST, PATCHES, SHORTCUT, Block, Survey, arrange, 
 from checkpoints import is_torchscript, read_checkpoint, shown
 from config import InputError
 from files import cached, file_name, hash_prefix
+from stages import Stage, Staged, StagedBlock
 
 # ---------------------------------------------------------------------------------------------------------------
 # Vision transformers (DeiT, CLIP)
@@ -54,6 +55,15 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # [B, heads, T, d]
         return self.proj(x.transpose(1, 2).reshape(B, T, -1))  # [B, T, C]
 
+    def class_token(self, x):
+        """The first token's row of forward, [B, 1, C]: its own query, the keys and values of all tokens."""
+        B, T, C = x.shape
+        weights, biases = self.qkv.weight.split((C, 2 * C)), self.qkv.bias.split((C, 2 * C))
+        q = F.linear(x[:, :1], weights[0], biases[0]).reshape(B, 1, self.heads, -1).transpose(1, 2)  # [B, heads, 1, d]
+        k, v = F.linear(x, weights[1], biases[1]).reshape(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # [B, heads, 1, d]
+        return self.proj(x.transpose(1, 2).reshape(B, 1, -1))  # [B, 1, C]
+
 
 class Mlp(nn.Module):
     def __init__(self, width, quick_gelu):
@@ -80,8 +90,14 @@ class EncoderBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))  # [B, T, C]
 
+    def class_token(self, x):
+        """The first token's row of forward, [B, 1, C]: all that a classifier of the class token needs of the last
+        block."""
+        x = x[:, :1] + self.attn.class_token(self.norm1(x))
+        return x + self.mlp(self.norm2(x))  # [B, 1, C]
 
-class VisionTransformer(nn.Module):
+
+class VisionTransformer(Staged):
     """Images [B, 3, S, S] with S = ``image_size`` → logits [B, num_classes]; class token, learned positions.
 
     ``embed`` = ``heads`` × ``head_dim``. ``clip=True`` is CLIP's image tower: LayerNorm ``norm_pre`` before the
@@ -117,14 +133,27 @@ class VisionTransformer(nn.Module):
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
 
-    def forward(self, x):
+    def embed(self, x):
+        """Images → tokens [B, T, C]."""
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise InputError(f"images of {x.shape[-2]} x {x.shape[-1]} pixels for a network built for "
                              f"{self.image_size} x {self.image_size}")
         x = self.patch_embed(x)  # [B, patches, C]
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed  # [B, T, C]
-        x = self.norm(self.blocks(self.norm_pre(x)))  # [B, T, C]
-        return self.head(x[:, 0])  # [B, classes]
+        return self.norm_pre(x)
+
+    def classify(self, x):
+        """Tokens [B, T, C], of which the first is read → logits [B, classes]."""
+        return self.head(self.norm(x[:, 0]))
+
+    def forward(self, x):
+        return self.classify(self.blocks(self.embed(x)))
+
+    def stages(self):
+        """Embedding, encoder blocks, classifier; the last block computes the class token alone."""
+        *blocks, last = self.blocks
+        return [Stage((self.patch_embed, self.norm_pre), self.embed), *(Stage((block,), block) for block in blocks),
+                Stage((last,), last.class_token), Stage((self.norm, self.head), self.classify)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -144,7 +173,23 @@ def conv(inputs, outputs, size, stride=1, groups=1):
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False)
 
 
-class BasicBlock(nn.Module):
+class ResidualBlock(StagedBlock):
+    """What both residual blocks share: the shortcut, which enters beside the branch's result from the first stage on."""
+
+    def shortcut(self, x):
+        return self.downsample(x) if self.downsample is not None else x
+
+    def _first(self):
+        """[B, inputs, H, W] → (relu(bn1(conv1)), shortcut)."""
+        modules = (self.conv1, self.bn1) + ((self.downsample,) if self.downsample is not None else ())
+        return Stage(modules, lambda x: (F.relu(self.bn1(self.conv1(x))), self.shortcut(x)))
+
+    def _last(self, conv, bn):
+        """(y, shortcut) → relu(bn(conv(y)) + shortcut)."""
+        return Stage((conv, bn), lambda state: F.relu(bn(conv(state[0])) + state[1]))
+
+
+class BasicBlock(ResidualBlock):
     """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut)."""
 
     expansion = 1
@@ -157,14 +202,11 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = None
 
-    def forward(self, x):  # [B, inputs, H, W]
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        shortcut = self.downsample(x) if self.downsample is not None else x
-        return F.relu(y + shortcut)  # [B, planes, H/stride, W/stride]
+    def stages(self):  # [B, inputs, H, W] → [B, planes, H/stride, W/stride]
+        return [self._first(), self._last(self.conv2, self.bn2)]
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1×1, 3×3 (which carries the stride, as in torchvision), 1×1 to four times ``planes``."""
 
     expansion = 4
@@ -179,15 +221,13 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(4 * planes)
         self.downsample = None
 
-    def forward(self, x):  # [B, inputs, H, W]
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        shortcut = self.downsample(x) if self.downsample is not None else x
-        return F.relu(y + shortcut)  # [B, 4 planes, H/stride, W/stride]
+    def stages(self):  # [B, inputs, H, W] → [B, 4 planes, H/stride, W/stride]
+        return [self._first(),
+                Stage((self.conv2, self.bn2), lambda state: (F.relu(self.bn2(self.conv2(state[0]))), state[1])),
+                self._last(self.conv3, self.bn3)]
 
 
-class ResNet(nn.Module):
+class ResNet(Staged):
     """Images [B, 3, H, W] of any size → logits [B, num_classes]; the ordinary 7×7 stem at every resolution."""
 
     classifier_name = "fc"
@@ -213,11 +253,24 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x):
+    def stem(self, x):
+        """Images → [B, C, H/4, W/4]."""
         x = F.relu(self.bn1(self.conv1(x)))  # [B, C, H/2, W/2]
-        x = F.max_pool2d(x, 3, stride=2, padding=1)  # [B, C, H/4, W/4]
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, 8 C · expansion, H/32, W/32]
-        return self.fc(x.mean((2, 3)))  # [B, classes]
+        return F.max_pool2d(x, 3, stride=2, padding=1)
+
+    def classify(self, x):
+        """[B, 8 C · expansion, H/32, W/32] → logits [B, classes]."""
+        return self.fc(x.mean((2, 3)))
+
+    def forward(self, x):
+        return self.classify(self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x))))))
+
+    def stages(self):
+        """Stem, the convolutions of every residual block one by one, classifier."""
+        layers = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return [Stage((self.conv1, self.bn1), self.stem),
+                *(stage for layer in layers for block in layer for stage in block.stages()),
+                Stage((self.fc,), self.classify)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -228,7 +281,7 @@ MOBILENET_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), 
                     (6, 320, 1, 1))
 
 
-class DepthwiseSeparable(nn.Module):
+class DepthwiseSeparable(StagedBlock):
     """The first block: 3×3 per channel, then a linear 1×1; no expansion and no shortcut."""
 
     def __init__(self, inputs, outputs):
@@ -238,12 +291,12 @@ class DepthwiseSeparable(nn.Module):
         self.conv_pw = conv(inputs, outputs, 1)
         self.bn2 = nn.BatchNorm2d(outputs)
 
-    def forward(self, x):  # [B, inputs, H, W]
-        x = F.relu6(self.bn1(self.conv_dw(x)))
-        return self.bn2(self.conv_pw(x))  # [B, outputs, H, W]
+    def stages(self):  # [B, inputs, H, W] → [B, outputs, H, W]
+        return [Stage((self.conv_dw, self.bn1), lambda x: F.relu6(self.bn1(self.conv_dw(x)))),
+                Stage((self.conv_pw, self.bn2), lambda x: self.bn2(self.conv_pw(x)))]
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(StagedBlock):
     """1×1 to ``expansion`` × inputs, 3×3 per channel, linear 1×1; plus its input where ``shortcut``."""
 
     def __init__(self, inputs, outputs, expansion, stride, shortcut):
@@ -257,14 +310,23 @@ class InvertedResidual(nn.Module):
         self.conv_pwl = conv(hidden, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
 
-    def forward(self, x):  # [B, inputs, H, W]
-        y = F.relu6(self.bn1(self.conv_pw(x)))
-        y = F.relu6(self.bn2(self.conv_dw(y)))
-        y = self.bn3(self.conv_pwl(y))  # [B, outputs, H/stride, W/stride]
-        return x + y if self.shortcut else y
+    def stages(self):  # [B, inputs, H, W] → [B, outputs, H/stride, W/stride]; where there is a shortcut, beside y
+        def expand(x):
+            y = F.relu6(self.bn1(self.conv_pw(x)))
+            return (y, x) if self.shortcut else (y,)
+
+        def depthwise(state):
+            return F.relu6(self.bn2(self.conv_dw(state[0]))), *state[1:]
+
+        def project(state):
+            y = self.bn3(self.conv_pwl(state[0]))
+            return state[1] + y if self.shortcut else y
+
+        return [Stage((self.conv_pw, self.bn1), expand), Stage((self.conv_dw, self.bn2), depthwise),
+                Stage((self.conv_pwl, self.bn3), project)]
 
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Staged):
     """Images [B, 3, H, W] of any size → logits [B, num_classes].
 
     No dropout before the classifier: that is timm's default for ``mobilenetv2_100`` (torchvision's has 0.2).
@@ -299,17 +361,33 @@ class MobileNetV2(nn.Module):
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
 
+    def stem(self, x):
+        """Images → [B, 32, H/2, W/2]."""
+        return F.relu6(self.bn1(self.conv_stem(x)))
+
+    def widen(self, x):
+        """[B, 320, H/32, W/32] → [B, 1280, H/32, W/32]."""
+        return F.relu6(self.bn2(self.conv_head(x)))
+
+    def classify(self, x):
+        """[B, 1280, H/32, W/32] → logits [B, classes]."""
+        return self.classifier(x.mean((2, 3)))
+
     def forward(self, x):
-        x = F.relu6(self.bn1(self.conv_stem(x)))  # [B, 32, H/2, W/2]
-        x = self.blocks(x)  # [B, 320, H/32, W/32]
-        x = F.relu6(self.bn2(self.conv_head(x)))  # [B, 1280, H/32, W/32]
-        return self.classifier(x.mean((2, 3)))  # [B, classes]
+        return self.classify(self.widen(self.blocks(self.stem(x))))
+
+    def stages(self):
+        """Stem, the convolutions of every block one by one, last convolution, classifier."""
+        return [Stage((self.conv_stem, self.bn1), self.stem),
+                *(stage for group in self.blocks for block in group for stage in block.stages()),
+                Stage((self.conv_head, self.bn2), self.widen), Stage((self.classifier,), self.classify)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # By name
 
-VITS = {"deit_small_patch16_224": dict(patch=16, heads=6),
+VITS = {"deit_tiny_patch16_224": dict(patch=16, heads=3),
+        "deit_small_patch16_224": dict(patch=16, heads=6),
         "deit_base_patch16_224": dict(patch=16, heads=12),
         "vit_base_patch32_clip_224": dict(patch=32, heads=12, clip=True)}
 CNNS = {"resnet18": lambda classes, width: ResNet(classes, BasicBlock, (2, 2, 2, 2), width),
@@ -334,6 +412,8 @@ def _published(url, megabytes, file=""):
 
 # For ``--weights auto``.
 PRETRAINED = {
+    "deit_tiny_patch16_224": _published(
+        "https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth", 23),
     "deit_small_patch16_224": _published(
         "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth", 88),
     "deit_base_patch16_224": _published(

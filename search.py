@@ -8,6 +8,7 @@ environments only put them together. Accuracies and drops are in percentage poin
 
 from __future__ import annotations
 
+import contextlib
 import math
 import zlib
 from dataclasses import asdict, dataclass
@@ -19,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig, compress_kernel,
-                      eval_mode, kernel_retained, kernel_shapes)
+from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig, PreparedKernel,
+                      compress_kernel, eval_mode, kernel_retained, kernel_shapes)
 from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO, learn_together, threads
+from stages import Chain, Entering, Staged, concatenated, run, split, whole
 
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
 TIERS = (0.35, 0.30, 0.25, 0.20, 0.15)  # rho* of the five compression levels (Eq. 8)
@@ -249,27 +251,110 @@ class Proxy:
 
     ``batches``: list of images [n, 3, H, W] on the network's device, drawn and augmented once per run. The network
     must hold theta_0 whenever :meth:`drops` is called; it is never changed: the candidate's weights are passed
-    beside it, so every other block is judged at theta_0 (ledger D17).
+    beside it, so every other block is judged at theta_0 (ledger D17). ``cache``, ``dtype``, ``cache_mb``,
+    ``together``: settings of config.Search; without ``cache`` every candidate is a whole forward pass.
+
+    Whatever is kept belongs to the weights that it was computed with, and goes when a parameter or buffer has been
+    written to or replaced, so that restoring theta_0 costs one forward pass and no call here. Only a write through
+    ``.data`` is not seen.
     """
 
-    def __init__(self, model: nn.Module, blocks, batches):
-        self.model, self.blocks, self.batches = model, blocks, batches
-        self.reference = None
+    IMAGES_TOGETHER = 512  # that a GPU takes through the layers behind a block at once, where ``together`` is 0
+
+    def __init__(self, model: nn.Module, blocks, batches, cache: bool = True, dtype: str = "float32",
+                 cache_mb: int = 1024, together: int = 0):
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype={dtype!r}: expected float32 or bfloat16")
+        self.model, self.blocks, self.batches, self.dtype = model, blocks, batches, dtype
+        self.cache, self.cache_mb, self.together = cache, cache_mb, together
+        self.chain, self.held, self.versions = Chain(model), [], None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of activations that are kept now, the calibration images and the reference logits not counted."""
+        return self.entering.bytes if self.versions is not None else 0
 
     @torch.inference_mode()
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drop of each candidate configuration of block ``index``."""
-        block, results = self.blocks[index], []
-        with eval_mode(self.model):  # clones, because a network may write into its input
-            if self.reference is None:
-                self.reference = [self.model(x.clone()) for x in self.batches]
-            for config in configs:
-                weights = block.replaced(compress_kernel(holder.weight, kernel)[0]
-                                         for holder, kernel in zip(block.kernels.values(), config.kernels))
-                outputs = [functional_call(self.model, weights, (x.clone(),), tie_weights=False) for x in self.batches]
-                errors = [F.mse_loss(ours, logits).item() for ours, logits in zip(outputs, self.reference)]
-                results.append(proxy_drop(sum(errors) / len(errors)))
-        return results
+        block, configs, errors = self.blocks[index], list(configs), []
+        device = self.batches[0].device.type
+        lower = torch.autocast(device, torch.bfloat16) if self.dtype == "bfloat16" else contextlib.nullcontext()
+        with eval_mode(self.model), lower:
+            self._follow_weights()
+            size = self._group(device)
+            for start in range(0, len(configs), size):
+                group = [block.replaced(self._compressed(block, config)) for config in configs[start:start + size]]
+                errors += self._errors(self._first_stage(index, group[0]), block, group)
+        # One transfer for all, because a GPU waits for each.
+        rows = torch.stack(errors).tolist() if errors else []
+        return [proxy_drop(sum(row) / len(row)) for row in rows]
+
+    def _follow_weights(self):
+        """Start anew where the network has other weights than at the last call."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        versions = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        if versions == self.versions:
+            return
+        self.held = tensors  # as long as they live no other tensor takes their place in memory
+        self._divide(split(self.model) if self.cache else whole(self.model))
+        self.versions, self.kernels, self.checked = versions, {}, set()
+
+    def _divide(self, stages):
+        """Take ``stages`` for the network; nothing is kept yet but the logits of theta_0, one tensor per batch."""
+        # Somebody else's network may write into its input.
+        self.stages = stages
+        self.entering = Entering(stages, self.batches, self.cache_mb * 10**6, copy=not isinstance(self.model, Staged))
+        self.reference = [run(stages, self.entering.at(0, b)).float() for b in range(len(self.batches))]
+
+    def _group(self, device):
+        """Candidates per pass. Only stages that treat images one by one may see several candidates as one batch."""
+        if not (self.cache and isinstance(self.model, Staged)):
+            return 1
+        return self.together or (1 if device == "cpu" else max(1, self.IMAGES_TOGETHER // len(self.batches[0])))
+
+    def _compressed(self, block, config):
+        """A candidate's weights, one per kernel."""
+        for name, holder, kernel in zip(block.kernels, block.kernels.values(), config.kernels):
+            if not self.cache:
+                yield compress_kernel(holder.weight, kernel)[0]
+                continue
+            if name not in self.kernels:
+                self.kernels[name] = PreparedKernel(holder.weight)
+            yield self.kernels[name].compressed(kernel)
+
+    def _first_stage(self, index, weights):
+        """Where candidates of block ``index`` begin to differ from theta_0.
+
+        The children of somebody else's Sequential may share more than their inputs and outputs show; such a network
+        is believed once a candidate has come out as by a whole forward pass, and not divided where it has not.
+        """
+        block = self.blocks[index]
+        own = [holder.weight for holder in block.kernels.values()]
+        first = next(i for i, stage in enumerate(self.stages) if stage.holds(own))
+        if first and index not in self.checked and not isinstance(self.model, Staged):
+            self.checked.add(index)
+            short, = self._errors(first, block, [weights])
+            full, = self._errors(0, block, [weights])
+            if not torch.allclose(short, full, rtol=1e-3, equal_nan=True):
+                self._divide(whole(self.model))
+                return 0
+        return first
+
+    def _errors(self, first, block, group):
+        """Squared logit error of each candidate of ``group`` (weights by name) on every batch, [batches] each."""
+        last = len(self.stages)
+        if len(group) > 1:  # behind the block's last stage all candidates have the same weights
+            own = [holder.weight for holder in block.kernels.values()]
+            last = 1 + max(i for i, stage in enumerate(self.stages) if stage.holds(own))
+        errors = []
+        for b, reference in enumerate(self.reference):
+            states = [functional_call(self.chain, {f"model.{name}": weight for name, weight in weights.items()},
+                                      (self.stages[first:last], self.entering.at(first, b)), tie_weights=False)
+                      for weights in group]
+            logits = run(self.stages[last:], concatenated(states) if len(group) > 1 else states[0])
+            errors.append(torch.stack([F.mse_loss(ours.float(), reference) for ours in logits.chunk(len(group))]))
+        return list(torch.stack(errors, dim=1))
 
 
 def kernel_features(config: KernelConfig) -> list[float]:

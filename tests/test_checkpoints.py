@@ -367,7 +367,7 @@ def test_published_files_are_known_by_name_and_hash():
         assert known.url.startswith("https://") and known.megabytes > 10 and known.size is None
         assert os.path.splitext(known.file)[1] in (".pth", ".safetensors")
         assert known.sha256 == ("" if "clip" in name else re.search("-([0-9a-f]{8}).pth$", known.url)[1])
-    assert len({known.file for known in models.PRETRAINED.values()}) == 6
+    assert len({known.file for known in models.PRETRAINED.values()}) == 7
 
 
 def test_without_a_network_the_line_says_what_to_do(tmp_path, monkeypatch):

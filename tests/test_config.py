@@ -157,8 +157,8 @@ def test_ranges_include_their_ends(key, allowed, forbidden):
 
 @pytest.mark.parametrize("key, choices", [
     ("data.name", ["cifar10", "cifar100", "tiny-imagenet", "synthetic"]),
-    ("model.name", ["deit_small_patch16_224", "deit_base_patch16_224", "vit_base_patch32_clip_224", "resnet18",
-                    "resnet50", "mobilenetv2_100"]),
+    ("model.name", ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224",
+                    "vit_base_patch32_clip_224", "resnet18", "resnet50", "mobilenetv2_100"]),
     ("compress.qtype", ["INT", "FLOAT", "any"]),
     ("compress.granularity", ["uniform", "log", "per-channel", "learned", "log-script", "any"]),
     ("search.method", ["hirelc", "no-hla", "null"]), ("sensitivity.method", ["fisher", "none"]),

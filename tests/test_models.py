@@ -59,13 +59,13 @@ def same(before, model):
 # ---------------------------------------------------------------------------------------------------------------
 # Structure
 
-COUNTS = {"deit_small_patch16_224": (12, 48, 21_233_664), "deit_base_patch16_224": (12, 48, 84_934_656),
-          "vit_base_patch32_clip_224": (12, 48, 84_934_656), "resnet18": (5, 17, 10_994_880),
-          "mobilenetv2_100": (13, 51, 1_780_160), "resnet50": (13, 49, 20_686_016)}
+COUNTS = {"deit_tiny_patch16_224": (12, 48, 5_308_416), "deit_small_patch16_224": (12, 48, 21_233_664),
+          "deit_base_patch16_224": (12, 48, 84_934_656), "vit_base_patch32_clip_224": (12, 48, 84_934_656),
+          "resnet18": (5, 17, 10_994_880), "mobilenetv2_100": (13, 51, 1_780_160), "resnet50": (13, 49, 20_686_016)}
 # Published sizes of the whole networks with 1000 classes.
-PARAMETERS = {"deit_small_patch16_224": 22_050_664, "deit_base_patch16_224": 86_567_656,
-              "vit_base_patch32_clip_224": 88_225_000, "resnet18": 11_689_512, "mobilenetv2_100": 3_504_872,
-              "resnet50": 25_557_032}
+PARAMETERS = {"deit_tiny_patch16_224": 5_717_416, "deit_small_patch16_224": 22_050_664,
+              "deit_base_patch16_224": 86_567_656, "vit_base_patch32_clip_224": 88_225_000, "resnet18": 11_689_512,
+              "mobilenetv2_100": 3_504_872, "resnet50": 25_557_032}
 
 
 def test_every_network_of_the_settings_can_be_built():
