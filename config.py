@@ -179,6 +179,8 @@ class Config:
     smoke: bool = setting(False, "narrow network, synthetic images, small budgets; --smoke")
     seed: int = setting(42, "seed of the run; --seed", low=0, high=2**31 - 1000)
     device: str = setting("auto", "auto, cpu or cuda; --device", choices=("auto", "cpu", "cuda"))
+    precision: str = setting("auto", "of training: auto = bfloat16 autocast on a GPU, float32 on a CPU",
+                             choices=("auto", "float32", "bfloat16"))
     threads: int = setting(0, "CPU threads; 0 = as many as torch takes by itself", low=0, high=1024)
     out: str = setting("runs", "folder that receives the run directories; --out")
     vote: str = setting("uniform", "weights of the LLA vote: uniform (Eq. 16) or confidence (Eq. 17)",

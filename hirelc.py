@@ -39,7 +39,7 @@ from parallel import Ranks, start, stop
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
-                    block_features, compliance, derive_seed, null_controller, random_config)
+                    block_features, compliance, derive_seed, null_controller, random_config, train_together)
 from target import enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
@@ -196,12 +196,14 @@ class HiReLC:
         if len(batches) < wanted:
             self.log.note(f"the proxy has {len(batches)} calibration batches, not {wanted}: the training set is small")
         self.surrogate = Surrogate(5 * sum(map(len, self.shapes)), c.surrogate, derive_seed(c.seed, "surrogate"))
-        self.estimator = DropEstimator(Proxy(self.model, self.blocks, batches), self.surrogate, self.baseline_acc)
+        s = c.search
+        proxy = Proxy(self.model, self.blocks, batches, s.cache, s.dtype, s.cache_mb, s.together)
+        self.estimator = DropEstimator(proxy, self.surrogate, self.baseline_acc)
         params = [sum(shape.params for shape in block) for block in self.shapes]
         self.hla = HLAEnsemble(params, self.sensitivity, c)
         self.lla = [LLAEnsemble(i, block, s, self.estimator, c, len(self.blocks))
                     for i, (block, s) in enumerate(zip(self.blocks, self.sensitivity))]
-        self.owners = self.ranks.owners([1.0] * len(self.blocks))
+        self.owners = self.ranks.owners([proxy.stages_passed(i) for i in range(len(self.blocks))])
 
     def warm_up_surrogate(self) -> None:
         """Random configurations, each fine-tuned for one epoch and measured, fill the buffer (§3.6)."""
@@ -249,9 +251,11 @@ class HiReLC:
         found = {}
         self.log.progress(f"cycle {cycle}, search", 0, total)
         with self._timed("search"):
-            for i in mine:
-                updates = self.lla[i].train(budgets[i], progress)
-                found[i] = self.lla[i].consensus(), updates
+            # The surrogate predicts for all blocks at once; the proxy keeps one block's activations at a time.
+            for part in [mine] if self.surrogate.active else [[i] for i in mine]:
+                ensembles = [self.lla[i] for i in part]
+                updates = train_together(ensembles, [budgets[i] for i in part], progress)
+                found.update({i: (self.lla[i].consensus(), rows) for i, rows in zip(part, updates)})
             found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
         for i, (block, budget) in enumerate(zip(self.blocks, budgets)):
             chosen, updates = found[i]
@@ -485,6 +489,12 @@ class HiReLC:
     # -- helpers
 
     @property
+    def half(self) -> bool:
+        """Whether training steps run under bfloat16 autocast."""
+        precision = self.config.precision
+        return precision == "bfloat16" or precision == "auto" and self.device.type == "cuda"
+
+    @property
     def _give_back_count(self) -> int:
         """How many blocks the next round gives back: 1, 2, 4, …"""
         return 2 ** (len(self.cycles) - 1 - self.config.search.cycles)
@@ -562,7 +572,7 @@ class HiReLC:
                        patience=patience, batch_size=self.config.data.batch_size, eval_images=self.eval_images,
                        eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
                        blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
-                       ranks=self.ranks, unused_parameters=bool(self.config.model.source))
+                       ranks=self.ranks, unused_parameters=self.config.model.weights == "given", half=self.half)
 
     def _timed(self, phase: str):
         return _Timed(self.timings, phase)
@@ -768,12 +778,16 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
         log.open(path / "run.log")
         write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size, **provenance(device)})
     result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped}
-    result["timings"]["total"] = round(time.monotonic() - started, 2)
+    total = time.monotonic() - started
+    result["timings"].update(other=round(total - sum(result["timings"].values()), 2), total=round(total, 2))
+    result["time_shares"] = {phase: round(seconds / total, 4) for phase, seconds in result["timings"].items()}
     if not ranks.first:
         return result
     result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
+    for phase, seconds in sorted(result["timings"].items(), key=lambda item: -item[1]):
+        log.info(f"  {phase:12} {seconds:10.1f} s  {100 * result['time_shares'][phase]:5.1f} %")
     log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
              f"packed file {result['deployed_acc']:.2f}, CR {result['cr']:.2f}, {result['packed_bytes']:,} bytes for "
              f"{result['fp32_file_bytes']:,}, whole model {result['whole_model_ratio']:.2f}, best cycle "

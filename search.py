@@ -274,6 +274,12 @@ class Proxy:
         """Bytes of activations that are kept now, the calibration images and the reference logits not counted."""
         return self.entering.bytes if self.versions is not None else 0
 
+    def stages_passed(self, index: int) -> int:
+        """How many of the network's stages a candidate of block ``index`` goes through; about what it costs."""
+        stages = split(self.model) if self.cache else whole(self.model)
+        own = [holder.weight for holder in self.blocks[index].kernels.values()]
+        return len(stages) - next(i for i, stage in enumerate(stages) if stage.holds(own))
+
     @torch.inference_mode()
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drop of each candidate configuration of block ``index``."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from compress import apply_masks, eval_mode
+from compress import apply_factors, eval_mode, mask_factors
 from parallel import Ranks
 
 
@@ -93,19 +93,21 @@ class Trainer:
     lr * (1 + cos(pi * epoch / epochs)) / 2; with a warm-up it rises linearly and then follows the cosine step by
     step. With ``on_grid``, a ``qat.GridTraining``, the network computes with grid values everywhere, the best epoch's
     weights are those, and ``best_grids`` are their grids. Several ``ranks`` divide each batch, their gradients are
-    averaged, BatchNorm's statistics are rank 0's; with ``unused_parameters`` some may have no gradient.
+    averaged, BatchNorm's statistics are rank 0's; with ``unused_parameters`` some may have no gradient. ``half``: the
+    forward pass of a training step under bfloat16 autocast; accuracies are always measured in float32.
     """
 
     def __init__(self, model, train, test, *, epochs, lr, weight_decay, patience, batch_size, eval_images,
                  eval_batch_size, generator, blocks=None, masks=None, warmup_epochs=0.0, on_grid=None,
-                 ranks=Ranks(), unused_parameters=False):
+                 ranks=Ranks(), unused_parameters=False, half=False):
         self.model, self.train_set, self.test_set = model, train, test
         self.epochs, self.lr, self.patience, self.warmup_epochs = epochs, lr, patience, warmup_epochs
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
-        self.generator, self.blocks, self.masks = generator, blocks, masks
+        self.generator, self.half = generator, half
+        self.factors = None if masks is None else mask_factors(blocks, masks)
         self.on_grid, self.best_grids, self.ranks = on_grid, None, ranks
         self.parallel = ranks.wrap(_Logits(model, on_grid), unused_parameters)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
         if on_grid is not None and on_grid.log_scales:
             self.optimizer.add_param_group({"params": list(on_grid.log_scales.values()), "weight_decay": 0.0,
                                             "lr_factor": SCALE_LR_FACTOR})
@@ -154,13 +156,15 @@ class Trainer:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate(epoch, step / steps) * group.get("lr_factor", 1.0)
                 # DistributedDataParallel averages over the ranks; this makes it the mean over the whole batch.
-                loss = F.cross_entropy(self.parallel(x), y) * (len(y) * self.ranks.size / whole)
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
+                    logits = self.parallel(x)
+                loss = F.cross_entropy(logits.float() if self.half else logits, y) * (len(y) * self.ranks.size / whole)
                 self.optimizer.zero_grad(set_to_none=True)
                 if loss.requires_grad:  # not where every parameter is frozen
                     loss.backward()
                     self.optimizer.step()
-                if self.masks is not None:
-                    apply_masks(self.blocks, self.masks)
+                if self.factors is not None:
+                    apply_factors(*self.factors)
                 total_loss += loss.detach() * (whole / self.ranks.size)
                 seen += whole
                 if progress:

@@ -503,7 +503,7 @@ def test_masks_hold_back_pruned_rows_only():
 
 def test_without_masks_every_row_is_trained():
     model, t = masked_trainer(epochs=1)
-    t.masks = None
+    t.factors = None
     t.run()
     assert model.fc.weight.all()
 
@@ -547,12 +547,15 @@ def coloured(n, seed, augment=()):
     return data.Images(pixels, torch.arange(n) % 3, 8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), augment)
 
 
+CONV_MASKS = {"conv1": torch.tensor([True, False, True, True]),
+              "conv2": torch.tensor([True, True, False, False, True])}
+
+
 def convs_trainer(generator_seed=7, test=None, epochs=4):
     model = convs(seed=1)
-    masks = {"conv1": torch.tensor([True, False, True, True]), "conv2": torch.tensor([True, True, False, False, True])}
     t = Trainer(model, coloured(20, 1, ("flip", "crop", "jitter")), test or coloured(12, 2), epochs=epochs, lr=0.01,
                 weight_decay=0.1, patience=0, batch_size=8, eval_images=12, eval_batch_size=5,
-                generator=seeded(generator_seed), blocks=conv_blocks(model), masks=masks)
+                generator=seeded(generator_seed), blocks=conv_blocks(model), masks=CONV_MASKS)
     return model, t
 
 
@@ -598,7 +601,7 @@ def test_a_run_that_was_cut_after_an_epoch_ends_as_one_that_was_not(tmp_path, hi
     model = Convs()
     second = Trainer(model, first.train_set, Labels(model, hits[1:]), epochs=4, lr=0.01, weight_decay=0.1, patience=0,
                      batch_size=8, eval_images=12, eval_batch_size=5, generator=seeded(1234),
-                     blocks=conv_blocks(model), masks=first.masks)
+                     blocks=conv_blocks(model), masks=CONV_MASKS)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert second.history == whole.history[:1] and isinstance(second.history[0], Epoch)
     best = second.run()
