@@ -17,13 +17,13 @@ AGENTS = [PPO, A2C]
 class Taped:
     """Episodes of `length` steps, staggered by one per environment; observations are [step in episode, environment].
 
-    The reward depends on the actions, so that different actions lead to different training.
+    The reward depends on the actions, so that different actions lead to different training; it is multiplied by scale.
     """
 
     obs_dim = 2
 
-    def __init__(self, num_envs=2, length=3):
-        self.num_envs, self.length = num_envs, length
+    def __init__(self, num_envs=2, length=3, scale=1.0):
+        self.num_envs, self.length, self.scale = num_envs, length, scale
         self.calls, self.modes = [], []
 
     def _observe(self):
@@ -38,7 +38,7 @@ class Taped:
         self.calls.append("step")
         self.modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         assert actions.dtype == np.int64 and actions.shape[0] == self.num_envs
-        rewards = actions.sum(axis=1) * 0.1 + self.clock
+        rewards = self.scale * (actions.sum(axis=1) * 0.1 + self.clock)
         self.clock = self.clock + 1
         dones = self.clock == self.length
         self.clock[dones] = 0
@@ -489,6 +489,198 @@ def test_observations_of_another_shape_are_refused():
         agent.learn(8)
 
 
+def reference_update(agent, rollout):
+    """One update written out for one agent with modules, autograd and the bound on gradients that torch has."""
+    hyper, parameters = agent.hyper, agent.parameters
+    obs, actions = rollout.observations[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
+
+    def evaluate(obs, actions):
+        heads = [torch.distributions.Categorical(logits=x) for x in agent.actor(obs).split(list(agent.nvec), dim=1)]
+        return (sum(head.log_prob(action) for head, action in zip(heads, actions.T)), sum(h.entropy() for h in heads))
+
+    with torch.no_grad():
+        values = agent.critic(rollout.observations).squeeze(-1)
+        old = evaluate(obs, actions)[0]
+    advantages, returns = rl.gae(rollout.rewards, values[:-1], rollout.dones, values[-1], hyper["gamma"], hyper["lam"])
+    advantages, returns, ppo = advantages.flatten(), returns.flatten(), isinstance(agent, PPO)
+    for _ in range(hyper["epochs"] if ppo else 1):
+        order = torch.randperm(len(obs), generator=agent.generator) if ppo else torch.arange(len(obs))
+        for index in order.split(hyper["minibatch"] if ppo else len(obs)):
+            log_prob, entropy = evaluate(obs[index], actions[index])
+            advantage = advantages[index]
+            if ppo:
+                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                ratio = (log_prob - old[index]).exp()
+                loss = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+            else:
+                loss = -(log_prob * advantage).mean()
+            error = (agent.critic(obs[index]).squeeze(-1) - returns[index]).pow(2).mean()
+            agent.optimizer.zero_grad()
+            (loss + 0.5 * error - 0.01 * entropy.mean()).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+            agent.optimizer.step()
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_updates_are_those_of_a_plain_loop(agent_class, rollouts):
+    agent, plain = (agent_class(Taped(), (5, 3, 15), seed=4, **({"minibatch": 9} if agent_class is PPO else {}))
+                    for _ in range(2))
+    for n in range(1, 4):  # the optimiser's state counts from the second on
+        agent.learn(40)
+        plain._gumbel(20, 2)  # the same random numbers as acting took
+        reference_update(plain, rollouts[-1])
+        for mine, theirs in zip(agent.parameters, plain.parameters):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6 * n)
+
+
+# ---------------------------------------------------------------- agents together
+
+
+def crew(names="PpAaQ1"):
+    """Agents of both kinds, of two shapes, with one environment and two; rewards differ by a factor of a million."""
+    hyper = {"n_steps": 6}
+    made = {
+        "P": lambda: PPO(Taped(scale=1e-3), (15, 4, 2), seed=1, minibatch=5, epochs=2, **hyper),
+        "p": lambda: PPO(Taped(scale=1e3), (15, 4, 2), seed=2, minibatch=5, epochs=2, **hyper),
+        "A": lambda: A2C(Taped(scale=1e-3), (15, 4, 2), seed=3, **hyper),
+        "a": lambda: A2C(Taped(scale=1e3), (15, 4, 2), seed=4, **hyper),
+        "Q": lambda: PPO(Taped(), (5, 3), seed=5, minibatch=5, epochs=2, **hyper),
+        "1": lambda: PPO(Taped(num_envs=1), (15, 4, 2), seed=6, minibatch=5, epochs=2, **hyper),
+    }
+    return {name: made[name]() for name in names}
+
+
+def learnt(agents, updates):
+    return {name: (str(rows), agent.state_dict()) for (name, agent), rows in zip(agents.items(), updates)}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What each of the crew learns on its own in 25 steps (rollouts of 6, 6 and 1, or of 6, 6, 6, 6 and 1) and 4 more."""
+    torch.set_num_threads(1)
+    agents = crew()
+    first = learnt(agents, [agent.learn(25) for agent in agents.values()])
+    return first, learnt(agents, [agent.learn(4) for agent in agents.values()])
+
+
+@pytest.mark.parametrize("names", ["PpAaQ1", "1QaApP", "pA", "Pp", "pP", "aP1A"])
+def test_an_agent_learns_the_same_to_the_last_bit_in_any_company(names, alone):
+    agents = crew(names)
+    together = learnt(agents, learn_together(list(agents.values()), 25))
+    assert all(same(together[name], alone[0][name]) for name in names)
+    resumed = crew(names[::-1])  # through a save, in another order
+    for name, agent in resumed.items():
+        agent.load_state_dict(together[name][1])
+    together = learnt(resumed, learn_together(list(resumed.values()), 4))
+    assert all(same(together[name], alone[1][name]) for name in names)
+
+
+@pytest.mark.parametrize("heads, obs_dim, timesteps", [([15, 15, 2, 4] * 4, 16, 70), ([5, 3] * 12, 29, 33)])
+def test_company_makes_no_difference_at_the_sizes_of_the_search(heads, obs_dim, timesteps):
+    class Noise(Taped):
+        def _observe(self):
+            rng = np.random.default_rng(int(self.clock[0]))
+            return rng.normal(size=(self.num_envs, obs_dim)).astype(np.float32)
+
+    def agents(count):
+        return [PPO(Noise(), heads, seed=n, epochs=2) for n in range(count)]
+
+    Noise.obs_dim = obs_dim
+    together, fewer, single = agents(7), agents(3), agents(1)
+    for group in (together, fewer, single):
+        learn_together(group, timesteps)
+    states = [agent.state_dict() for agent in together]
+    assert all(same(state, agent.state_dict()) for state, agent in zip(states, fewer))
+    assert same(states[0], single[0].state_dict())
+
+
+def test_agents_of_unequal_age_learn_as_alone():
+    """Adam's bias correction depends on the number of steps made."""
+    def young_and_old(names):
+        agents = crew(names)
+        for name in set(names) & {"P", "A"}:
+            agents[name].learn(10)
+        return agents
+
+    together = young_and_old("PpAa")
+    learn_together(list(together.values()), 13)
+    for name, agent in together.items():
+        single = young_and_old(name)[name]
+        single.learn(13)
+        assert same(agent.state_dict(), single.state_dict())
+
+
+def test_agents_step_together_once_each_in_their_order():
+    agents, calls = crew("1PA"), []
+
+    def step(envs, actions):
+        calls.append(envs)
+        assert [a.shape for a in actions] == [(env.num_envs, 3) for env in envs]
+        return [env.step(action) for env, action in zip(envs, actions)]
+
+    updates = learn_together(list(agents.values()), 15, step)
+    envs = [agent.env for agent in agents.values()]
+    assert calls == [envs] * 8 + [envs[:1]] * 7  # two environments make 15 steps in 8 calls, one in 15
+    assert [[u["timesteps"] for u in rows] for rows in updates] == [[6, 12, 15], [12, 16], [12, 16]]
+    with pytest.raises(ValueError, match="total_timesteps"):
+        learn_together(list(agents.values()), 0)
+
+
+def test_one_thread_for_the_agents_and_the_callers_for_the_environment(monkeypatch):
+    seen, update = {"step": set(), "update": set()}, rl._Stack.update
+
+    def step(envs, actions):
+        seen["step"].add(torch.get_num_threads())
+        return [env.step(action) for env, action in zip(envs, actions)]
+
+    def watched(stack, rollout):
+        seen["update"].add(torch.get_num_threads())
+        return update(stack, rollout)
+
+    monkeypatch.setattr(rl._Stack, "update", watched)
+    with rl.threads(2):
+        learn_together([small(PPO), small(A2C)], 8, step)
+        assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError):
+            learn_together([small(PPO)], 8, lambda envs, actions: 1 / 0)
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == 1 and seen == {"step": {2}, "update": {1}}
+
+
+@pytest.mark.parametrize("agent_class", AGENTS)
+def test_what_is_not_finite_stays_with_the_agent_that_is_named(agent_class):
+    def trio():
+        return [agent_class(Taped(), (2, 3), seed=n, name=f"number {n}", n_steps=4) for n in range(3)]
+
+    agents = trio()
+    agents[1].env.scale = math.nan
+    start = [agent.state_dict() for agent in agents]
+    with pytest.raises(FloatingPointError, match="^number 1: the environment gave rewards"):
+        learn_together(agents, 16)
+    for agent, before in zip(agents, start):
+        after = agent.state_dict()
+        assert all(same(before[k], after[k]) for k in ("actor", "critic", "optimizer"))
+
+    agents = trio()
+    with torch.no_grad():
+        agents[2].critic[-1].bias.fill_(1e30)
+    with pytest.raises(FloatingPointError, match="^number 2: the loss is not finite"):
+        learn_together(agents, 16)
+    assert all(p.isfinite().all() for agent in agents for p in agent.parameters)
+
+
+def test_each_agent_has_a_gradient_bound_of_its_own():
+    """The case of test_a2c_update_by_hand beside an agent whose gradients are a million times as large."""
+    agents = [A2C(Taped(), (2,)), A2C(Taped(), (2,))]
+    for agent in agents:
+        zero_networks(agent)
+    rollouts = [one_step_rollout([1], [reward]) for reward in (1.0, 1e6)]
+    with rl._stacked(agents) as (stack,):
+        stack.update(Rollout(*map(torch.stack, zip(*rollouts))))
+    assert agents[0].actor[-1].bias.tolist() == pytest.approx([-6.9965721e-3, 6.9965721e-3], rel=1e-4)
+    assert agents[0].critic[-1].bias.item() == pytest.approx(6.9982857e-3, rel=1e-4)
+
+
 # ---------------------------------------------------------------- saved state
 
 
@@ -573,7 +765,7 @@ class FirstActionCounts:
     """
 
     nvec, right = (3, 2, 4), np.array([2, 0, 3])
-    obs_dim, num_envs = 5, 2
+    obs_dim, num_envs = 5, 8
 
     def _observe(self):
         return np.tile(np.eye(5, dtype=np.float32)[self.t], (self.num_envs, 1))
@@ -596,9 +788,10 @@ class FirstActionCounts:
         return (agent.predict(first, deterministic=False) == self.right).mean()
 
 
-@pytest.mark.parametrize("agent_class, timesteps", [(PPO, 5120), (A2C, 12800)])
-def test_learns_what_pays_five_steps_later(agent_class, timesteps):
-    agents = [agent_class(FirstActionCounts(), FirstActionCounts.nvec, seed=seed, **more)
+@pytest.mark.parametrize("agent_class, timesteps, hyper", [
+    (PPO, 3840, {"n_steps": 32, "minibatch": 128, "lr": 1e-3}), (A2C, 12800, {"n_steps": 16})])
+def test_learns_what_pays_five_steps_later(agent_class, timesteps, hyper):
+    agents = [agent_class(FirstActionCounts(), FirstActionCounts.nvec, seed=seed, **hyper, **more)
               for more in ({}, {"gamma": 0.0}) for seed in range(3)]
     assert all(agent.env.mean_return(agent) < 0.45 for agent in agents)  # chance is (1/3 + 1/2 + 1/4) / 3 = 0.36
     learn_together(agents, timesteps)

@@ -1244,3 +1244,225 @@ def test_a_kernel_that_must_stay_whole_keeps_every_channel_in_every_draw():
     assert most[0].keep == pytest.approx(0.4) and most[1].keep == 1.0 and most[0].bits == most[1].bits
     drawn = search.random_config([shapes], Compress(), np.random.default_rng(0)).blocks[0].kernels
     assert drawn[0].keep < 1.0 == drawn[1].keep
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many at once
+
+
+def active_surrogate(inputs, seed=0):
+    result = Surrogate(inputs, SurrogateSettings(), seed)
+    result.buffer = [([0.0] * inputs, 80.0)] * 3
+    return result
+
+
+class Several:
+    """Blocks of one, two and four kernels, and an estimator for all of them."""
+
+    counts = (4, 1, 4, 2, 1)
+
+    def __init__(self, proxied=False, **changes):
+        blocks = [type("Block", (), {"kernels": {str(k): nn.Linear(8, 6 + k) for k in range(count)}, "whole": {"3"}})()
+                  for count in self.counts]
+        proxy = StubProxy(blocks)
+        surrogate = active_surrogate(5 * sum(self.counts)) if not proxied else Surrogate(60, SurrogateSettings(), 0)
+        self.estimator = DropEstimator(proxy, surrogate, 80.0)
+        self.estimator.consensus[2] = alike(blocks[2], 5, 0.8)
+        config = settings(**{"lla.timesteps": 22, "lla.episode": 7, **changes})
+        self.ensembles = [LLAEnsemble(n, block, 0.2 * n, self.estimator, config, len(blocks))
+                          for n, block in enumerate(blocks)]
+        self.budgets = [budget(target=0.1 + 0.05 * n, min_bits=3 + n, max_pruning=0.2 + 0.1 * n)
+                        for n in range(len(blocks))]
+
+    def train(self, *indices):
+        rows = search.train_together([self.ensembles[i] for i in indices], [self.budgets[i] for i in indices])
+        return {i: (str(own), states_of(self.ensembles[i])) for i, own in zip(indices, rows)}
+
+
+def states_of(ensemble):
+    """All that an ensemble learnt, as bytes: equal only where every bit is."""
+    file = io.BytesIO()
+    state = ensemble.state_dict()
+    torch.save(state, file)
+    values = [value for agent in state["agents"] for value in (
+        *agent["actor"].values(), *agent["critic"].values(), agent["generator"],
+        *(part for own in agent["optimizer"]["state"].values() for part in own.values()))]
+    numbers = [(agent["timesteps"], agent["recent_rewards"]) for agent in state["agents"]]
+    return [value.numpy().tobytes() for value in values], numbers, state["budget"], state["bad_rewards"]
+
+
+@pytest.mark.parametrize("proxied", [False, True], ids=["surrogate", "proxy"])
+def test_blocks_learn_the_same_to_the_last_bit_in_any_company(proxied):
+    everything, single = Several(proxied), Several(proxied)
+    together = everything.train(4, 2, 0, 3, 1)
+    assert sorted(together) == list(range(5))
+    for n in range(5):
+        assert together[n] == single.train(n)[n]
+    halves = Several(proxied)
+    assert {**halves.train(0, 1), **halves.train(2, 3, 4)} == together
+    # The second cycle, through a save, divided in another way
+    resumed = Several(proxied)
+    for ours, theirs in zip(resumed.ensembles, everything.ensembles):
+        ours.load_state_dict(saved(theirs.state_dict()))
+    assert {**resumed.train(3, 0), **resumed.train(1), **resumed.train(2, 4)} == everything.train(*range(5))
+    assert [e.consensus() for e in resumed.ensembles] == [e.consensus() for e in everything.ensembles]
+
+
+@pytest.mark.parametrize("algorithms", ["PPO,A2C,PPO", "A2C,A2C", "PPO"])
+@pytest.mark.parametrize("envs", [1, 2])
+def test_an_ensemble_learns_what_its_agents_learn_alone(algorithms, envs):
+    count = len(algorithms.split(","))
+    changes = {"lla.algorithms": algorithms, "lla.envs": envs,
+               **{f"lla.{key}": ",".join("123"[:count]) for key in ("alpha", "beta", "gamma_s")}}
+    together, single = (Several(**changes).ensembles[3] for _ in range(2))
+    rows = together.train(FREE)
+    expected = []
+    for n, (env, agent) in enumerate(zip(single.envs, single.agents)):
+        env.budget = FREE
+        expected += [{"level": "LLA", "block": 3, "agent": n, "algorithm": algorithms.split(",")[n], **update}
+                     for update in agent.learn(22)]
+    assert str(rows) == str(expected) and states_of(together) == states_of(single)
+
+
+def test_the_high_level_learns_what_its_agents_learn_alone():
+    together, single = hla_ensemble(), hla_ensemble()
+    rows = together.train(70)
+    updates = [agent.learn(70) for agent in single.agents]
+    assert str([{k: v for k, v in row.items() if k not in ("level", "block", "agent", "algorithm")} for row in rows]
+               ) == str([update for own in updates for update in own])
+    assert same(weights_of(together.agents), weights_of(single.agents))
+
+
+def test_progress_counts_every_agent_of_every_block():
+    several, calls = Several(), []
+    search.train_together(several.ensembles[:2], several.budgets[:2], progress=lambda: calls.append(1))
+    assert len(calls) == 6
+
+
+def test_an_agent_whose_numbers_are_not_finite_is_named_with_its_block():
+    several = Several()
+    with torch.no_grad():
+        several.ensembles[3].agents[1].critic[-1].bias.fill_(1e30)
+    with pytest.raises(FloatingPointError, match=r"^A2C \(block 3, agent 1\): the loss is not finite"):
+        several.train(1, 3)
+    high = hla_ensemble()
+    high.envs[2].feedback(math.nan, 0.5, 1)
+    with pytest.raises(FloatingPointError, match=r"^PPO \(high-level agent 2\): the environment gave"):
+        high.train(6)
+
+
+def test_one_question_per_block_and_step_holds_every_candidate_agent_by_agent():
+    asked = []
+
+    class Estimator:
+        surrogate_active = False
+
+        def drops(self, index, configs):
+            asked.append((index, [config.kernels[0].bits for config in configs]))
+            return [float(n) for n in range(len(configs))]
+
+    def env(index, shapes):
+        made = LLAEnv(index, shapes, 0.5, estimator, LIMITS, LLASettings(), (30.0, 5.0, 1.0), blocks=4)
+        made.budget = FREE
+        made.reset()
+        return made
+
+    estimator = Estimator()
+    envs = [env(2, SHAPES), env(0, SHAPES), env(2, SHAPES), env(1, SHAPES[:1])]
+    actions = [np.array([[a, 0, 0, 0] * len(e.shapes), [b, 0, 0, 0] * len(e.shapes)])
+               for e, (a, b) in zip(envs, [(0, 3), (6, 9), (11, 14), (9, 0)])]
+    outcomes = search.Lockstep(envs).step(envs, actions)
+    assert sorted(asked) == [(0, [5, 6]), (1, [6, 3]), (2, [3, 4, 6, 8])]
+    assert [outcome[3]["drops"] for outcome in outcomes] == [[0.0, 1.0], [0.0, 1.0], [2.0, 3.0], [0.0, 1.0]]
+
+
+def by_formula(env, action, drop, history):
+    """(observation, reward) of one candidate from the formulas, number by number."""
+    config = BlockConfig(search.decode_lla(action, env.budget, env.limits, env.shapes), env.shapes)
+    b, retained = env.budget, config.retained
+    penalty = env.penalty_scale * search.sensitivity_penalty(env.sensitivity, retained)
+    reward = float(search.lla_reward(drop, retained, b.target, penalty, history, env.weights))
+    return np.array([env.index / env.blocks, env.sensitivity, retained, abs(retained - b.target), drop / 10, 1.0,
+                     b.target, search.STRATEGY_CODE[b.strategy], b.max_drop / 10, 1.0,
+                     float(env.estimator.surrogate_active), reward / 100, *config.per_kernel], dtype=np.float32), reward
+
+
+@pytest.mark.parametrize("granularity", ["any", "log-script"])
+@pytest.mark.parametrize("proxied", [False, True], ids=["surrogate", "proxy"])
+def test_environments_together_give_what_the_formulas_give_one_by_one(proxied, granularity):
+    several = Several(proxied, **{"lla.episode": 20, "compress.qtype": "any", "compress.granularity": granularity})
+    envs = [env for ensemble in several.ensembles for env in ensemble.envs[:2]]
+    for env in envs:
+        env.budget = several.budgets[env.index]
+        env.reset()
+    together, rng, history = search.Lockstep(envs), np.random.default_rng(1), [[[], []] for _ in envs]
+    for step in range(19):
+        actions = [rng.integers(search.lla_nvec(len(env.shapes)), size=(2, 4 * len(env.shapes))) for env in envs]
+        for env, own, past, (obs, rewards, dones, info) in zip(envs, actions, history, together.step(envs, actions)):
+            configs = [BlockConfig(search.decode_lla(a, env.budget, env.limits, env.shapes), env.shapes) for a in own]
+            assert info["drops"] == several.estimator.drops(env.index, configs) and not dones.any()
+            for n in range(2):
+                expected, reward = by_formula(env, own[n], info["drops"][n], past[n])
+                assert np.array_equal(obs[n], expected) and rewards[n] == reward
+                past[n].append(reward)
+    first = [env.first_observation() for env in envs]
+    for (obs, _, dones, _), start in zip(together.step(envs, actions), first):
+        assert np.array_equal(obs, [start, start]) and dones.all()
+    assert len({env.bad_rewards for env in envs}) == 1 and all(env.steps == 0 for env in envs)
+
+
+@pytest.mark.parametrize("limits", [LIMITS, Compress(bits_min=5, bits_max=6, granularity="log-script")])
+@pytest.mark.parametrize("min_bits, max_pruning", [(3, 0.6), (6, 0.2), (5, 1.1 / 3), (9, 0.0)])
+def test_numbers_of_every_action_index(limits, min_bits, max_pruning):
+    shapes = (KernelShape(10, 40), KernelShape(7, 120), KernelShape(5, 30, prunable=False))
+    numbers = search.action_numbers(min_bits, max_pruning, limits, shapes)
+    allowed = budget(min_bits=min_bits, max_pruning=max_pruning)
+    for a_b in range(15):
+        for a_p in range(15):
+            config = BlockConfig(search.decode_lla([a_b, a_p, 1, 2] * 3, allowed, limits, shapes), shapes)
+            for k, kernel in enumerate(config.kernels):
+                bits, keep, _, _, joint = search.kernel_features(kernel)
+                assert numbers[k, a_b, a_p].tolist() == [config.per_kernel[k], bits, keep, joint]
+
+
+@pytest.mark.parametrize("action", [[15, 0, 0, 0], [0, -1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 4]])
+def test_a_step_refuses_actions_out_of_range(action):
+    env = lla_env(Scripted([0.0, 0.0]))
+    env.reset()
+    with pytest.raises(ValueError, match="outside"):
+        env.step(np.array([action * 2] * 2))
+
+
+def test_a_prediction_does_not_depend_on_the_rows_beside_it():
+    model, rows = active_surrogate(240), np.random.default_rng(0).random((75, 240))
+    together = model.predict(rows)
+    assert together == [model.predict(rows[n:n + 1])[0] for n in range(75)]
+    for count in (2, 3, 6, 7, 31):
+        assert model.predict(rows[5:5 + count]) == together[5:5 + count]
+    order = np.random.default_rng(1).permutation(75)
+    assert model.predict(rows[order]) == [together[n] for n in order]
+    layered = model._forward(torch.tensor(rows, dtype=torch.float32), training=False)
+    assert together == pytest.approx(layered.tolist(), rel=1e-5)
+
+
+def test_drops_of_several_blocks_are_those_of_each():
+    several, rng = Several(), np.random.default_rng(2)
+    estimator, candidates = several.estimator, []
+    for n, ensemble in enumerate(several.ensembles):
+        actions = rng.integers(search.lla_nvec(len(ensemble.shapes)), size=(n + 1, 4 * len(ensemble.shapes)))
+        candidates.append([BlockConfig(search.decode_lla(a, FREE, LIMITS), ensemble.shapes) for a in actions])
+    requests = [(n, np.array([search.block_features(c) for c in configs])) for n, configs in enumerate(candidates)]
+    together = estimator.predicted_drops(requests[::-1])[::-1]
+    assert together == [estimator.drops(n, configs) for n, configs in enumerate(candidates)]
+    assert [len(drops) for drops in together] == [1, 2, 3, 4, 5] and len({d for own in together for d in own}) == 15
+
+
+def test_hla_targets_are_those_of_the_decoded_budgets():
+    sensitivity = [0.1, 0.29, 0.3, 0.5, 0.7, 0.71, 1.0]
+    env = HLAEnv([100] * 7, sensitivity, LIMITS, SearchSettings(), HLASettings(), (60.0, 18.0, 5.0))
+    env.reset()
+    for action in np.random.default_rng(0).integers(search.hla_nvec(7), size=(9, 14)):
+        targets = [b.target for b in search.decode_hla(action, sensitivity, LIMITS)]
+        assert env.step(action[None])[0][0, 6::2].tolist() == np.array(targets, dtype=np.float32).tolist()
+    with pytest.raises(ValueError, match="outside"):
+        env.step(np.array([[5, 0] * 7]))
