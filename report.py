@@ -119,12 +119,14 @@ def results_table(results, markdown: bool = False) -> str:
             low, high = r["final_interval_full"]
             b_low, b_high = r["baseline_interval_full"]
             legend.append(f"  {_run(r)}: baseline {r['baseline_acc_full']:.2f} [{b_low:.2f}, {b_high:.2f}], final "
-                          f"{r['final_acc_full']:.2f} [{low:.2f}, {high:.2f}], deployed {r['deployed_acc_full']:.2f} (n = {r['test_images']})")
+                          f"{r['final_acc_full']:.2f} [{low:.2f}, {high:.2f}], deployed {r['deployed_acc_full']:.2f} "
+                          f"(n = {r['test_images']})")
     enforced = [r for r in results if r["voted_retained"] != r["retained"]]
     if enforced:
         legend += ["", "Target enforced after the vote (rho: retained fraction of the kernels):"]
         legend += [f"  {_run(r)}: rho {r['retained']:.4f} for a target of {r['target']:.4f} (voted "
-                   f"{r['voted_retained']:.4f}), compliance {r['compliance']:.1f} % (voted {r['voted_compliance']:.1f} %)" for r in enforced]
+                   f"{r['voted_retained']:.4f}), compliance {r['compliance']:.1f} % (voted "
+                   f"{r['voted_compliance']:.1f} %)" for r in enforced]
     if markdown:  # a list, since Markdown would join the lines of a paragraph
         legend = [f"- {line.strip()}" if line else "" for line in legend]
     return "\n".join(lines + legend)
