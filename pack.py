@@ -391,8 +391,9 @@ def _read(path, where):
                          f"{', '.join(map(shown, list(parts)[:3]))}…); give the packed.pt of a run")
     header, index, blob = (bytes(parts["header"].numpy()), bytes(parts["index"].numpy()), parts["blob"].contiguous())
     if not header.startswith(MAGIC) or len(header) != len(MAGIC) + 36:
-        raise InputError(f"{where}: not a packed file: its magic is {ascii(header[:len(MAGIC)])}, expected "
-                         f"{ascii(MAGIC)}; give the packed.pt of a run")
+        raise InputError(f"{where}: not a packed file: its magic is {ascii(header[:len(MAGIC)])} in a header of "
+                         f"{len(header)} bytes, expected {ascii(MAGIC)} in {len(MAGIC) + 36}; give the packed.pt of a "
+                         "run")
     version = int.from_bytes(header[len(MAGIC):-32], "little")
     if version != VERSION:
         raise InputError(f"{where}: packed file of version {version}, expected {VERSION}; read it with the program "
@@ -417,7 +418,7 @@ def _told(where):
     except InputError:
         raise
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zlib.error) as error:
-        reason = shown(" ".join(str(error).split())) or type(error).__name__
+        reason = shown(" ".join(f"{type(error).__name__}: {error}".split()).removeprefix("ValueError: "))
         raise InputError(f"{where}: damaged packed file: {reason}; copy the file again, or pack the network "
                          "again") from None
 
@@ -454,7 +455,7 @@ def _kernel(entry):
     name, tensors, dtype, shape, bits, kept, qtype, granularity = entry
     shape, dtype = _shape(shape), DTYPES[dtype]
     if not shape or not all(shape) or type(kept) is not int or not 1 <= kept <= shape[0] or \
-            type(bits) is not int or bits > MAX_BITS and bits != FULL_BITS or dtype not in KERNEL_DTYPES:
+            bits > MAX_BITS and bits != FULL_BITS or dtype not in KERNEL_DTYPES:
         raise ValueError(f"kernel {_text(name)}: {kept} channels of {list(shape)} at {bits} bits")
     return PackedKernel(_text(name), _names(tensors), dtype, shape, kept,
                         KernelConfig(bits, kept / shape[0], qtype, granularity))
@@ -652,24 +653,28 @@ def info(packed: Packed) -> str:
 
 
 def export(file, out, source: str = "", image_size: int = 0) -> str:
-    """Write the narrow network of a packed file through torch.export to ``out``; returns a line that says what came of
+    """Write the narrow network of a packed file through torch.export to ``out``; returns lines that say what came of
     it. source: module:function or file.py:function of a network of one's own; image_size: side of the example's images
     in pixels, 0 = as the file says. Raises InputError."""
     import narrow  # not needed to pack and load
 
     network = read(file).network
-    size, classes = image_size or network.get("image_size"), network.get("num_classes")
+    size, classes, channels = (image_size or network.get("image_size"), network.get("num_classes"),
+                               network.get("channels", 3))
     if type(size) is not int or not 1 <= size <= 1024:
         raise InputError(f"{file}: an image size of {shown(size)}, expected 1 to 1024 pixels; give --image-size N")
+    if type(channels) is not int or not 1 <= channels <= 1024:
+        raise InputError(f"{file}: images of {shown(channels)} channels, expected 1 to 1024; pack the network again")
     if source and type(classes) is not int:
         raise InputError(f"{file}: says no number of classes for --model {source}; pack the network again")
     model = load(file, own_network(source, classes) if source else None)
-    example = torch.zeros(2, 3, size, size)
-    before = narrow.multiply_adds(model, example)
-    narrowed = narrow.materialize(model, example)
+    example = torch.zeros(2, channels, size, size,
+                          dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()))
+    narrowed = narrow.materialize(model, example)  # first: it says what is wrong with a network that does not run
+    before, after = narrow.multiply_adds(model, example), narrow.multiply_adds(narrowed, example)
     narrow.export(narrowed, example, out)
-    return f"{out}: {before:,} multiply-adds before, {narrow.multiply_adds(narrowed, example):,} after, " \
-           f"{os.path.getsize(out):,} bytes"
+    wide = "".join(f"\nstays wide: {layer}: {reason}" for layer, reason in narrow.stays(narrowed).items())
+    return f"{out}: {before:,} multiply-adds before, {after:,} after, {os.path.getsize(out):,} bytes{wide}"
 
 
 class _Parser(argparse.ArgumentParser):

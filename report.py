@@ -82,6 +82,10 @@ def _row(result: dict) -> list[str]:
                     _number(p.compliance, "{:.1f}")]
 
 
+def _run(result: dict) -> str:
+    return f"exp {result['exp']}{'-' + result['name'] if result['name'] else ''} seed {result['seed']}"
+
+
 def results_table(results, markdown: bool = False) -> str:
     """One row per run: measured, the null controller, and what the paper reports; with a legend below."""
     rows = [list(COLUMNS)] + [_row(r) for r in results]
@@ -114,9 +118,15 @@ def results_table(results, markdown: bool = False) -> str:
         for r in full:
             low, high = r["final_interval_full"]
             b_low, b_high = r["baseline_interval_full"]
-            legend.append(f"  exp {r['exp']}{'-' + r['name'] if r['name'] else ''} seed {r['seed']}: baseline "
-                          f"{r['baseline_acc_full']:.2f} [{b_low:.2f}, {b_high:.2f}], final {r['final_acc_full']:.2f} "
-                          f"[{low:.2f}, {high:.2f}], deployed {r['deployed_acc_full']:.2f} (n = {r['test_images']})")
+            legend.append(f"  {_run(r)}: baseline {r['baseline_acc_full']:.2f} [{b_low:.2f}, {b_high:.2f}], final "
+                          f"{r['final_acc_full']:.2f} [{low:.2f}, {high:.2f}], deployed {r['deployed_acc_full']:.2f} "
+                          f"(n = {r['test_images']})")
+    enforced = [r for r in results if r["voted_retained"] != r["retained"]]
+    if enforced:
+        legend += ["", "Target enforced after the vote (rho: retained fraction of the kernels):"]
+        legend += [f"  {_run(r)}: rho {r['retained']:.4f} for a target of {r['target']:.4f} (voted "
+                   f"{r['voted_retained']:.4f}), compliance {r['compliance']:.1f} % (voted "
+                   f"{r['voted_compliance']:.1f} %)" for r in enforced]
     if markdown:  # a list, since Markdown would join the lines of a paragraph
         legend = [f"- {line.strip()}" if line else "" for line in legend]
     return "\n".join(lines + legend)

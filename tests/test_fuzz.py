@@ -1,12 +1,14 @@
-"""Damaged and hostile checkpoint and image files: each is read to something sane or refused in one line.
+"""Damaged and hostile checkpoint, packed and image files: each is read to something sane or refused in one line.
 
 Files are made here from seeds and read by a worker process with one GB of address space above what its libraries take
-and ten seconds per file; a crash, a hang, a traceback or another exception than InputError fails the test. 60 files,
-or 300 with HIRELC_LONG=1. The worker is this same file, run as a program.
+and ten seconds per file; a crash, a hang, a traceback or another exception than InputError fails the test. 80 files,
+or 400 with HIRELC_LONG=1. The worker is this same file, run as a program.
 """
 
+import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -21,7 +23,7 @@ import zlib
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 
-COUNT = 300 if os.environ.get("HIRELC_LONG") == "1" else 60
+COUNT = 400 if os.environ.get("HIRELC_LONG") == "1" else 80
 SECONDS, MEMORY = 10, 1 << 30
 
 
@@ -43,6 +45,13 @@ def read(path):
             from sources import decode
             pixels = decode([path], 32)[0]
             assert tuple(pixels.shape) == (1, 3, 32, 32) and str(pixels.dtype).endswith("uint8")
+        elif path.endswith("packed.pt"):
+            import pack
+            state = pack.load(path, model=network()).state_dict()
+            whole = pack.state(pack.read(os.path.join(os.path.dirname(path), "..", "whole", "packed.pt")))
+            assert state.keys() == whole.keys()
+            assert "-crafted-" in path or all(torch.equal(state[name], whole[name]) for name in whole)
+            assert len(pack.info(pack.read(path))) < 10_000
         else:
             from models import load_pretrained
             model = network()
@@ -112,6 +121,20 @@ def checkpoints(folder):
     (folder / "safe.safetensors").write_bytes(safetensors(state))
     scripted_clip(folder / "script.pt", openai_tower())
     torch.save(state, folder / "zip4.bin", pickle_protocol=4)
+
+
+def packed(folder):
+    import pack
+    from compress import BlockConfig, KernelConfig, NetworkConfig, compress_network, kernel_shapes, snap_to_grid
+    from models import find_blocks
+    model = network()
+    blocks = find_blocks(model)
+    kernels = (KernelConfig(3, 0.6), KernelConfig(4, 0.5, "FLOAT", "per-channel"), KernelConfig(5, 0.7, "INT", "log"),
+               KernelConfig(32, 0.5))
+    config = NetworkConfig(tuple(BlockConfig(kernels, kernel_shapes(block)) for block in blocks))
+    masks = compress_network(blocks, config)
+    pack.write(folder / "packed.pt", pack.pack(model, blocks, config, masks, snap_to_grid(blocks, config, masks),
+                                               {"name": "", "source": "network"}))
 
 
 def pictures(folder):
@@ -278,6 +301,42 @@ def wrong_numbers(data, draw):
     return data[:at] + draw.choice([b"\xff\xff\xff\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f"]) * 500 + data[at + 2000:]
 
 
+def crafted(data, draw):
+    """A packed file of another index or blob, with a digest that fits it."""
+    import torch
+    parts = {name: bytes(tensor.numpy()) for name, tensor in torch.load(io.BytesIO(data), weights_only=True).items()}
+    header, index, blob = parts["header"], parts["index"], parts["blob"]
+    kind = draw.randrange(6)
+    if kind == 0:
+        blob = draw.choice(ANY)(blob, draw)
+    elif kind == 1:
+        index = draw.choice(ANY)(index, draw)
+    elif kind == 2:
+        index = zlib.compress(draw.choice(ANY)(zlib.decompress(index), draw))
+    elif kind == 3:
+        text = draw.choice([b"[" * 10 ** 6, b'{"a":' * 10 ** 6, b"9" * 10 ** 6, b"[]," * 10 ** 6, b" " * (64 << 20)])
+        index = zlib.compress(draw.choice([text, text[:4 << 20], b"[" + text[:3 << 20] + b"0]"]), 1)
+    else:
+        index = zlib.compress(json.dumps(other_leaf(json.loads(zlib.decompress(index)), draw)).encode())
+    digest = hashlib.sha256(header[-36:-32] + len(index).to_bytes(8, "little") + index + blob).digest()
+    parts.update(header=header[:-32] + digest, index=index, blob=blob)
+    made = io.BytesIO()
+    torch.save({name: torch.tensor(list(part), dtype=torch.uint8) for name, part in parts.items()}, made)
+    return made.getvalue()
+
+
+def other_leaf(value, draw):
+    """JSON with something else somewhere within it."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    if not keys or draw.random() < 0.05:
+        number = value if type(value) is int else 1
+        return draw.choice([None, True, -1, 0, 1, 2, 2 ** 31, 2 ** 62, 10 ** 300, 1.5, math.inf, math.nan, "", "a", 32,
+                            "float16", "FLOAT", "log", [], {}, [[]], number + 1, number - 1, number * 2])
+    key = draw.choice(list(keys))
+    value[key] = other_leaf(value[key], draw)
+    return value
+
+
 def chunk(kind, content):
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
@@ -314,6 +373,7 @@ WAYS = {"zip.pth": ANY + [spoilt_pickle, numbers_in_pickle, other_storages, miss
         "old.pth": ANY + [wrong_numbers, flipped_in_front, absurd_numbers],
         "safe.safetensors": ANY + [spoilt_header] * 6 + [wrong_numbers],
         "script.pt": ANY + [spoilt_pickle, spoilt_pickle, numbers_in_pickle, other_storages, missing_records, zip_bomb],
+        "packed.pt": ANY + [spoilt_pickle, numbers_in_pickle, missing_records, zip_bomb] + [crafted] * 6,
         "zip4.bin": [spoilt_pickle, numbers_in_pickle],
         "rgb.png": ANY + [absurd_png, absurd_png, absurd_text], "palette.png": ANY + [absurd_png, absurd_text],
         "alpha.png": ANY, "bits.png": ANY, "colour.jpg": ANY + [absurd_jpeg], "grey.jpeg": ANY + [absurd_jpeg],
@@ -352,6 +412,7 @@ def test_spoilt_files_are_read_or_refused(tmp_path):
     bad.mkdir()
     checkpoints(whole)
     pictures(whole)
+    packed(whole)
     for name, content in hostile(canary, whole).items():
         (bad / name).write_bytes(content)
     evil = len(os.listdir(bad))

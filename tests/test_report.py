@@ -97,6 +97,7 @@ def result(**changes):
         "exp": 1, "name": "", "smoke": False, "seed": 42, "model": "deit_small_patch16_224", "data": "cifar100",
         "eval_images": 1280, "test_images": 10_000,
         "baseline_acc": 87.1094, "final_acc": 85.4688, "drop": 1.6406, "deployed_acc": 84.2969, "cr": 6.5432,
+        "target": 0.25, "retained": 0.1528, "voted_retained": 0.1528, "voted_compliance": 61.2345,
         "scope": "paper", "mode": "qat", "fp32_bytes": 87_654_321, "packed_bytes": 16_136_360,
         "whole_model_ratio": 5.4321, "compliance": 61.2345, "cr_met": True, "drop_met": False,
         "null_controller": {"cr_mean": 6.7012, "cr_std": 0.2109, "compliance_mean": 60.9512, "compliance_std": 2.0512},
@@ -165,6 +166,15 @@ def test_every_number_stands_under_its_title():
                       "FP32 KB", "packed KB", "ratio", "compl.", "Eq. 3", "null: CR", "compl.", "paper: base", "final", "drop", "CR", "compl."]
     assert row == ["1", "deit_small_patch16_224, cifar100", "42", "paper", "qat", "87.11", "85.47", "1.64", "84.30",
                    "6.54", "87654.3", "16136.4", "5.43", "61.2", "no", "6.70±0.21", "61.0±2.1", "86.88", "85.16", "1.72", "6.23", "59.8"]
+
+
+def test_an_enforced_target_is_told_with_what_was_voted():
+    text = results_table([result(), result(exp=4, name="small", target=0.15, retained=0.1493, voted_retained=0.1366,
+                                           voted_compliance=58.91)])
+    line, = [line for line in text.splitlines() if "for a target" in line]
+    assert line.strip() == ("exp 4-small seed 42: rho 0.1493 for a target of 0.1500 (voted 0.1366), compliance 61.2 % "
+                            "(voted 58.9 %)")
+    assert "for a target" not in results_table([result()])
 
 
 def test_the_paper_s_numbers_stand_beside_each_experiment():
