@@ -174,7 +174,7 @@ def conv(inputs, outputs, size, stride=1, groups=1):
 
 
 class ResidualBlock(StagedBlock):
-    """What both residual blocks share: the shortcut, which enters beside the branch's result from the first stage on."""
+    """What both residual blocks share: the shortcut, handed on beside the branch's result from the first stage on."""
 
     def shortcut(self, x):
         return self.downsample(x) if self.downsample is not None else x

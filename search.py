@@ -330,22 +330,30 @@ class Proxy:
             yield self.kernels[name].compressed(kernel)
 
     def _first_stage(self, index, weights):
-        """Where candidates of block ``index`` begin to differ from theta_0.
-
-        The children of somebody else's Sequential may share more than their inputs and outputs show; such a network
-        is believed once a candidate has come out as by a whole forward pass, and not divided where it has not.
-        """
-        block = self.blocks[index]
-        own = [holder.weight for holder in block.kernels.values()]
+        """Where candidates of block ``index`` begin to differ from theta_0; ``weights``: those of one, by name."""
+        own = [holder.weight for holder in self.blocks[index].kernels.values()]
         first = next(i for i, stage in enumerate(self.stages) if stage.holds(own))
         if first and index not in self.checked and not isinstance(self.model, Staged):
             self.checked.add(index)
-            short, = self._errors(first, block, [weights])
-            full, = self._errors(0, block, [weights])
-            if not torch.allclose(short, full, rtol=1e-3, equal_nan=True):
+            if not self._divisible(first, weights):
                 self._divide(whole(self.model))
                 return 0
         return first
+
+    def _divisible(self, first, weights):
+        """Whether a candidate comes out from ``first`` on as by a whole forward pass, for somebody else's Sequential:
+        its children may share more than their inputs and outputs show. Other images go through in between, and twice,
+        for the first time may live on what computing the state left behind."""
+        wanted = self._logits(0, len(self.stages), [weights], 0)
+        for _ in range(2):
+            run(self.stages, -self.batches[0].flip(0))
+            try:
+                logits = self._logits(first, len(self.stages), [weights], 0)
+            except Exception:  # a child that waits for what an earlier one should have left
+                return False
+            if not torch.allclose(logits, wanted, rtol=1e-4, equal_nan=True):
+                return False
+        return True
 
     def _errors(self, first, block, group):
         """Squared logit error of each candidate of ``group`` (weights by name) on every batch, [batches] each."""
@@ -355,12 +363,17 @@ class Proxy:
             last = 1 + max(i for i, stage in enumerate(self.stages) if stage.holds(own))
         errors = []
         for b, reference in enumerate(self.reference):
-            states = [functional_call(self.chain, {f"model.{name}": weight for name, weight in weights.items()},
-                                      (self.stages[first:last], self.entering.at(first, b)), tie_weights=False)
-                      for weights in group]
-            logits = run(self.stages[last:], concatenated(states) if len(group) > 1 else states[0])
+            logits = self._logits(first, last, group, b)
             errors.append(torch.stack([F.mse_loss(ours.float(), reference) for ours in logits.chunk(len(group))]))
         return list(torch.stack(errors, dim=1))
+
+    def _logits(self, first, last, group, b):
+        """Logits [candidates · n, classes] of batch ``b``: each candidate by itself in the stages from ``first`` to
+        before ``last``, all as one batch behind them."""
+        states = [functional_call(self.chain, {f"model.{name}": weight for name, weight in weights.items()},
+                                  (self.stages[first:last], self.entering.at(first, b)), tie_weights=False)
+                  for weights in group]
+        return run(self.stages[last:], concatenated(states) if len(group) > 1 else states[0])
 
 
 def kernel_features(config: KernelConfig) -> list[float]:

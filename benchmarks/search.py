@@ -28,11 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: E402
-from compress import compress_kernel, kernel_shapes  # noqa: E402
+from compress import BlockConfig, compress_kernel, kernel_shapes  # noqa: E402
 from config import Compress  # noqa: E402
 from runs import keep_freed_memory  # noqa: E402
 from search import LayerBudget, Proxy, decode_lla, lla_nvec  # noqa: E402
-from compress import BlockConfig  # noqa: E402
 from stages import Entering, run, split  # noqa: E402
 
 NETWORKS = ("deit_tiny_patch16_224", "resnet18")

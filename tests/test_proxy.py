@@ -45,7 +45,8 @@ def build(family):
             elif isinstance(module, nn.Linear) and family not in ("resnet18", "resnet50", "mobilenetv2"):
                 module.weight.mul_(4)  # at 0.02 a narrow ViT's blocks hardly move its logits
         model(images(32, 9))
-        list(model.children())[-1].weight.div_(20 * model.eval()(images(32, 9)).std())  # no drop reaches its limit of 50
+        # So that no drop reaches its limit of 50.
+        list(model.children())[-1].weight.div_(20 * model.eval()(images(32, 9)).std())
     return model
 
 
@@ -62,8 +63,8 @@ def uniform(block, bits, keep=1.0, qtype="INT", granularity="uniform"):
 
 def drawn(block, rng, highest=6):
     """Any type and granularity; few bits, because an error of the size of float32's rounding has no fixed value."""
-    kernels = tuple(KernelConfig(int(rng.integers(3, highest + 1)), float(rng.uniform(0.5, 1.0)), str(rng.choice(QTYPES)),
-                                 str(rng.choice(GRANULARITIES))) for _ in block.kernels)
+    kernels = tuple(KernelConfig(int(rng.integers(3, highest + 1)), float(rng.uniform(0.5, 1.0)),
+                                 str(rng.choice(QTYPES)), str(rng.choice(GRANULARITIES))) for _ in block.kernels)
     return BlockConfig(kernels, kernel_shapes(block))
 
 
@@ -84,8 +85,7 @@ def close(first, second, rel=1e-5):
 def test_fast_equals_plain_on_every_block(family):
     model, blocks, batches = family
     rng = np.random.default_rng(0)
-    questions = [(i, config) for i, block in enumerate(blocks)
-                 for config in (uniform(block, 4, 0.7), drawn(block, rng))]
+    questions = [(i, drawn(block, rng)) for i, block in enumerate(blocks)]
     plain = drops(model, blocks, batches, questions, cache=False)
     assert close(drops(model, blocks, batches, questions), plain)
     assert all(0 < d < 50 for d in plain) and len(set(plain)) == len(plain)
@@ -123,7 +123,8 @@ def test_blocks_of_the_whole_scope_with_kernels_at_both_ends(family):
     few = [i for i, block in enumerate(blocks) if any(".downsample" in name or name in (
         "head", "fc", "classifier", "patch_embed.proj", "conv_head") for name in block.kernels)]
     questions = [(i, uniform(blocks[i], 4)) for i in few]
-    assert few and close(drops(model, blocks, batches, questions), drops(model, blocks, batches, questions, cache=False))
+    fast, plain = (drops(model, blocks, batches, questions, cache=cache) for cache in (True, False))
+    assert few and close(fast, plain)
 
 
 def test_values_do_not_depend_on_what_was_asked_before(family):
@@ -161,7 +162,7 @@ def test_candidates_together_share_the_pass_behind_their_block():
 
 
 def test_the_search_finds_the_same_policy_without_the_cache():
-    settings = override(Config(), {"lla.timesteps": 12, "lla.episode": 6, "compress.qtype": "any",
+    settings = override(Config(), {"lla.timesteps": 6, "lla.episode": 3, "compress.qtype": "any",
                                    "compress.granularity": "any"})
     budget = LayerBudget(target=0.25, max_pruning=0.6, min_bits=3, max_drop=2.0, strategy="auto")
     model, policies = build("deit"), []
@@ -273,15 +274,17 @@ def test_states_beyond_the_limit_are_computed_again():
     assert nothing.at(2, 1)[0, 0] == 12 and nothing.bytes == 0
 
 
-@pytest.mark.parametrize("limit", [0.0, 0.05])
-def test_a_memory_limit_changes_no_value(family, limit):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_memory_limit_changes_no_value(family, share):
     model, blocks, batches = family
     questions = [(i, uniform(block, 4, 0.7)) for i, block in enumerate(blocks)][::3]
-    free, bound = Proxy(model, blocks, batches), Proxy(model, blocks, batches, cache_mb=limit)
-    for index, config in questions * 2:
-        assert bound.drops(index, [config]) == free.drops(index, [config])
-        assert bound.cache_bytes <= limit * 1e6
-    assert free.cache_bytes > limit * 1e6
+    free = Proxy(model, blocks, batches)
+    wanted = [free.drops(index, [config]) for index, config in questions]
+    bound = Proxy(model, blocks, batches, cache_mb=share * free.cache_bytes / 1e6)
+    for (index, config), drop in zip(questions * 2, wanted * 2):
+        assert bound.drops(index, [config]) == drop
+        assert bound.cache_bytes <= share * free.cache_bytes
+    assert free.cache_bytes > 0 and (share == 0 or bound.cache_bytes > 0)
 
 
 def test_what_is_kept_goes_with_the_weights_it_was_computed_with(family):
@@ -331,7 +334,7 @@ def test_bfloat16_is_close_and_not_the_same(family):
     questions = [(i, uniform(blocks[i], 3, 0.7)) for i in (0, len(blocks) // 2, len(blocks) - 1)]
     full = drops(model, blocks, batches, questions)
     lower = drops(model, blocks, batches, questions, dtype="bfloat16")
-    assert lower == pytest.approx(full, rel=0.15) and lower != pytest.approx(full, rel=1e-6)
+    assert lower == pytest.approx(full, rel=0.4) and lower != pytest.approx(full, rel=1e-6)
     assert drops(model, blocks, batches, [(1, uniform(blocks[1], 32))], dtype="bfloat16") == [0.0]
 
 
@@ -398,6 +401,27 @@ def remembering():
                          Recall(source), nn.Linear(12, CLASSES))
 
 
+class Push(nn.Module):
+    def __init__(self, stack):
+        super().__init__()
+        self.stack = stack
+
+    def forward(self, x):
+        self.stack.append(x)
+        return x
+
+
+class Pop(Push):
+    def forward(self, x):
+        return x + self.stack.pop()
+
+
+def stacked():
+    stack = []
+    return nn.Sequential(flat(), nn.Linear(12, 12), Push(stack), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12),
+                         Pop(stack), nn.Linear(12, CLASSES))
+
+
 def hidden():
     first = nn.Linear(12, 12)
     return nn.Sequential(flat(), nn.Linear(12, 12), Tied(first), nn.ReLU(), first, nn.ReLU(), nn.Linear(12, CLASSES))
@@ -419,22 +443,23 @@ class Loop(nn.Sequential):
 
 
 def loop():
-    return Loop(flat(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
+    return Loop(flat(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
 
 
-@pytest.mark.parametrize("make", [chain, remembering, hidden, twice, wrapped, loop, Branches])
+@pytest.mark.parametrize("make", [chain, remembering, stacked, hidden, twice, wrapped, loop, Branches])
 def test_any_network_comes_out_as_by_whole_forwards(make):
     torch.manual_seed(4)
     model = make().eval()
     batches = list(images().split(4)) if make is not Branches else list(torch.randn(6, 12).split(4))
     blocks = models.find_blocks(model, batches[0][:2], groups=[[name] for name, module in list(
-        model.named_modules())[:-1] if isinstance(module, (nn.Linear, nn.Conv2d))][:12])
+        model.named_modules())[:-1] if isinstance(module, (nn.Linear, nn.Conv2d))][:6])
     rng = np.random.default_rng(3)
     questions = [(i, drawn(block, rng, 5)) for i, block in enumerate(blocks)] * 2
     assert len(blocks) > 1
-    assert close(drops(model, blocks, batches, questions), drops(model, blocks, batches, questions, cache=False))
-    assert close(drops(model, blocks, batches, questions[::-1], together=3, cache_mb=0),
-                 drops(model, blocks, batches, questions[::-1], cache=False))
+    for batches in (batches, batches[:1]):
+        wanted = drops(model, blocks, batches, questions, cache=False)
+        assert close(drops(model, blocks, batches, questions), wanted)
+        assert close(drops(model, blocks, batches, questions[::-1], together=3, cache_mb=0), wanted[::-1])
 
 
 def test_a_sequential_is_divided_and_nothing_else_is():
