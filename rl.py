@@ -434,8 +434,10 @@ class _Stack:
         self.shapes = [tuple(p.T.shape) if p.ndim == 2 else (1, *p.shape) for p in first.parameters]
         self.sizes = [p.numel() for p in first.parameters]
         self.sizes.append(-sum(self.sizes) % LANES)
-        self.theta = self._rows(lambda agent, p: p.detach()).requires_grad_()
-        self.actor, self.critic = self._networks(self.theta.detach())  # to act and evaluate: they follow theta's steps
+        self.theta = self._rows(lambda agent, p: p.detach())
+        self.theta.grad = torch.zeros_like(self.theta)
+        self.actor, self.critic = self._networks(self.theta)
+        self.gradients = self._networks(self.theta.grad)
         self.optimizer = first._optimizer([self.theta], self.hyper)
         for key, value in first.optimizer.state.get(first.parameters[0], {}).items():
             self.optimizer.state[self.theta][key] = value.clone() if value.ndim == 0 else self._rows(
@@ -490,12 +492,16 @@ class _Stack:
             self.dones = np.empty((a, steps, n), np.bool_)
             # one draw per rollout, because many small ones cost more
             self.noise = torch.stack([agent._gumbel(steps, n) for agent in self.agents])
+            # a last layer that gives the table of pad_heads at once
+            last = [pad_heads(x.flatten(0, 1), self.nvec, padding).view(*x.shape[:2], -1)
+                    for x, padding in zip(self.actor[-1], (0.0, -math.inf))]
+            self.policy = [*self.actor[:-1], last]
             self.observations[:, 0] = self.obs
             self.inputs = torch.from_numpy(self.observations)
         with torch.inference_mode():
-            logits = _forward(self.actor, self.inputs[:, self.t])
-            table = pad_heads(logits.flatten(0, 1), self.nvec).unflatten(0, logits.shape[:2])
-            actions = (table + self.noise[:, self.t]).numpy().argmax(axis=2)
+            noise = self.noise[:, self.t]  # [A, N, max(nvec), heads]
+            table = _forward(self.policy, self.inputs[:, self.t])[-1].view(noise.shape)
+            actions = (table + noise).numpy().argmax(axis=2)
         self.actions[:, self.t] = actions
         return actions
 
@@ -526,11 +532,35 @@ class _Stack:
         return layers[:3], layers[3:]
 
     def evaluate(self, observations, actions):
-        """Log-probabilities, entropies and values [A, n] of observations [A, n, d] and actions [A, n, heads]."""
-        actor, critic = self._networks(self.theta)
-        logits = _forward(actor, observations)
+        """Log-probabilities, entropies and values [A, n] of observations [A, n, d] and actions [A, n, heads].
+
+        Autograd follows them back to the outputs of the networks, and `_backpropagate` from there to theta.
+        """
+        with torch.no_grad():
+            self.outputs = [_forward(layers, observations) for layers in (self.actor, self.critic)]
+        logits, values = (outputs[-1].requires_grad_() for outputs in self.outputs)
+        self.outputs = [[observations, *outputs] for outputs in self.outputs]
         both = categorical_stats(logits.flatten(0, 1), self.nvec, actions.flatten(0, 1))
-        return *(x.view(logits.shape[:2]) for x in both), _forward(critic, observations).squeeze(-1)
+        return *(x.view(logits.shape[:2]) for x in both), values.squeeze(-1)
+
+    @torch.no_grad()
+    def _backpropagate(self):
+        """Fill theta.grad from the gradients of the loss with respect to the outputs of the last `evaluate`.
+
+        y = x W + b: dW = x^T dy, db = sum of dy, dx = dy W^T; y = tanh z: dz = (1 - y^2) dy. Autograd's way through
+        views of theta takes twice as long.
+        """
+        for layers, gradients, outputs in zip((self.actor, self.critic), self.gradients, self.outputs):
+            grad = outputs[-1].grad  # [A, n, out]
+            for layer in (2, 1, 0):
+                inputs, (grad_weight, grad_bias) = outputs[layer], gradients[layer]
+                torch.sum(grad, 1, keepdim=True, out=grad_bias)
+                if grad.shape[2] == 1:
+                    torch.sum(inputs * grad, 1, out=grad_weight.squeeze(2))
+                else:
+                    torch.bmm(inputs.mT, grad, out=grad_weight)
+                if layer:
+                    grad = torch.ops.aten.tanh_backward(torch.bmm(grad, layers[layer][0].mT), inputs)
 
     # -- learning
 
@@ -543,7 +573,7 @@ class _Stack:
         actions = rollout.actions.flatten(1, 2)  # [A, T * N, heads]
         with torch.no_grad():
             old_log_prob, _, values = self.evaluate(observations, actions)
-            last = _forward(self.critic, rollout.observations[:, -1]).mT  # [A, 1, N]
+            last = _forward(self.critic, rollout.observations[:, -1])[-1].mT  # [A, 1, N]
             values = torch.cat([values.view(rollout.rewards.shape), last], dim=1)  # [A, T + 1, N]
         in_time = [x.movedim(1, 0) for x in (rollout.rewards, values, rollout.dones)]
         rewards, in_time_values, dones = in_time
@@ -563,8 +593,8 @@ class _Stack:
         losses = policy_loss + self.hyper["value_coef"] * value_error - self.hyper["entropy_coef"] * entropy
         self._demand(losses.tolist(), lambda a: f"the loss is not finite (policy {policy_loss[a].item()}, value "
                                                 f"{value_error[a].item()}, entropy {entropy[a].item()})")
-        self.theta.grad = None
-        losses.sum().backward()
+        losses.backward(torch.ones_like(losses))
+        self._backpropagate()
         norms = torch.linalg.vector_norm(self.theta.grad, dim=1)
         self._demand(norms.tolist(), lambda a: f"the gradient norm is not finite ({norms[a].item()})")
         self.theta.grad.mul_((self.hyper["max_grad_norm"] / (norms + 1e-6)).clamp(max=1.0)[:, None])
@@ -578,13 +608,14 @@ class _Stack:
 
 
 def _forward(layers, inputs):
-    """Two tanh layers and a linear one, each [A, n, in] -> [A, n, out], from their weights and biases."""
-    for weight, bias in layers[:-1]:
-        inputs = torch.baddbmm(bias, inputs, weight).tanh()
-    weight, bias = layers[-1]
-    if weight.shape[2] == 1:
-        return (inputs * weight.mT).sum(-1, keepdim=True) + bias
-    return torch.baddbmm(bias, inputs, weight)
+    """Two tanh layers and a linear one, each [A, n, in] -> [A, n, out], from their weights and biases; returns the
+    three outputs."""
+    (weight1, bias1), (weight2, bias2), (weight3, bias3) = layers
+    hidden1 = torch.baddbmm(bias1, inputs, weight1).tanh_()
+    hidden2 = torch.baddbmm(bias2, hidden1, weight2).tanh_()
+    if weight3.shape[2] == 1:
+        return hidden1, hidden2, (hidden2 * weight3.mT).sum(-1, keepdim=True).add_(bias3)
+    return hidden1, hidden2, torch.baddbmm(bias3, hidden2, weight3)
 
 
 def _resolve(algorithm, defaults, given):

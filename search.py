@@ -113,7 +113,7 @@ def decode_hla(action, sensitivity, limits) -> tuple[LayerBudget, ...]:
 
 def _hla_pairs(action, blocks: int) -> np.ndarray:
     pairs = np.asarray(action).reshape(-1, 2)
-    if len(pairs) != blocks or (pairs < 0).any() or (pairs >= np.array(hla_nvec(1))).any():
+    if len(pairs) != blocks or pairs.min() < 0 or (pairs.max(axis=0) >= (len(TIERS), len(STRATEGIES))).any():
         raise ValueError(f"HLA action {pairs.tolist()} is outside {hla_nvec(1)} for {blocks} blocks")
     return pairs
 
@@ -211,7 +211,8 @@ def lla_reward(drop, retained, target, penalty, history, weights):
 
 def balance_reward(targets) -> float:
     """R_bal = -10 var_i(rho*_i), unweighted population variance (Eq. 11)."""
-    return -10.0 * float(np.var(targets))
+    mean = math.fsum(targets) / len(targets)
+    return -10.0 * math.fsum((target - mean) ** 2 for target in targets) / len(targets)
 
 
 def sensitivity_reward(targets, sensitivity) -> float:
@@ -686,7 +687,7 @@ class HLAEnv:
     def __init__(self, params, sensitivity, limits, search, settings, weights):
         self.params, self.sensitivity = np.asarray(params, dtype=np.float64), list(sensitivity)
         self.limits, self.search, self.settings, self.weights = limits, search, settings, weights
-        self.obs_dim = 5 + 2 * len(self.sensitivity)
+        self.obs_dim, self.total = 5 + 2 * len(self.sensitivity), self.params.sum()
         self.tiers = np.array([[TIERS[corrected_tier(tier, s)] for tier in range(len(TIERS))] for s in sensitivity])
         self.last_drop, self.last_retained, self.cycle = 0.0, 1.0, 1
         self.steps = 0
@@ -710,7 +711,7 @@ class HLAEnv:
         """Propose budgets for all blocks; returns the observation, reward and done, each with a leading 1."""
         pairs = _hla_pairs(actions[0], len(self.sensitivity))
         targets = self.tiers[np.arange(len(pairs)), pairs[:, 0]]  # those of decode_hla
-        mean = float(self.params @ targets / self.params.sum())
+        mean = float(self.params @ targets / self.total)
         targets = targets.tolist()
         alpha, beta, gamma = self.weights
         r_bal, r_sens = balance_reward(targets), sensitivity_reward(targets, self.sensitivity)
