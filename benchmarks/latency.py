@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models  # noqa: E402
 import narrow  # noqa: E402
 from compress import prune_mask  # noqa: E402
+from runs import keep_freed_memory  # noqa: E402
 
 NETWORKS = ("resnet18", "mobilenetv2_100", "deit_small_patch16_224")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -104,6 +105,7 @@ def main(argv=None) -> int:
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=[*models.VITS, *models.CNNS], metavar="NAME")
     parser.add_argument("--side", type=int, default=224, help="side of the images in pixels")
     args = parser.parse_args(argv)
+    keep_freed_memory()  # as hirelc.py does; else a large batch pays for page faults
     if args.threads:
         torch.set_num_threads(args.threads)
     print(f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python "
