@@ -82,7 +82,7 @@ class Finetune:
     patience: int = setting(3, "epochs without a better accuracy before it stops", low=1)
     mode: str = setting("paper", "paper: kernels move as FP32 numbers (ledger D14); qat: every forward pass uses the "
                                  "grid values, so that what is trained is what is deployed", choices=("paper", "qat"))
-    scales: str = setting("follow", "scales of mode=qat: follow the weights (Eq. 19-20), or are learned (LSQ)",
+    scales: str = setting("learned", "scales of mode=qat: follow the weights (Eq. 19-20), or are learned (LSQ)",
                           choices=("follow", "learned"))
     bn_images: int = setting(2048, "training images on which BatchNorm's statistics are estimated again once the "
                                    "weights are on the grid; 0 = keep those of fine-tuning", low=0)

@@ -779,15 +779,16 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
         write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size, **provenance(device)})
     result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped}
     total = time.monotonic() - started
-    result["timings"].update(other=round(total - sum(result["timings"].values()), 2), total=round(total, 2))
+    result["timings"]["other"] = round(total - sum(result["timings"].values()), 2)
     result["time_shares"] = {phase: round(seconds / total, 4) for phase, seconds in result["timings"].items()}
+    result["timings"]["total"] = round(total, 2)
     if not ranks.first:
         return result
     result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
-    for phase, seconds in sorted(result["timings"].items(), key=lambda item: -item[1]):
-        log.info(f"  {phase:12} {seconds:10.1f} s  {100 * result['time_shares'][phase]:5.1f} %")
+    for phase, share in sorted(result["time_shares"].items(), key=lambda item: -item[1]):
+        log.info(f"  {phase:12} {result['timings'][phase]:10.1f} s  {100 * share:5.1f} %")
     log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
              f"packed file {result['deployed_acc']:.2f}, CR {result['cr']:.2f}, {result['packed_bytes']:,} bytes for "
              f"{result['fp32_file_bytes']:,}, whole model {result['whole_model_ratio']:.2f}, best cycle "

@@ -310,7 +310,8 @@ def test_equal_seeds_give_equal_results(smoke):
     assert (one / "policy.json").read_bytes() == (two / "policy.json").read_bytes()
     results = [json.loads((path / "result.json").read_text()) for path in (one, two)]
     for result in results:
-        assert result.pop("timings")["total"] > 0 and result.pop("time_shares")["total"] == 1
+        assert result.pop("timings")["total"] > 0
+        assert sum(result.pop("time_shares").values()) == pytest.approx(1, abs=0.01)
     assert results[0] == results[1]
     assert (one / "cycles.csv").read_bytes() == (two / "cycles.csv").read_bytes()
 
