@@ -308,10 +308,10 @@ class PPO(_Agent):
     @staticmethod
     def _improve(stack, observations, actions, old_log_prob, advantages, returns):
         """Diagnostics [5, A] of an update on samples [A, n, ...]."""
-        rows, every = [], torch.arange(len(stack.agents))[:, None]
+        rows, every = [], torch.arange(len(stack.agents), device="cpu")[:, None]
         for _ in range(stack.hyper["epochs"]):
-            order = [torch.randperm(advantages.shape[1], generator=agent.generator) for agent in stack.agents]
-            order = torch.stack(order)  # [A, n]
+            order = torch.stack([torch.randperm(advantages.shape[1], generator=agent.generator, device="cpu")
+                                 for agent in stack.agents])  # [A, n]
             shuffled = (x[every, order] for x in (observations, actions, old_log_prob, advantages, returns))
             batches = (x.split(stack.hyper["minibatch"], dim=1) for x in shuffled)
             for obs, action, old, advantage, target in zip(*batches):
@@ -537,9 +537,8 @@ class _Stack:
         Autograd follows them back to the outputs of the networks, and `_backpropagate` from there to theta.
         """
         with torch.no_grad():
-            self.outputs = [_forward(layers, observations) for layers in (self.actor, self.critic)]
+            self.outputs = [[observations, *_forward(layers, observations)] for layers in (self.actor, self.critic)]
         logits, values = (outputs[-1].requires_grad_() for outputs in self.outputs)
-        self.outputs = [[observations, *outputs] for outputs in self.outputs]
         both = categorical_stats(logits.flatten(0, 1), self.nvec, actions.flatten(0, 1))
         return *(x.view(logits.shape[:2]) for x in both), values.squeeze(-1)
 
@@ -575,10 +574,9 @@ class _Stack:
             old_log_prob, _, values = self.evaluate(observations, actions)
             last = _forward(self.critic, rollout.observations[:, -1])[-1].mT  # [A, 1, N]
             values = torch.cat([values.view(rollout.rewards.shape), last], dim=1)  # [A, T + 1, N]
-        in_time = [x.movedim(1, 0) for x in (rollout.rewards, values, rollout.dones)]
-        rewards, in_time_values, dones = in_time
-        advantages, returns = (x.movedim(0, 1).contiguous() for x in gae(
-            rewards, in_time_values[:-1], dones, in_time_values[-1], self.hyper["gamma"], self.hyper["lam"]))
+        in_time = (x.movedim(1, 0) for x in (rollout.rewards, values[:, :-1], rollout.dones))  # [T, A, N]
+        estimates = gae(*in_time, values[:, -1], self.hyper["gamma"], self.hyper["lam"])
+        advantages, returns = (x.movedim(0, 1).contiguous() for x in estimates)
         diagnostics = self.agents[0]._improve(
             self, observations, actions, old_log_prob, advantages.flatten(1), returns.flatten(1))
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")

@@ -39,7 +39,7 @@ BUDGET = LayerBudget(target=0.25, max_pruning=0.4, min_bits=5, max_drop=1.0, str
 
 
 def ensembles(blocks: int, kernels: int, config: Config):
-    """(low, high): one LLAEnsemble per block, told drops by a surrogate that has just become active; one HLAEnsemble."""
+    """(low, high): one LLAEnsemble per block, told drops by a surrogate that has just become active; an HLAEnsemble."""
     sizes = list(islice(cycle(DEIT_SMALL), kernels))
     network = [SimpleNamespace(kernels={str(n): nn.Linear(size[1], size[0], bias=False, device="meta")
                                         for n, size in enumerate(sizes)}) for _ in range(blocks)]

@@ -556,7 +556,7 @@ def learnt(agents, updates):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What each of the crew learns on its own in 25 steps (rollouts of 6, 6 and 1, or of 6, 6, 6, 6 and 1) and 4 more."""
+    """What each of the crew learns alone in 25 steps (rollouts of 6, 6 and 1, or of 6 and then 1), and in 4 more."""
     torch.set_num_threads(1)
     agents = crew()
     first = learnt(agents, [agent.learn(25) for agent in agents.values()])
