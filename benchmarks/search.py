@@ -139,7 +139,7 @@ def spread(values, form="{:.2f}") -> str:
 
 def proxy_section(args, clock) -> None:
     """The proxy's table, per network and per choice of what agents decide."""
-    for network in NETWORKS:
+    for network in args.networks:
         torch.manual_seed(0)
         model = models.build(network, 1000, args.size).to(args.device).eval()
         batches = [torch.randn(args.images, 3, args.size, args.size, device=args.device)]
@@ -175,6 +175,7 @@ def matmul_rate(device, dtype, clock) -> float:
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=sorted([*models.VITS, *models.CNNS]))
     parser.add_argument("--steps", type=int, default=4, help="candidates per block and round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, all variants in turn")
     parser.add_argument("--images", type=int, default=8, help="calibration images")
