@@ -34,8 +34,8 @@ from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network
 from config import EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
-from qat import GridTraining
 from parallel import Ranks, start, stop
+from qat import GridTraining
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
@@ -804,7 +804,7 @@ def evaluate_packed(config: Config, path: str, log: Log | None = None) -> dict:
     InputError where file, network and data do not fit.
     """
     log, device, packed = log or Log(), _device(config), pack.read(path)
-    network = packed.network
+    network = {"name": "", "num_classes": None, "mean": [], "std": [], **packed.network}
     if config.threads:
         torch.set_num_threads(config.threads)
     if network["name"] and not config.model.source:

@@ -28,6 +28,7 @@ from blocks import Block
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, compress_network, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid)
 from config import InputError
+from test_fuzz import rezipped
 from test_own_network import SOURCE, Attend, Shared, tied
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -494,15 +495,6 @@ def saved(value, **options):
 ])
 def test_damage_is_refused_in_one_line(tmp_path, capsys, spoil, words):
     refused(tmp_path, capsys, spoil(small()[1]), *words)
-
-
-def rezipped(data, change):
-    """The zip again, with ``change(name, content)`` and CRCs that fit."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
-    return made.getvalue()
 
 
 def test_an_edit_of_any_part_is_noticed_by_the_digest(tmp_path, capsys):
