@@ -34,7 +34,7 @@ from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network
 from config import EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
-from parallel import Ranks, start, stop
+from parallel import Ranks, leave, start
 from qat import GridTraining
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
@@ -945,7 +945,6 @@ def main(argv=None) -> int:
             return _fail("stopped by Ctrl-C; the run directory holds what was finished", 130)
         finally:
             log.close()
-    stop()
     if done and not args.no_table and first:
         print("\n" + results_table(done))
     for result in done:
@@ -963,4 +962,4 @@ def _fail(error, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,14 @@ def start(device: str) -> Ranks:
     return ranks
 
 
-def stop() -> None:
-    """Leave the group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave(code: int) -> None:
+    """End the process with ``code``.
+
+    One of several ends at once, without the interpreter's teardown: threads of the group may still hold Python objects
+    there, and gloo's now and then abort the process then ("terminate called without an active exception").
+    """
+    if not dist.is_initialized():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

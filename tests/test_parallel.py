@@ -92,7 +92,7 @@ trainer.run()
 hits = correct(model, Pictures(21), 4, 0, ranks=ranks)
 if ranks.first:
     torch.save({{"state": model.state_dict(), "losses": [e.loss for e in trainer.history], "hits": hits}}, sys.argv[1])
-parallel.stop()
+parallel.leave(0)
 """)
     found = []
     for processes in (1, 2):
