@@ -263,7 +263,7 @@ class Proxy:
     IMAGES_TOGETHER = 512  # that a GPU takes through the layers behind a block at once, where ``together`` is 0
 
     def __init__(self, model: nn.Module, blocks, batches, cache: bool = True, dtype: str = "float32",
-                 cache_mb: int = 1024, together: int = 0, fold: bool = True):
+                 cache_mb: int = 1024, together: int = 0, fold: bool = False):
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: expected float32 or bfloat16")
         self.model, self.blocks, self.batches, self.dtype = model, blocks, batches, dtype

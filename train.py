@@ -57,7 +57,7 @@ def accuracy(hits: Tensor) -> float:
     return 100.0 * int(hits.sum()) / len(hits)
 
 
-SCALE_LR_FACTOR = 20.0  # a learned scale's logarithm moves by up to this many learning rates per step
+SCALE_LR_FACTOR = 4.0  # a learned scale's logarithm moves by up to this many learning rates per step
 
 
 @dataclass(frozen=True)

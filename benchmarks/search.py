@@ -85,19 +85,20 @@ def variants(model, batches, lower: bool) -> dict:
     """Name → what is timed, each part added to those above it; bounds after the variants that they belong to."""
     fast_layout = copy.deepcopy(model).to(memory_format=torch.channels_last)
     blocks, fast_blocks = models.find_blocks(model), models.find_blocks(fast_layout)
-    full = Proxy(fast_layout, fast_blocks, batches, together=1)
-    made = {"plain": Proxy(model, blocks, batches, cache=False, fold=False),
-            "start at the block": StartOnly(model, blocks, batches, together=1, fold=False),
-            "+ kernels prepared": Proxy(model, blocks, batches, together=1, fold=False),
-            "+ channels last": Proxy(fast_layout, fast_blocks, batches, together=1, fold=False),
+    full = Proxy(fast_layout, fast_blocks, batches, together=1, fold=True)
+    made = {"plain": Proxy(model, blocks, batches, cache=False),
+            "start at the block": StartOnly(model, blocks, batches, together=1),
+            "+ kernels prepared": Proxy(model, blocks, batches, together=1),
+            "+ channels last": Proxy(fast_layout, fast_blocks, batches, together=1),
             "+ BatchNorm folded": full,
             "  bound of it": Bare(full),
-            f"+ {TOGETHER} candidates together": Proxy(fast_layout, fast_blocks, batches, together=TOGETHER)}
+            f"+ {TOGETHER} candidates together": Proxy(fast_layout, fast_blocks, batches, together=TOGETHER,
+                                                            fold=True)}
     if lower:
-        half = Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16", together=1)
+        half = Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16", together=1, fold=True)
         made |= {"folded, bfloat16": half, "  bound of that": Bare(half),
                  f"+ {TOGETHER} together, bfloat16": Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16",
-                                                           together=TOGETHER)}
+                                                           together=TOGETHER, fold=True)}
     return made
 
 

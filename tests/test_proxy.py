@@ -86,9 +86,11 @@ def test_fast_equals_plain_on_every_block(family):
     model, blocks, batches = family
     rng = np.random.default_rng(0)
     questions = [(i, drawn(block, rng)) for i, block in enumerate(blocks)]
-    plain = drops(model, blocks, batches, questions, cache=False, fold=False)
-    for cache, fold in ((True, False), (False, True), (True, True)):
-        assert close(drops(model, blocks, batches, questions, cache=cache, fold=fold), plain)
+    plain = drops(model, blocks, batches, questions, cache=False)
+    assert close(drops(model, blocks, batches, questions), plain)
+    without_norms = drops(model, blocks, batches, questions, cache=False, fold=True)
+    assert close(without_norms, plain, rel=1e-4)
+    assert close(drops(model, blocks, batches, questions, fold=True), without_norms)
     assert all(0 < d < 50 for d in plain) and len(set(plain)) == len(plain)
 
 
@@ -152,7 +154,7 @@ def test_candidates_given_together(family, together):
 def test_candidates_together_share_the_pass_behind_their_block():
     model = build("resnet18")
     blocks, sizes = models.find_blocks(model), []
-    proxy = Proxy(model, blocks, [images()], together=4)
+    proxy = Proxy(model, blocks, [images()], together=4, fold=True)
     configs = [uniform(blocks[1], bits) for bits in (3, 4, 5, 6, 7)]
     proxy.drops(1, configs)
     proxy.network.layer4.register_forward_hook(lambda *_: sizes.append(None))
@@ -219,7 +221,7 @@ def test_a_candidate_starts_at_its_block():
     for name, first, skipped in (("resnet18", 2, 9), ("deit", 7, 7 * 4 + 1), ("mobilenetv2", 5, 20)):
         model, ran = build(name), []
         blocks = models.find_blocks(model)
-        proxy = Proxy(model, blocks, [images()])
+        proxy = Proxy(model, blocks, [images()], fold=True)
         proxy.drops(first, [uniform(blocks[first], 4)])
         named = {name: m for name, m in proxy.network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
         start, kernels = list(named).index(next(iter(blocks[first].kernels))), list(named.values())
