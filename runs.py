@@ -57,7 +57,7 @@ def check_directory(path: Path, config: Config) -> None:
                              "choose another --out or --name") from None
         now = flatten(config)
         # where things lie, and how they are read, does not change the result
-        places = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir"}
+        places = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
         differing = [f"{key} (there {before[key]}, now {now[key]})" for key in now
                      if key not in places and before[key] != now[key]]
         if differing:
