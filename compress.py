@@ -583,7 +583,7 @@ def _kernel_config(entry, shape, limits, place):
     for key, value, allowed in (("qtype", qtype, QTYPES), ("granularity", granularity, GRANULARITIES)):
         wanted = getattr(limits, key, value)
         if value != wanted and not (wanted == "any" and value in allowed):
-            raise InputError(f"{place}: {key}={value}, the settings have {wanted}; --set compress.{key}={value}, or any")
+            raise InputError(f"{place}: {key}={value}, the settings have {wanted}; --set compress.{key}={value} or any")
     if not shape.prunable and channels_kept(keep, shape.n_out) < shape.n_out:
         raise InputError(f"{place}: keep={keep}, but its channels are the classes; keep 1")
     return config

@@ -126,7 +126,7 @@ def _receive(url, file, origin, report, timeout, size, sha256):
         if known.get("url") == url and (known.get("version") or sha256):
             headers = {"Range": f"bytes={have}-"}
             if known.get("version"):
-                headers["If-Range"] = str(known["version"])
+                headers["If-Range"] = known["version"]
     try:
         answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
@@ -182,11 +182,13 @@ def _number(text):
 
 
 def _read_origin(origin):
+    """{"url", "version"} as :func:`_write_origin` left them; nothing where they are not that."""
     try:
-        known = json.loads(origin.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        known, _ = read_json(origin, 1 << 16)
+    except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    sound = isinstance(known, dict) and all(isinstance(known.get(key), str) for key in ("url", "version"))
+    return known if sound and known["version"].isprintable() and known["version"].isascii() else {}
 
 
 def _write_origin(origin, url, headers):
@@ -238,8 +240,8 @@ def parse_json(raw: bytes):
 
 
 def member(owner, key, kinds, place):
-    """``owner[key]`` of a parsed file, which must be there and of one of the types; a bool is no number, nor are infinity
-    and NaN. Raises InputError that names the ``place``."""
+    """``owner[key]`` of a parsed file, which must be there and of one of the types; a bool is no number, nor are
+    infinity and NaN. Raises InputError that names the ``place``."""
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     value = owner.get(key)
     if type(value) not in kinds or type(value) is float and not math.isfinite(value):

@@ -619,7 +619,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     images does (:func:`blocks.traced_kernels`). exclude: names of kernels or modules, or patterns with ``*``, to leave
     out; groups: lists of kernel names that are the blocks. log: a :class:`log.Log`; without one it prints.
     packed: path of the packed file to write; ``pack.load(path, model=…)`` fills a network of the same class with it.
-    policy: one that this function returned, or the path of a policy.json; it is applied in one cycle, nothing is searched.
+    policy: one that this function returned, or the path of a policy.json; it is applied in one cycle without a search.
     settings: those of config.Config, with ``__`` for the dot, for example ``search__cycles=1``.
 
     Returns (compressed network, policy, result): the network in eval mode on the given one's device, the other two as
@@ -914,8 +914,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights-dir", help="folder for downloaded weights")
     parser.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
     parser.add_argument("--name", help="name of a variant, part of the run directory")
-    parser.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: one cycle "
-                        "of compression and fine-tuning")
+    parser.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: "
+                        "one cycle of compression and fine-tuning")
     parser.add_argument("--no-table", action="store_true", help="leave out the results table at the end")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="any setting, for example --set data.image_size=64 lla.timesteps=64; "

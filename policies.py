@@ -45,8 +45,8 @@ class Policy:
         entries = {block["name"]: (block, f"{self.where}, blocks[{n}]")
                    for n, block in enumerate(self.content["blocks"])}
         if not any("budget" in block for block, _ in entries.values()):
-            note = (f"{self.where} has no budgets: compliance is that of {config.search.target:g} and the global bounds "
-                    "for every block")
+            note = (f"{self.where} has no budgets: compliance is that of {config.search.target:g} and the global "
+                    "bounds for every block")
             return chosen, uniform_budgets(len(blocks), config.search, config.compress), [note]
         return chosen, tuple(_budget(*entries[block.name]) for block in blocks), []
 
