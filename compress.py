@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from config import InputError
+from files import member, quoted
 
 QTYPES = ("INT", "FLOAT")  # in the order of the action's type index
 GRANULARITIES = ("uniform", "log", "per-channel", "learned")  # in the order of the action's granularity index
@@ -522,26 +523,79 @@ def to_policy(blocks, config: NetworkConfig) -> dict:
         for block, block_config in zip(blocks, config.blocks)]}
 
 
-def from_policy(policy: dict, blocks) -> NetworkConfig:
-    """The configuration in a policy for a network with these blocks. Raises InputError where they do not fit."""
-    try:
-        if policy["format"] != 1:
-            raise InputError(f"policy: format {policy['format']!r} is not known, expected 1")
-        kernels = [kernel for block in policy["blocks"] for kernel in block["kernels"]]
-        given = {str(k["name"]): KernelConfig(k["bits"], k["keep"], k["qtype"], k["granularity"]) for k in kernels}
-        channels = {str(k["name"]): k["channels"] for k in kernels}
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"policy: not a policy.json of this program ({error})") from None
-    modules = {name: module for block in blocks for name, module in block.kernels.items()}
-    if set(modules) != set(given):
-        raise InputError(f"policy: made for another network; kernels without a configuration: "
-                         f"{sorted(set(modules) - set(given))}; configurations without a kernel: "
-                         f"{sorted(set(given) - set(modules))}")
-    other = [f"{name} ({channels[name]} there, {module.weight.shape[0]} here)" for name, module in modules.items()
-             if channels[name] != module.weight.shape[0]]
+def from_policy(policy, blocks, limits=None, where: str = "policy") -> NetworkConfig:
+    """The configuration in a policy for a network with these blocks; what follows from bits and keep is not read.
+
+    ``policy``: anything, for example a parsed policy.json. ``limits``: config.Compress, which every kernel must keep to
+    (32 bits, as a block that was given back has, are always allowed); ``where``: the file's name for messages. Kernels
+    are told by name, in any order. Raises InputError naming the place, for whatever is no policy or does not fit.
+    """
+    if type(policy) is not dict or type(policy.get("format")) is not int or policy["format"] != 1:
+        raise InputError(f"{where}: not a policy.json of this program, which has format 1; give that of a run")
+    given, places, owners = {}, {}, {}
+    entries = _list(policy, "blocks", where)
+    for n, block in enumerate(entries):
+        for k, kernel in enumerate(_list(block, "kernels", f"{where}, blocks[{n}]")):
+            place = f"{where}, blocks[{n}].kernels[{k}]"
+            name = member(kernel, "name", str, place)
+            if name in given:
+                raise InputError(f"{place}: {quoted(name)} has a configuration already; name each kernel once")
+            given[name], places[name], owners[name] = kernel, place, block.get("name")
+    shapes = {name: shape for block in blocks for name, shape in zip(block.kernels, kernel_shapes(block))}
+    if shapes.keys() != given.keys():
+        raise InputError(f"{where}: a policy for another network, compress.scope or grouping; kernels without a "
+                         f"configuration: {_some(shapes.keys() - given.keys())}; configurations without a kernel: "
+                         f"{_some(given.keys() - shapes.keys())}")
+    configs = {name: _kernel_config(given[name], shape, limits, f"{places[name]} ({quoted(name)})")
+               for name, shape in shapes.items()}
+    other = [f"{name} ({given[name]['channels']} there, {shape.n_out} here)"
+             for name, shape in shapes.items() if given[name]["channels"] != shape.n_out]
     if other:
-        raise InputError(f"policy: made for a network of other widths: {', '.join(other)}")
-    return NetworkConfig(tuple(BlockConfig(tuple(given[name] for name in block.kernels), kernel_shapes(block))
+        raise InputError(f"{where}: a policy for a network of other widths: {', '.join(other[:5])}"
+                         f"{', …' if len(other) > 5 else ''}")
+    for block in blocks:
+        for name in block.kernels:
+            if owners[name] != block.name:
+                raise InputError(f"{places[name]}: {quoted(name)} is in block {quoted(owners[name])} there, in "
+                                 f"{block.name} here; a policy for another network, compress.scope or grouping")
+    if len(entries) != len(blocks):
+        raise InputError(f"{where}: names a block twice; each must have one entry with all its kernels")
+    return NetworkConfig(tuple(BlockConfig(tuple(configs[name] for name in block.kernels), kernel_shapes(block))
                                for block in blocks))
+
+
+def _kernel_config(entry, shape, limits, place):
+    """The KernelConfig of one kernel's entry in a policy, within the limits."""
+    bits, keep = member(entry, "bits", int, place), member(entry, "keep", (int, float), place)
+    qtype, granularity = member(entry, "qtype", str, place), member(entry, "granularity", str, place)
+    member(entry, "channels", int, place)
+    low, high = (limits.bits_min, limits.bits_max) if limits else (2, 16)
+    if not low <= bits <= high and bits != FULL_BITS:
+        raise InputError(f"{place}: bits={quoted(bits)}, expected {low} to {high} (compress.bits_min, "
+                         f"compress.bits_max), or {FULL_BITS} for none")
+    least = 1 - limits.max_pruning if limits else 0
+    if not (keep > 0 and least - 1e-9 <= keep <= 1):
+        raise InputError(f"{place}: keep={quoted(keep)}, expected {least:g} to 1 (compress.max_pruning)")
+    try:
+        config = KernelConfig(bits, keep, qtype, granularity)
+    except ValueError as error:
+        raise InputError(f"{place}: {quoted(str(error))[1:-1]}") from None
+    for key, value, allowed in (("qtype", qtype, QTYPES), ("granularity", granularity, GRANULARITIES)):
+        wanted = getattr(limits, key, value)
+        if value != wanted and not (wanted == "any" and value in allowed):
+            raise InputError(f"{place}: {key}={value}, the settings have {wanted}; --set compress.{key}={value} or any")
+    if not shape.prunable and channels_kept(keep, shape.n_out) < shape.n_out:
+        raise InputError(f"{place}: keep={keep}, but its channels are the classes; keep 1")
+    return config
+
+
+def _list(owner, key, place):
+    """A list of a policy with at least one dictionary and nothing else."""
+    value = member(owner, key, list, place)
+    if not value or not all(type(item) is dict for item in value):
+        raise InputError(f"{place}: {key} must be a list of objects with at least one, as in a run's policy.json")
+    return value
+
+
+def _some(names):
+    return f"[{', '.join(map(quoted, sorted(names)[:5]))}{', …' if len(names) > 5 else ''}]"

@@ -192,6 +192,8 @@ class Config:
     enforce_target: bool = setting(False, "after the vote, move bits and keep until rho is within 1 % of search.target")
     goal: str = setting("", "what to reach, for example size:1.5MB,drop:1 or cr:8; sets search.target and "
                             "search.max_drop, enforces the size")
+    policy: str = setting("", "policy.json of a run, applied in one cycle instead of searching; --policy")
+    policy_sha256: str = setting("", "SHA-256 that the policy must have; filled in by the run")
     relax: bool = setting(False, "where the goal's drop is missed, give the most sensitive blocks back until it holds")
     data: Data = Data()
     model: Model = Model()
@@ -341,6 +343,8 @@ def _check_together(config):
             if count != agents:
                 raise InputError(f"{section}.{name} has {count} values, {section}.algorithms has {agents}: "
                                  "give one per agent")
+    if config.policy_sha256 and not config.policy:
+        raise InputError("policy_sha256 is of a policy, and there is none; give it with --policy FILE")
     if any(sign in config.name for sign in "/\\") or config.name in (".", ".."):
         raise InputError(f"name={config.name}: becomes part of a folder's name and cannot hold a path")
 

@@ -10,10 +10,12 @@ import contextlib
 import hashlib
 import http.client
 import json
+import math
 import os
 import pathlib
 import re
 import shutil
+import stat
 import time
 import urllib.error
 import urllib.parse
@@ -124,7 +126,7 @@ def _receive(url, file, origin, report, timeout, size, sha256):
         if known.get("url") == url and (known.get("version") or sha256):
             headers = {"Range": f"bytes={have}-"}
             if known.get("version"):
-                headers["If-Range"] = str(known["version"])
+                headers["If-Range"] = known["version"]
     try:
         answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     except urllib.error.HTTPError as error:
@@ -180,11 +182,13 @@ def _number(text):
 
 
 def _read_origin(origin):
+    """{"url", "version"} as :func:`_write_origin` left them; nothing where they are not that."""
     try:
-        known = json.loads(origin.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        known, _ = read_json(origin, 1 << 16)
+    except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    sound = isinstance(known, dict) and all(isinstance(known.get(key), str) for key in ("url", "version"))
+    return known if sound and known["version"].isprintable() and known["version"].isascii() else {}
 
 
 def _write_origin(origin, url, headers):
@@ -192,6 +196,68 @@ def _write_origin(origin, url, headers):
     tag = headers.get("ETag") or ""
     version = tag if tag.startswith('"') else headers.get("Last-Modified") or ""
     origin.write_text(json.dumps({"url": url, "version": version}), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# JSON from elsewhere
+
+MAX_JSON = 16 << 20  # bytes; a result of the largest network here takes less than one million
+
+
+def read_json(path, most: int = MAX_JSON) -> tuple[object, bytes]:
+    """The value in a JSON file of at most ``most`` bytes, and the file's bytes. Raises OSError where it cannot be read,
+    ValueError, one line, where it is larger or :func:`parse_json` refuses it."""
+    with open(path, "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"larger than {most} bytes")
+    return parse_json(raw), raw
+
+
+def parse_json(raw: bytes):
+    """The value of a JSON text. ValueError, one line, for what is no UTF-8 or no JSON, and beyond that for NaN and
+    infinity, a number too large for a float, a key given twice, and nesting too deep for the parser."""
+    def once(items):
+        made = dict(items)
+        if len(made) < len(items):
+            raise ValueError("a key is given twice in one object")
+        return made
+
+    def finite(text):
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text[:40]} is not a finite number")
+        return number
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_float=finite, parse_constant=finite)
+    except RecursionError:
+        raise ValueError("lists or objects nested too deep") from None
+    except MemoryError:
+        raise ValueError("needs more memory than there is") from None
+
+
+def member(owner, key, kinds, place):
+    """``owner[key]`` of a parsed file, which must be there and of one of the types; a bool is no number, nor are
+    infinity and NaN. Raises InputError that names the ``place``."""
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    value = owner.get(key)
+    if type(value) not in kinds or type(value) is float and not math.isfinite(value):
+        what = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object"}[kinds[-1]]
+        raise InputError(f"{place}: {key}{'=' + quoted(value) if key in owner else ' is missing'}, expected {what}")
+    return value
+
+
+def quoted(value) -> str:
+    """A value from a file, fit for a one-line message."""
+    if type(value) is int and value.bit_length() > 200:
+        return "a huge number"
+    if isinstance(value, (list, dict)):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value[:100] if isinstance(value, str) else value)
+    return text if text.isprintable() else ascii(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------

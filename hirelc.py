@@ -28,6 +28,7 @@ import torch
 import data
 import models
 import pack
+import policies
 from blocks import Survey
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
@@ -98,14 +99,15 @@ class HiReLC:
 
     model: an nn.Module on the device of choice, mapping [n, C, H, W] to logits; it is changed in place and holds
     the best compressed weights at the end. blocks: from ``models.find_blocks``. train, test: sets of images as
-    ``data.Images``. ``save``: called as save(self) after every cycle.
+    ``data.Images``. ``save``: called as save(self) after every cycle. given: (NetworkConfig, budgets) that take
+    the place of the search.
     """
 
     def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None,
-                 ranks: Ranks = Ranks()):
+                 ranks: Ranks = Ranks(), given=None):
         self.model, self.blocks, self.train_set, self.test_set = model, blocks, train, test
         self.config, self.log, self.save, self.network = config, log, save, network or {}
-        self.ranks = ranks
+        self.ranks, self.given = ranks, given
         self.device = next(model.parameters()).device
         self.shapes = [kernel_shapes(block) for block in blocks]
         self.timings: dict[str, float] = {}
@@ -123,19 +125,24 @@ class HiReLC:
             self.train_baseline()
             self.estimate_sensitivity()
             self.make_agents()
-            self.warm_up_surrogate()
-            self.train_hla(self.config.hla.timesteps)
+            if not self.given:
+                self.warm_up_surrogate()
+                self.train_hla(self.config.hla.timesteps)
         last_cycle = self.config.search.cycles
         for cycle in range(len(self.cycles), last_cycle + 1):  # row 0 is the baseline
             self.hla.feedback(self.cycles[-1].drop, self.cycles[-1].retained, cycle)
             if cycle > 1:
                 self.train_hla(self.config.hla.burst)
-            budgets = self.ranks.same(self.hla.budgets(deterministic=cycle == last_cycle))
-            voted = self.search_blocks(cycle, budgets)
+            if self.given:
+                voted, budgets = self.given
+            else:
+                budgets = self.ranks.same(self.hla.budgets(deterministic=cycle == last_cycle))
+                voted = self.search_blocks(cycle, budgets)
             chosen = self.meet_target(voted)
             masks = self.apply(chosen)
             row = self.finetune_and_measure(cycle, chosen, masks, budgets, voted)
-            self.update_surrogate(chosen, row)
+            if not self.given:
+                self.update_surrogate(chosen, row)
             self.keep_best(row, chosen, masks, budgets)
             self.save(self)
         while self.may_relax():
@@ -603,7 +610,8 @@ class _Timed:
 # Networks of one's own
 
 
-def compress_model(model, train, test, *, exclude=(), groups=None, log=None, packed=None, **settings):
+def compress_model(model, train, test, *, exclude=(), groups=None, log=None, packed=None, policy=None,
+                   **settings):
     """Compress a network of one's own: any nn.Module that maps a batch of images to logits [n, classes].
 
     train, test: a Dataset, a DataLoader, a pair of tensors (:func:`data.as_images`), or an object with ``len()``,
@@ -611,6 +619,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     images does (:func:`blocks.traced_kernels`). exclude: names of kernels or modules, or patterns with ``*``, to leave
     out; groups: lists of kernel names that are the blocks. log: a :class:`log.Log`; without one it prints.
     packed: path of the packed file to write; ``pack.load(path, model=…)`` fills a network of the same class with it.
+    policy: one that this function returned, or the path of a policy.json; it is applied in one cycle without a search.
     settings: those of config.Config, with ``__`` for the dot, for example ``search__cycles=1``.
 
     Returns (compressed network, policy, result): the network in eval mode on the given one's device, the other two as
@@ -620,13 +629,16 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     # weights "given": the network is trained already, nothing is trained from scratch.
     config = override(Config(model=dataclasses.replace(Config().model, weights="given", source=type(model).__name__)),
                       {key.replace("__", "."): value for key, value in settings.items()})
+    policy = policies.read(policy) if policy is not None else None
+    config = policy.settings(config) if policy else config
     log, device, home = log or Log(), _device(config), next(model.parameters(), torch.empty(0)).device
     train, test = data.as_images(train), data.as_images(test)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         network, survey = _prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
-        run = HiReLC(network, survey.blocks, train, test, config, log, network=_describe(network, config, train))
-        result = {**run.run(), "data": "given", **_account(run, survey)}
+        run = HiReLC(network, survey.blocks, train, test, config, log, network=_describe(network, config, train),
+                     given=_fitted(policy, survey.blocks, config, log))
+        result = {**run.run(), "data": "given", **_account(run, survey), "policy_source": policy and policy.source}
         if packed is not None:
             pack.write(packed, run.best_packed)
     return network.to(home), run.policy(), result
@@ -656,6 +668,18 @@ def _prepare(network, train, test, log: Log, config: Config, exclude=(), groups=
         say = log.info if kernel.classifier else log.note
         say(f"not compressed: {kernel.name} ({kernel.params:,} parameters): {kernel.reason}")
     return network, survey
+
+
+def _fitted(policy, blocks, config: Config, log: Log):
+    """``given`` of :class:`HiReLC`: a policy's configuration and budgets; None without one."""
+    if policy is None:
+        return None
+    chosen, budgets, notes = policy.fit(blocks, config)
+    log.info(f"policy of {policy.where}: CR {chosen.cr:.2f}, {chosen.average_bits:.2f} bits, keep "
+             f"{chosen.average_keep:.3f}; nothing is searched")
+    for note in notes:
+        log.note(note)
+    return chosen, budgets
 
 
 def _describe(network, config: Config, train) -> dict:
@@ -730,6 +754,8 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
     started, ranks = time.monotonic(), start(config.device)
     log = (log or Log()) if ranks.first else Log(open(os.devnull, "w"))
     parse_goal(config.goal)
+    policy = policies.read(config.policy) if config.policy else None
+    config = policy.settings(config) if policy else config
     if config.data.batch_size < 2 * ranks.size:
         raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each "
                          "needs two images of a batch")
@@ -770,14 +796,16 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
 
     run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log,
                  save=lambda r: save(r, path) if ranks.first else None,
-                 network=_describe(model, config, splits.train), ranks=ranks)
+                 network=_describe(model, config, splits.train), ranks=ranks,
+                 given=_fitted(policy, survey.blocks, config, log))
     if ranks.first:
         path.mkdir(parents=True, exist_ok=True)
         for name in ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv"):
             (path / name).unlink(missing_ok=True)  # of an earlier run with the same settings
         log.open(path / "run.log")
         write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size, **provenance(device)})
-    result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped}
+    result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
+              "policy_source": policy and policy.source}
     total = time.monotonic() - started
     result["timings"]["other"] = round(total - sum(result["timings"].values()), 2)
     result["time_shares"] = {phase: round(seconds / total, 4) for phase, seconds in result["timings"].items()}
@@ -886,6 +914,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights-dir", help="folder for downloaded weights")
     parser.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
     parser.add_argument("--name", help="name of a variant, part of the run directory")
+    parser.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: "
+                        "one cycle of compression and fine-tuning")
     parser.add_argument("--no-table", action="store_true", help="leave out the results table at the end")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="any setting, for example --set data.image_size=64 lla.timesteps=64; "
@@ -894,7 +924,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 FLAGS = {"smoke": "smoke", "seed": "seed", "device": "device", "data_dir": "data.dir", "weights": "model.weights",
-         "weights_dir": "model.weights_dir", "out": "out", "name": "name"}
+         "weights_dir": "model.weights_dir", "out": "out", "name": "name", "policy": "policy"}
 
 
 def list_experiments() -> str:
@@ -925,6 +955,9 @@ def main(argv=None) -> int:
         flags = {key: getattr(args, name) for name, key in FLAGS.items() if getattr(args, name) not in (None, False)}
         if args.load and len(args.exp or [0]) > 1:
             raise InputError("--load evaluates one file on one experiment's images; give one --exp")
+        if args.policy is not None and (args.load or len(args.exp or [0]) > 1 or not args.policy):
+            raise InputError("--policy applies one policy.json to one network; give one --exp, or --model, a file, and "
+                             "no --load")
         configs = [resolve(exp, flags, args.set) for exp in args.exp or ()] or [
             resolve_own(args.model, flags, args.set)]
     except InputError as error:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from config import EXPERIMENTS, InputError
+from files import read_json
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
@@ -43,12 +44,15 @@ def read_results(out) -> list[dict]:
     results = []
     for path in Path(out).glob("*/result.json"):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            int(result["exp"]) + int(result["seed"])
+            result, _ = read_json(path)
+            if not all(type(result[key]) is kind for key, kind in (("exp", int), ("seed", int), ("name", str))):
+                raise TypeError("exp, seed and name of another kind")
+            if any(len(cell) > 200 or not cell.isprintable() for cell in _row(result)):
+                raise ValueError("text that no table can show")
             results_table([result])  # whatever the table needs is there and of the right kind
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not a result of this program ({type(error).__name__}: {error}); remove it or "
-                             "run again") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise InputError(f"{path}: not a result of this program ({type(error).__name__}: {str(error)[:200]!r}); "
+                             "remove it or run again") from None
         results.append(result)
     return sorted(results, key=lambda r: (r["exp"], r["name"], r["seed"]))
 

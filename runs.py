@@ -6,7 +6,6 @@ import csv
 import ctypes
 import dataclasses
 import io
-import json
 import os
 import platform
 import shutil
@@ -20,7 +19,9 @@ import torch
 import torchvision
 
 import pack
+from checkpoints import shown
 from config import Config, InputError, flatten, from_flat
+from files import read_json
 from report import write_text
 
 
@@ -46,23 +47,28 @@ def run_directory(config: Config) -> Path:
     return Path(config.out) / f"exp{config.exp}{name}-seed{config.seed}"
 
 
-def check_directory(path: Path, config: Config) -> None:
-    """Refuse a folder that cannot be written or that holds a run of other settings; leaves no trace."""
+def check_settings(path: Path, config: Config) -> None:
+    """Refuse a folder that holds a run of other settings."""
     old = path / "config.json"
     if old.exists():
         try:
-            before = flatten(from_flat(json.loads(old.read_text(encoding="utf-8"))["settings"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{old}: cannot be read as this program's settings ({error}); move the folder away or "
+            before = flatten(from_flat(read_json(old)[0]["settings"]))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away or "
                              "choose another --out or --name") from None
         now = flatten(config)
         # where things lie, and how they are read, does not change the result
-        places = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir"}
-        differing = [f"{key} (there {before[key]}, now {now[key]})" for key in now
+        places = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
+        differing = [f"{key} (there {shown(before[key])}, now {shown(now[key])})" for key in now
                      if key not in places and before[key] != now[key]]
         if differing:
             raise InputError(f"{path} holds a run with other settings: {'; '.join(differing)}; give the variant a "
                              "--name or choose another --out")
+
+
+def check_directory(path: Path, config: Config) -> None:
+    """Refuse a folder that cannot be written or that holds a run of other settings; leaves no trace."""
+    check_settings(path, config)
     made = []
     try:
         for folder in (*reversed(path.parents), path):

@@ -12,7 +12,7 @@ class turns up early (in name order the first 1,280 test images would be of a cl
 sorted class names; for tiny-imagenet, line of wnids.txt.
 
 **Cache.** DIR/.hirelc-cache/ keeps one file per data set, split and side: the decoded images of a prefix of the split
-in its order, then one byte of flags per file, then a JSON header and its length. The file's name ends in a key over
+in its order, then one byte of flags per file, then a JSON header with checksums, its length and its checksum. The file's name ends in a key over
 names, sizes and modification times of the *whole* split, in order, and how it was decoded. A run that asks for no more
 images than the file covers maps it into memory; one that asks for more decodes all that it asks for and replaces it.
 It is written under another name, synced and renamed: a run sees a whole cache or none. A lock makes a second run wait
@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tarfile
 import warnings
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,7 +47,7 @@ import PIL
 from PIL import Image
 
 from config import InputError
-from files import extract, fetch
+from files import extract, fetch, parse_json, read_json
 
 try:
     import fcntl
@@ -63,8 +64,10 @@ IN_MEMORY = 4 * 2**30              # bytes of a decoded split of imagenet or fol
 MANY = 2000                        # images from which on processes decode: below, starting them costs more
 CHUNK = 100                        # images per request to a thread or process
 CACHE = ".hirelc-cache"
-FORMAT = 1                         # of the cache files, part of their key
+FORMAT = 2                         # of the cache files, part of their key
 MAGIC = b"HiReLCu8"
+CHECKED = 1000                     # images under one checksum of the cache
+MAX_HEADER = 64 << 20              # bytes of the cache's header
 RESIZED, RECOLOURED, UNREADABLE = 1, 2, 4                   # flags of an image
 
 
@@ -380,11 +383,25 @@ def _seal(file, key, side, pixels, flags, reasons):
     """Complete a cache file that holds ``pixels`` already, and see it on disk."""
     file.truncate(pixels.size)
     file.seek(pixels.size)
-    header = json.dumps({"key": key, "side": side, "files": len(flags), "images": len(pixels),
-                         "reasons": reasons}).encode()
-    file.write(flags.tobytes() + header + len(header).to_bytes(8, "little") + MAGIC)
+    header = json.dumps({"key": key, "side": side, "files": len(flags), "images": len(pixels), "reasons": reasons,
+                         "crc": _checksums(pixels)}).encode()
+    index = flags.tobytes() + header
+    file.write(index + len(header).to_bytes(4, "little") + zlib.crc32(index).to_bytes(4, "little") + MAGIC)
     file.flush()
     os.fsync(file.fileno())
+
+
+def _checksums(pixels):
+    """CRC-32 of every ``CHECKED`` images."""
+    return [zlib.crc32(np.ascontiguousarray(pixels[i:i + CHECKED])) for i in range(0, len(pixels), CHECKED)]
+
+
+def _reasons(stored, files):
+    """{position: why it cannot be read} from what JSON keeps of it; ValueError for anything else."""
+    reasons = {int(i): " ".join(reason.split()) for i, reason in stored.items()}
+    if not all(0 <= i < files for i in reasons):
+        raise ValueError("names a file that is not there")
+    return reasons
 
 
 def _open_cache(path, key, side, count, notes=None):
@@ -395,25 +412,33 @@ def _open_cache(path, key, side, count, notes=None):
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - 16))
             tail = file.read(16)
-            length = int.from_bytes(tail[:8], "little")
-            if tail[8:] != MAGIC or length > end - 16:
+            length = int.from_bytes(tail[:4], "little")
+            if tail[8:] != MAGIC or length > min(end - 16, MAX_HEADER):
                 raise ValueError("its end is missing")
             file.seek(end - 16 - length)
-            header = json.loads(file.read(length))
-            files, images = header["files"], header["images"]
-            if header["key"] != key or header["side"] != side or \
-                    end != images * 3 * side * side + files + length + 16:
+            text = file.read(length)
+            header = parse_json(text)
+            files, images, row = header["files"], header["images"], 3 * side * side
+            if header["key"] != key or header["side"] != side or type(files) is not int or type(images) is not int or \
+                    not 0 <= images <= files or end != images * row + files + length + 16:
                 raise ValueError("header and size do not agree")
+            file.seek(end - 16 - length - files)
+            flags = file.read(files)
+            if zlib.crc32(text, zlib.crc32(flags)) != int.from_bytes(tail[4:8], "little"):
+                raise ValueError("the checksum of its header is wrong")
             if files < count:
                 return None
-            file.seek(end - 16 - length - files)
-            flags = np.frombuffer(file.read(files), np.uint8)[:count]
-            reasons = {int(i): reason for i, reason in header["reasons"].items() if int(i) < count}
+            flags, reasons = np.frombuffer(flags, np.uint8)[:count], _reasons(header["reasons"], files)
+            reasons = {i: reason for i, reason in reasons.items() if i < count}
             readable = count - len(reasons)
-            pixels = _map(file.fileno(), (images, 3, side, side), private=True)[:readable] if images else None
-            if pixels is None or readable != np.count_nonzero(flags & UNREADABLE == 0):
+            if not 0 < readable <= images or \
+                    sorted(reasons) != np.flatnonzero(flags & UNREADABLE).tolist():
                 raise ValueError("flags and header do not agree")
-            return pixels, flags, reasons
+            pixels = _map(file.fileno(), (images, 3, side, side), private=True)
+            wanted = header["crc"][:-(-readable // CHECKED)]
+            if _checksums(pixels[:len(wanted) * CHECKED]) != wanted or len(wanted) * CHECKED < readable:
+                raise ValueError("the checksum of its images is wrong")
+            return pixels[:readable], flags, reasons
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -429,9 +454,10 @@ def _verified(settings, prefix, listing, count, what, progress, notes):
     target = folder / f"{prefix}-{key}.json"
     if settings.cache:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            stored = json.loads(target.read_text(encoding="utf-8"))
-            if stored["files"] >= count:
-                known = {int(i): reason for i, reason in stored["reasons"].items() if int(i) < count}
+            stored, _ = read_json(target, MAX_HEADER)
+            files, reasons = stored["files"], _reasons(stored["reasons"], stored["files"])
+            if files >= count and stored["crc"] == _checksum(files, reasons):
+                known = {i: reason for i, reason in reasons.items() if i < count}
     if known is None:
         _, _, known = decode(listing.paths(count), 0, what, progress, skip=True)
         if settings.cache:
@@ -439,7 +465,8 @@ def _verified(settings, prefix, listing, count, what, progress, notes):
             try:
                 folder.mkdir(exist_ok=True)
                 _sweep(folder, prefix, "json", target.name)
-                part.write_text(json.dumps({"files": count, "reasons": known}), encoding="utf-8")
+                part.write_text(json.dumps({"files": count, "reasons": known, "crc": _checksum(count, known)}),
+                                encoding="utf-8")
                 os.replace(part, target)
             except OSError as error:
                 notes.append(f"{settings.name}: which images can be read is not kept, {folder} cannot hold it "
@@ -447,6 +474,11 @@ def _verified(settings, prefix, listing, count, what, progress, notes):
     flags = np.zeros(count, np.uint8)
     flags[list(known)] = UNREADABLE
     return flags, known
+
+
+def _checksum(files, reasons):
+    """CRC-32 of what is remembered of ``files`` files."""
+    return zlib.crc32(json.dumps([files, sorted(reasons.items())]).encode())
 
 
 @contextlib.contextmanager
@@ -630,8 +662,8 @@ def _tiny_imagenet(settings, progress, notes):
                  "class index = line of wnids.txt")
     names = [line.strip() for line in _lines(tree / "wnids.txt", mend) if line.strip()]
     classes = {name: i for i, name in enumerate(names)}
-    if not names or len(classes) < len(names):
-        raise InputError(f"{tree / 'wnids.txt'} is empty or names a class twice; {mend}")
+    if not names or len(classes) < len(names) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
+        raise InputError(f"{tree / 'wnids.txt'} is empty, names a class twice or what is no folder's name; {mend}")
 
     train = Listing(tree / "train", [], [])
     for name in names:                                      # class order: the permutation below mixes it
