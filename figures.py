@@ -73,11 +73,11 @@ def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, log=False, 
             continue
         text = (f"1e{round(tick)}" if not -3 < tick < 5 else number(10.0 ** round(tick))) if log else number(tick)
         parts += [f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.2f}" y2="{y:.2f}"/>',
-                  f'<text x="{left - 5}" y="{y + 4:.2f}" text-anchor="end">{text}</text>']
+                  f'<text class="y tick" x="{left - 5}" y="{y + 4:.2f}" text-anchor="end">{text}</text>']
     for tick in ticks(x0, x1):
         if not whole or tick == round(tick):
             parts += [f'<line class="grid" x1="{px(tick):.2f}" x2="{px(tick):.2f}" y1="{top}" y2="{bottom}"/>',
-                      f'<text x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>']
+                      f'<text class="x tick" x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>']
     parts += [f'<text x="{(left + right) / 2}" y="{bottom + 30}" text-anchor="middle">{escape(x_label)}</text>',
               f'<text x="12" y="{(top + bottom) / 2}" text-anchor="middle" '
               f'transform="rotate(-90 12 {(top + bottom) / 2})">{escape(y_label)}</text>']
@@ -242,7 +242,7 @@ def dumbbells(figure, rows, x_label) -> str:
     parts = []
     for tick in ticks(x0, x1):
         parts += [f'<line class="grid" x1="{px(tick):.2f}" x2="{px(tick):.2f}" y1="6" y2="{bottom}"/>',
-                  f'<text x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>']
+                  f'<text class="x tick" x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>']
     for i, block in enumerate(blocks):
         y, mine = 6 + high * (i + 0.5), [row for row in rows if row["y"] == block]
         parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(_short(block, 9))}</text>')

@@ -100,7 +100,9 @@ def _read_policy(path) -> dict:
 def _read_updates(path) -> list[dict]:
     """Rows with their three numbers as floats, None for one that is not finite."""
     with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        tables.check_shape(dict.fromkeys(reader.fieldnames or (), ""), tables.UPDATE, "the first line")
+        rows = list(reader)
     for row in rows:
         tables.check_shape(row, tables.UPDATE)
         for key in tables.LEARNING:
@@ -181,7 +183,7 @@ def results_table(results, markdown: bool = False) -> str:
     """One row per run: measured, the null controller, and what the paper reports; with a legend below."""
     rows = [list(COLUMNS)] + [_row(r) for r in results]
     if markdown:
-        lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+        lines = [_markdown_row(cells) for cells in rows]
         lines.insert(1, "|" + "---|" * len(COLUMNS))
     else:
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
@@ -198,14 +200,17 @@ def results_table(results, markdown: bool = False) -> str:
 # Tables as Markdown, CSV and HTML
 
 
+def _markdown_row(cells) -> str:
+    """A row in which no cell's text is taken for Markdown's or HTML's own signs."""
+    shown = [figures.clean(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for cell in cells]
+    return "| " + " | ".join(shown) + " |"
+
+
 def markdown(table: Table) -> str:
     """A table with its title and notes."""
-    def line(cells):
-        return "| " + " | ".join(figures.clean(cell).replace("\\", "\\\\").replace("|", "\\|") for cell in cells) + " |"
-
     lines = [f"## {table.title}", ""]
     if table.rows:
-        lines += [line(table.columns), "|" + "---|" * len(table.columns), *map(line, table.rows), ""]
+        lines += [_markdown_row(table.columns), "|" + "---|" * len(table.columns), *map(_markdown_row, table.rows), ""]
     return "\n".join(lines + [f"- {note}" for note in table.notes]) + "\n"
 
 
@@ -222,16 +227,20 @@ def _dict_csv(rows: list[dict]) -> str:
     return csv_text(names, [[row.get(name) for name in names] for row in rows])
 
 
-def _html_table(columns, rows, caption: str, head: int = 1) -> str:
-    """A table in a box that scrolls by itself; the first ``head`` cells of a row are headings."""
+WRAPPED = {"network, data", "what differs", "strategies of the blocks, %", "configuration",
+           "accuracy minus the experiment's, same seeds"}  # columns whose cells may take several lines
+
+
+def _html_table(columns, rows, caption: str) -> str:
+    """A table in a box that scrolls by itself; the first cell of a row is its heading."""
     lines = ['<div class="wide" role="region" tabindex="0" aria-label="' + escape(caption) + '"><table>',
-             f"<caption>{escape(caption)}</caption>",
              "<thead><tr>" + "".join(f'<th scope="col">{escape(c)}</th>' for c in columns) + "</tr></thead><tbody>"]
+    wrap = [' class="free"' if c in WRAPPED else "" for c in columns]
     for row in rows:
-        kind = ' class="paper"' if "paper" in row[:4] else ' class="null"' if any(c.startswith("null,") for c in row) else ""
-        lines.append(f"<tr{kind}>" + "".join(
-            f'<th scope="row">{escape(c)}</th>' if i < head else f"<td>{escape(c)}</td>" for i, c in enumerate(row))
-            + "</tr>")
+        kind = row[1].partition(",")[0] if columns[1] in ("whose", "configuration") else ""
+        lines.append(f'<tr class="{kind}">' * (kind in ("paper", "null")) or "<tr>")
+        lines.append(f'<th scope="row">{escape(row[0])}</th>'
+                     + "".join(f"<td{w}>{escape(c)}</td>" for c, w in zip(row[1:], wrap[1:])) + "</tr>")
     return "\n".join(lines) + "</tbody></table></div>"
 
 
@@ -250,31 +259,30 @@ def html_table(table: Table) -> str:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of one run or one experiment: its CSV (``name``), its caption, and how it is drawn."""
+    """A figure of one run or one experiment: its CSV (``name``), how it is drawn, and the columns that a plot shows."""
     name: str
     caption: str
     rows: list[dict]
     draw: object  # (figure, rows) → SVG
+    y: str = "y"
+    x: str = "x"
 
     def html(self, key: str, whose: str) -> str:
         """The figure, or one line where there is nothing to draw."""
         caption = f"{self.caption}: {whose}"
         if not self.rows:
             return f'<p class="note">{escape(caption)}: nothing measured here.</p>'
-        shown = [row for row in self.rows if row.get("y", 0) is not None]
+        shown = [{**row, "x": row.get(self.x), "y": row.get(self.y)} if "series" in row else row for row in self.rows
+                 if "series" not in row or row[self.y] is not None]
         if not shown:
             return f'<p class="note">{escape(caption)}: no finite number to draw.</p>'
         drawn = self.draw((key, caption, f"{len(shown)} values, which csv/{self.name}.csv holds too"), shown)
-        return f'<figure data-csv="{self.name}">{drawn}<figcaption>{escape(caption)}</figcaption></figure>'
+        return (f'<figure data-csv="{self.name}" data-columns="{self.x} {self.y}">{drawn}'
+                f"<figcaption>{escape(caption)}</figcaption></figure>")
 
 
 def _plot(x_label, y_label, **how):
     return lambda figure, rows: figures.xy(figure, rows, x_label, y_label, **how)
-
-
-def _renamed(rows, y: str, x: str = "") -> list[dict]:
-    """Rows of a plot that shows the column ``y`` over ``x``."""
-    return [{**row, "y": row[y], **({"x": row[x]} if x else {})} for row in rows]
 
 
 def run_figures(run: Run) -> list[Figure]:
@@ -291,8 +299,8 @@ def run_figures(run: Run) -> list[Figure]:
     for key, label in (("entropy", "entropy"), ("approx_kl", "approximate KL"), ("value_loss", "value loss")):
         values = [row[key] for row in learning if row[key] is not None]
         log = bool(values) and min(values) > 0 and max(values) > 50 * min(values)
-        drawn.append(Figure("learning", f"Learning curves: {label}, mean over agents and blocks", _renamed(learning, key),
-                            _plot("update of an agent", label + (" (log)" if log else ""), log=log)))
+        drawn.append(Figure("learning", f"Learning curves: {label}, mean over agents and blocks", learning,
+                            _plot("update of an agent", label + (" (log)" if log else ""), log=log), key))
     return drawn
 
 
@@ -300,14 +308,14 @@ def family_figures(fam: tables.Family) -> list[Figure]:
     """What is drawn of all runs of an experiment together."""
     cycles = tables.cycle_rows(fam)
     return [
-        Figure("cycles", "Accuracy by cycle, after fine-tuning (Fig. 6)", _renamed(cycles, "accuracy", "cycle"),
-               _plot("cycle", "accuracy, %", whole=True)),
-        Figure("cycles", "Accuracy of the packed file by cycle", _renamed(cycles, "packed_accuracy", "cycle"),
-               _plot("cycle", "accuracy, %", whole=True)),
-        Figure("cycles", "Drop by cycle, beside the paper's", _renamed(cycles, "drop", "cycle"),
-               _plot("cycle", "drop, points", whole=True)),
-        Figure("cycles", "Compression ratio by cycle (Fig. 6)", _renamed(cycles, "cr", "cycle"),
-               _plot("cycle", "CR (Eq. 22)", whole=True)),
+        Figure("cycles", "Accuracy by cycle, after fine-tuning (Fig. 6)", cycles,
+               _plot("cycle", "accuracy, %", whole=True), "accuracy", "cycle"),
+        Figure("cycles", "Accuracy of the packed file by cycle", cycles,
+               _plot("cycle", "accuracy, %", whole=True), "packed_accuracy", "cycle"),
+        Figure("cycles", "Drop by cycle, beside the paper's", cycles,
+               _plot("cycle", "drop, points", whole=True), "drop", "cycle"),
+        Figure("cycles", "Compression ratio by cycle (Fig. 6)", cycles,
+               _plot("cycle", "CR (Eq. 22)", whole=True), "cr", "cycle"),
         Figure("guidance", "Sensitivity guidance on and off: accuracy by seed (Fig. 7)", tables.guidance_rows(fam),
                _plot("seed", "final accuracy, %", whole=True, line=False)),
         Figure("guidance-blocks", "Sensitivity guidance on and off: CR by block, mean and range over seeds (Fig. 8)",
@@ -331,11 +339,10 @@ nav a { display: inline-block; padding: 0.3rem 0; }
 .note { color: var(--soft); font-size: 0.85rem; margin: 0.3rem 0; }
 .wide { overflow-x: auto; max-width: 100%; border: 1px solid var(--rule); }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-caption { text-align: left; padding: 0.3rem 0.5rem; font-weight: 600; }
 th, td { padding: 0.25rem 0.5rem; text-align: left; border-top: 1px solid var(--rule); white-space: nowrap; }
-td.free { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
+td.free { white-space: normal; min-width: 9.5rem; }
 thead th { vertical-align: bottom; } tbody th { position: sticky; left: 0; background: var(--bg); }
-tr.paper td { font-style: italic; color: var(--soft); } tr.null td { background: var(--tint); }
+tr.paper td { font-style: italic; } tr.paper > * { border-top: 2px solid var(--soft); } tr.null td { background: var(--tint); }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
  align-items: start; }
 figure { margin: 0; break-inside: avoid; } figcaption { font-size: 0.85rem; color: var(--soft); }
@@ -348,6 +355,7 @@ summary { cursor: pointer; padding: 0.5rem 0; font-weight: 600; }
 dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.2rem 0.8rem; margin: 0.5rem 0;
  font-size: 0.85rem; }
 dt { color: var(--soft); } dd { margin: 0; }
+@media (max-width: 40rem) { dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: 0.4rem; } }
 @media print {
  :root { color-scheme: light; --bg: #fff; --fg: #000; --soft: #333; --rule: #999; --tint: #eee; }
  body { max-width: none; padding: 0; font-size: 9pt; } nav { display: none; }
@@ -380,8 +388,8 @@ def page(runs: list[Run]) -> str:
         f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title in sections) + "</ul></nav><main>")
     parts += [html_table(table) for table in shown]
     parts.append(f'<section id="all"><h2>All runs</h2>{_html_table(COLUMNS, [_row(r) for r in results], "All runs")}')
-    parts += [f'<p class="note">{escape(line.strip())}</p>' for line in _legend(results) if line.strip()]
-    parts.append("</section>")
+    parts.append('<ul class="note">' + "".join(f"<li>{escape(line.strip())}</li>" for line in _legend(results) if line)
+                 + "</ul></section>")
     for fam in found:
         parts.append(f'<section id="exp{fam.exp}"><h2>{escape(_family_title(fam))}</h2><div class="figures">')
         parts += _together([figure.html(f"e{fam.exp}-{k}", f"exp {fam.exp}" if fam.exp else "own networks")

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs the paper's seven experiments one after the other and prints the results table beside the paper's.
+# Runs the paper's seven experiments one after the other and makes the report: OUT/report.html, results.md and csv/.
 #
 #   bash run_all.sh --smoke                  # minutes, offline: synthetic images, narrow networks
 #   bash run_all.sh --data-dir DIR           # the experiments themselves; every flag of hirelc.py is passed on
-#   bash run_all.sh --seeds 42,43,44         # each experiment with each seed
+#   bash run_all.sh --seeds 42 43 44         # each experiment with each seed; mean and standard deviation in the report
+#   bash run_all.sh --paper                  # the ablations and baselines of experiment 4 too (variants.py)
 #   bash run_all.sh --restart                # begin anew what was broken off, and what is finished
 #
 # What is finished is left as it is, and what was broken off goes on where it was.
@@ -12,19 +13,22 @@
 set -u
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-seeds="42" out="" smoke=0 mode="--resume" flags=()
+seeds="42" out="" smoke=0 paper=0 mode="--resume" flags=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --seeds|--seed|--out)
       [ $# -ge 2 ] || { echo "run_all: $1 needs a value" >&2; exit 2; }
-      if [ "$1" = --out ]; then out="$2"; else seeds="${2//,/ }"; fi
-      shift 2 ;;
+      if [ "$1" = --out ]; then out="$2"; shift 2; continue; fi
+      seeds="${2//,/ }"
+      shift 2
+      while [[ "${1:-}" =~ ^[0-9][0-9,]*$ ]]; do seeds="$seeds ${1//,/ }"; shift; done ;;
     --seeds=*|--seed=*) seeds="${1#*=}"; seeds="${seeds//,/ }"; shift ;;
     --out=*) out="${1#*=}"; shift ;;
     --exp|--exp=*|--list) echo "run_all: $1 belongs to hirelc.py; run_all.sh runs all seven" >&2; exit 2 ;;
     --resume|--restart) mode="$1"; shift ;;
+    --paper) paper=1; shift ;;
     --smoke) smoke=1; flags+=("$1"); shift ;;
-    --help|-h) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help|-h) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) flags+=("$1"); shift ;;
   esac
 done
@@ -51,7 +55,13 @@ for seed in $seeds; do
     [ "$code" -eq 0 ] || failed+=("exp $exp seed $seed (exit $code)")
   done
 done
+if [ "$paper" = 1 ]; then
+  "$python" "$here/variants.py" --exp 4 --seeds $seeds --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
+  code=$?
+  [ "$code" -ne 130 ] && [ "$code" -ne 143 ] || exit "$code"
+  [ "$code" -eq 0 ] || failed+=("some ablations or baselines of experiment 4 (named above)")
+fi
 
 echo
-"$python" "$here/report.py" "$out" || failed+=("results table")
+"$python" "$here/report.py" "$out" || failed+=("report")
 [ ${#failed[@]} -eq 0 ] || { printf 'run_all: failed: %s\n' "${failed[@]}" >&2; exit 1; }

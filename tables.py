@@ -22,6 +22,7 @@ PAPER_STRATEGIES = {
     3: "auto 50.0, quantization 33.3, pruning 16.7", 4: "quantization 80.0, pruning 20.0",
     5: "auto 53.8, quantization 30.8, pruning 15.4", 6: "auto 66.7, pruning 16.7, quantization 16.7",
     7: "pruning 66.7, auto 25.0, quantization 8.3"}
+PAPER_MSR = {1: "83.9", 2: "84.9", 3: "84.9", 4: "83.3", 5: "84.8", 6: "84.0", 7: "85.1"}
 PAPER_KERNELS = {1: (48, 12), 2: (48, 12), 3: (48, 12), 4: (17, 5), 5: (51, 13), 6: (48, 12), 7: (48, 12)}
 PAPER_ABLATIONS = {"full": ("1.72", "6.23"), "no-hla": ("6.80", "8.87"), "full, cycle 1": ("3.28", "6.38"),
                    "a2c, cycle 1": ("7.19", "6.63")}
@@ -230,7 +231,7 @@ def spread(values, form="{:.2f}") -> str:
         return LOST
     text = form.format(statistics.fmean(known))
     if len(known) > 1:
-        text += f" ± {form.format(statistics.stdev(known))}"
+        text += f" ± {form.replace('+', '').format(statistics.stdev(known))}"
     return text if len(known) == len(values) else f"{text} ({len(known)} of {len(values)} runs)"
 
 
@@ -275,7 +276,7 @@ def _drawn(group: Group, key: str, form: str) -> str:
 
 def _measured(fam: Family) -> list[tuple[str, Group]]:
     """(whose, group) of the rows that an experiment has in every table."""
-    return [("HiReLC, here", g) for g in fam.plain] + [("null, run", g) for g in _null_runs(fam)]
+    return [("here", g) for g in fam.plain] + [("null, run", g) for g in _null_runs(fam)]
 
 
 def _shown(found: list[Family]) -> list[int]:
@@ -293,21 +294,21 @@ def table2(found: list[Family]) -> Table:
     rows = []
     for exp in _shown(found):
         fam, paper = family(found, exp), EXPERIMENTS[exp].paper
-        rows.append([str(exp), EXPERIMENTS[exp].title, "paper", LOST, f"{paper.baseline:.2f}", f"{paper.final:.2f}",
-                     f"{paper.drop:.2f}", f"{paper.cr:.2f}", f"{100 * (1 - 1 / paper.cr):.1f}", LOST, LOST, LOST])
+        rows.append([str(exp), "paper", EXPERIMENTS[exp].title, LOST, f"{paper.baseline:.2f}", f"{paper.final:.2f}",
+                     f"{paper.drop:.2f}", f"{paper.cr:.2f}", PAPER_MSR.get(exp, LOST), LOST, LOST, LOST])
         if not fam.plain:
-            rows.append([str(exp), LOST, "HiReLC, here", "no run"] + [LOST] * 8)
+            rows.append([str(exp), "here", "no run"] + [LOST] * 9)
         for whose, g in _measured(fam):
-            rows.append([str(exp), g.title, whose, g.seeds, *(spread(g.values(key)) for key in
+            rows.append([str(exp), whose, g.title, g.seeds, *(spread(g.values(key)) for key in
                          ("baseline_acc", "final_acc", "drop", "cr")), spread(g.values("msr_percent"), "{:.1f}"),
                          spread(g.values("deployed_acc")), _interval(g, "final_acc_full", "final_interval_full"),
                          _interval(g, "drop_full", "drop_interval_full", "mcnemar_p_full")])
         if not _null_runs(fam):
             for g in fam.plain:
-                rows.append([str(exp), g.title, "null, drawn", g.seeds, LOST, LOST, LOST, _drawn(g, "cr", "{:.2f}")]
+                rows.append([str(exp), "null, drawn", g.title, g.seeds, LOST, LOST, LOST, _drawn(g, "cr", "{:.2f}")]
                             + [LOST] * 4)
     return Table("table2", "Table 2: the experiments", (
-        "exp", "network, data", "whose", "seeds", "baseline", "final", "drop", "CR", "MSR %", "packed file",
+        "exp", "whose", "network, data", "seeds", "baseline", "final", "drop", "CR", "MSR %", "packed file",
         "whole split: final", "whole split: drop"), rows, (
         "Accuracies in percent and drops in points on the first test images, which also chose epoch and cycle (the "
         "paper's protocol; each run's section says what its own was); the last two columns are the whole test split.",
@@ -320,22 +321,22 @@ def table3(found: list[Family]) -> Table:
         fam = family(found, exp)
         if exp in PAPER_SEEDS:
             baseline, final = PAPER_SEEDS[exp]
-            rows.append([str(exp), EXPERIMENTS[exp].title, "paper", "3", baseline, final, LOST, LOST, LOST])
+            rows.append([str(exp), "paper", EXPERIMENTS[exp].title, "3", baseline, final, LOST, LOST, LOST])
         elif not fam.plain:
             continue
         if not fam.plain:
-            rows.append([str(exp), LOST, "HiReLC, here", "no run"] + [LOST] * 5)
+            rows.append([str(exp), "here", "no run"] + [LOST] * 6)
         for whose, g in _measured(fam):
-            rows.append([str(exp), g.title, whose, str(len(g.runs)), *(spread(g.values(key)) for key in (
+            rows.append([str(exp), whose, g.title, str(len(g.runs)), *(spread(g.values(key)) for key in (
                 "baseline_acc", "final_acc", "drop", "cr")), spread(g.values("compliance"), "{:.1f}")])
         if not _null_runs(fam):
             for g in fam.plain:
-                rows.append([str(exp), g.title, "null, drawn", str(len(g.runs)), LOST, LOST, LOST,
+                rows.append([str(exp), "null, drawn", g.title, str(len(g.runs)), LOST, LOST, LOST,
                              _drawn(g, "cr", "{:.2f}"), _drawn(g, "compliance", "{:.1f}")])
     return Table("table3", "Table 3: uncertainty over seeds", (
-        "exp", "network, data", "whose", "seeds", "baseline", "final", "drop", "CR", "compliance %"), rows, (
+        "exp", "whose", "network, data", "seeds", "baseline", "final", "drop", "CR", "compliance %"), rows, (
         "The paper has three seeds of experiment 1; its drop and CR are missing from the published text. One seed has no "
-        "standard deviation.", NULL_NOTE))
+        "standard deviation. Null rows as in Table 2.",))
 
 
 def _strategies(group: Group) -> str:
@@ -353,7 +354,7 @@ def table4(found: list[Family]) -> Table:
                      LOST if paper.surrogate_mae is None else f"{paper.surrogate_mae:.2f}",
                      PAPER_STRATEGIES.get(exp, LOST), LOST if paper.compliance is None else f"{paper.compliance:.1f}"])
         if not fam.plain:
-            rows.append([str(exp), "HiReLC, here", "no run"] + [LOST] * 5)
+            rows.append([str(exp), "here", "no run"] + [LOST] * 5)
         for whose, g in _measured(fam):
             r = g.runs[0].result
             rows.append([str(exp), whose, g.seeds, str(len(r.get("kernels") or ()) or LOST),
@@ -367,7 +368,7 @@ def table4(found: list[Family]) -> Table:
     return Table("table4", "Table 4: kernels, surrogate, strategies, budget compliance", (
         "exp", "whose", "seeds", "kernels", "blocks", "surrogate MAE", "strategies of the blocks, %", "compliance %"), rows, (
         "Surrogate MAE: |prediction before fine-tuning − accuracy measured| over the cycles in which it was active; – where "
-        "it never was. Compliance: 1 − |ρ − ρ*| / ρ*, mean over the blocks.", NULL_NOTE))
+        "it never was. Compliance: 1 − |ρ − ρ*| / ρ*, mean over the blocks. Null rows as in Table 2.",))
 
 
 def _cycle_values(group: Group, cycle: int, key: str) -> list:
@@ -399,7 +400,7 @@ def table5(found: list[Family]) -> Table:
     return Table("table5", "Table 5: ablations", (
         "exp", "configuration", "seeds", "drop", "CR", "paper: drop", "paper: CR"), rows, (
         "The paper's ablations are of experiment 1. A run belongs to a row by its settings, not by its name: it differs from "
-        "the experiment's own run in that one setting.", NULL_NOTE))
+        "the experiment's own run in that one setting. Null rows as in Table 2.",))
 
 
 def _pairs(group: Group, plain: Group) -> tuple[list[float], str]:
@@ -437,7 +438,7 @@ def variants_table(found: list[Family]) -> Table:
         "exp", "name", "what differs", "seeds", "drop", "whole split: drop", "packed file", "packed KB", "CR",
         "compliance %", "evaluations", "accuracy minus the experiment's, same seeds"), rows, (
         "evaluations: candidates that the search had judged, over all cycles (– where the run does not say). KB are 1000 "
-        "bytes.", SEEDS_NOTE)) if rows else Table("variants", "All methods and ablations", ("exp",), [], (
+        "bytes. ± as in Table 2.",)) if rows else Table("variants", "All methods and ablations", ("exp",), [], (
             "No experiment has a variant here: run_all.sh --paper runs them.",))
 
 

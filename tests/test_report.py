@@ -283,7 +283,11 @@ def test_main_prints_the_table_and_writes_it(tmp_path, capsys):
     assert err == ""
     assert [line.split()[0] for line in out.splitlines()[2:4]] == ["1", "3"]
     written = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert [row[0] for row in cells(written)] == ["exp", "1", "3"] and written.endswith("\n")
+    assert [row[0] for row in cells(written.partition("\n## ")[0])] == ["exp", "1", "3"] and written.endswith("\n")
+    assert [line for line in written.splitlines() if line.startswith("## ")] == [
+        "## Table 2: the experiments", "## Table 3: uncertainty over seeds",
+        "## Table 4: kernels, surrogate, strategies, budget compliance", "## Table 5: ablations",
+        "## All methods and ablations"]
     assert "95 % Wilson" in out and "95 % Wilson" in written
     assert report.main([str(tmp_path)]) == 0  # the table beside the runs does not disturb a second call
 
