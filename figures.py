@@ -45,8 +45,9 @@ def bounds(values, share: float = 0.06) -> tuple[float, float]:
 
 def number(value: float) -> str:
     """A number as an axis shows it."""
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.0e}".replace("e+0", "e").replace("e-0", "e-")
+    if value and not 1e-3 <= abs(value) < 1e6:
+        mantissa, _, exponent = f"{value:.4g}".partition("e")
+        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
     return f"{value:.10g}"
 
 
@@ -63,15 +64,15 @@ def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, log=False, 
     (x0, x1), (y0, y1) = bounds(xs), bounds(ys)
     if diagonal:
         x0, x1 = y0, y1 = min(x0, y0), max(x1, y1)
-    left, right, top, bottom = 50, WIDTH - 10, 10, 10 + height
+    marks = [(tick, number(10.0 ** round(tick)) if log else number(tick)) for tick in ticks(y0, y1)
+             if not log or tick == round(tick)]
+    left = max(36.0, 24 + LETTER * max((len(text) for _, text in marks), default=0))
+    right, top, bottom = WIDTH - 10, 10, 10 + height
     px = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
     py = lambda y: bottom - (place(y) - y0) / (y1 - y0) * (bottom - top)  # noqa: E731
     parts = []
-    for tick in ticks(y0, y1):
+    for tick, text in marks:
         y = bottom - (tick - y0) / (y1 - y0) * (bottom - top)
-        if log and tick != round(tick):
-            continue
-        text = (f"1e{round(tick)}" if not -3 < tick < 5 else number(10.0 ** round(tick))) if log else number(tick)
         parts += [f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.2f}" y2="{y:.2f}"/>',
                   f'<text class="y tick" x="{left - 5}" y="{y + 4:.2f}" text-anchor="end">{text}</text>']
     for tick in ticks(x0, x1):
@@ -94,7 +95,7 @@ def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, log=False, 
             if row.get("low") is not None:
                 parts.append(f'<line stroke="{colour}" x1="{x:.2f}" x2="{x:.2f}" y1="{py(row["low"]):.2f}" '
                              f'y2="{py(row["high"]):.2f}"/>')
-            parts.append(_mark(k, x, y, 2.2 if len(points) > 30 else 4, row))
+            parts.append(_mark(k, x, y, 2.2 if len(points) > 30 else 4.8 - 0.4 * min(k, 6), row))
     parts.append(f'<path class="axis" fill="none" d="M{left} {top}V{bottom}H{right}"/>')
     legend, below = _legend(names, bottom + 46, line)
     return _svg(figure, below, parts + legend)
@@ -103,18 +104,18 @@ def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, log=False, 
 def _mark(k, x, y, size, row=None) -> str:
     """Marker number ``k`` with its values."""
     shape, colour = MARKERS[k % len(MARKERS)], COLOURS[k % len(COLOURS)]
-    s = size
+    s = round(size, 2)
     drawn = {
-        "circle": f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{s}" fill="{colour}"',
-        "square": f'<path d="M{x - s:.2f} {y - s:.2f}h{2 * s}v{2 * s}h-{2 * s}z" fill="{colour}"',
-        "triangle": f'<path d="M{x:.2f} {y - s:.2f}l{s} {2 * s}h-{2 * s}z" fill="{colour}"',
-        "diamond": f'<path d="M{x:.2f} {y - 1.3 * s:.2f}l{s} {1.3 * s:.2f}l-{s} {1.3 * s:.2f}l-{s} -{1.3 * s:.2f}z" '
+        "circle": f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{s:.2f}" fill="{colour}"',
+        "square": f'<path d="M{x - s:.2f} {y - s:.2f}h{2 * s:.2f}v{2 * s:.2f}h-{2 * s:.2f}z" fill="{colour}"',
+        "triangle": f'<path d="M{x:.2f} {y - s:.2f}l{s:.2f} {2 * s:.2f}h-{2 * s:.2f}z" fill="{colour}"',
+        "diamond": f'<path d="M{x:.2f} {y - 1.3 * s:.2f}l{s:.2f} {1.3 * s:.2f}l-{s:.2f} {1.3 * s:.2f}l-{s:.2f} -{1.3 * s:.2f}z" '
                    f'fill="{colour}"',
-        "cross": f'<path d="M{x - s:.2f} {y - s:.2f}l{2 * s} {2 * s}m0 -{2 * s}l-{2 * s} {2 * s}" stroke="{colour}" '
+        "cross": f'<path d="M{x - s:.2f} {y - s:.2f}l{2 * s:.2f} {2 * s:.2f}m0 -{2 * s:.2f}l-{2 * s:.2f} {2 * s:.2f}" stroke="{colour}" '
                  'stroke-width="2" fill="none"',
-        "plus": f'<path d="M{x - s:.2f} {y:.2f}h{2 * s}m-{s} -{s}v{2 * s}" stroke="{colour}" stroke-width="2" '
+        "plus": f'<path d="M{x - s:.2f} {y:.2f}h{2 * s:.2f}m-{s:.2f} -{s:.2f}v{2 * s:.2f}" stroke="{colour}" stroke-width="2" '
                 'fill="none"',
-        "down": f'<path d="M{x:.2f} {y + s:.2f}l{s} -{2 * s}h-{2 * s}z" fill="{colour}"'}[shape]
+        "down": f'<path d="M{x:.2f} {y + s:.2f}l{s:.2f} -{2 * s:.2f}h-{2 * s:.2f}z" fill="{colour}"'}[shape]
     if row is None:
         return drawn + "/>"
     return drawn + _data(row) + f' data-at="{x:.2f} {y:.2f}">' + _tell(row) + f"</{drawn[1:drawn.index(' ')]}>"

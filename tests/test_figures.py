@@ -259,7 +259,7 @@ def test_marks_and_tick_labels_lie_on_one_scale(written):
         assert error < 0.02 and (slope is None or slope > 0), name
         slope, _, error = fit([(place(y), py) for _, y, _, py in at] + [(place(v), p) for v, p in labels["y"]])
         assert error < 0.02 and (slope is None or slope < 0), (name, column)
-        assert len(labels["y"]) >= 1 and all(50 <= px <= 350 and 10 <= py <= 190 for *_, px, py in at)
+        assert len(labels["y"]) >= 1 and all(36 <= px <= 350 and 10 <= py <= 190 for *_, px, py in at)
     assert logs > 0
 
 
