@@ -169,6 +169,9 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Eval:
+    protocol: str = setting("paper", "what chooses epoch and cycle: paper = the first eval.images test images (ledger "
+                                     "D15), holdout = a fixed 5 % of the training images, which are not trained on",
+                            choices=("paper", "holdout"))
     images: int = setting(1280, "first test images that choose epoch and cycle, and that the paper scores", low=1)
     batch_size: int = setting(256, "images per evaluation batch", low=1)
     full: bool = setting(True, "score the whole test split too, once per reported network")

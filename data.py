@@ -492,6 +492,53 @@ class Loaded:
         return x.to(device, torch.float32), y.to(device, torch.int64)
 
 
+class Part:
+    """The images of ``whole`` at ``index`` (int64 [n]), for sets of any kind."""
+
+    def __init__(self, whole, index):
+        self.whole, self.index = whole, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getattr__(self, name):
+        if name in ("mean", "std"):  # what a packed file says of the images
+            return getattr(self.whole, name)
+        raise AttributeError(name)
+
+    @property
+    def labels(self):
+        """Labels int64 [n], where the whole set knows them."""
+        return self.whole.labels[self.index]
+
+    def batch(self, index, device="cpu", generator=None):
+        """Images and labels at ``index``, as the whole set gives them."""
+        return self.whole.batch(self.index[torch.as_tensor(index, dtype=torch.int64)], device, generator)
+
+    def batches(self, batch_size, device="cpu", generator=None, limit=0):
+        """As :meth:`Images.batches`."""
+        for index in _order(len(self), generator, limit).split(batch_size):
+            yield self.batch(index, device, generator)
+
+
+HOLDOUT_SHARE, HOLDOUT_SEED = 0.05, 26002
+
+
+def hold_out(train):
+    """(images to train on, images that choose): a fixed pseudo-random 5 % of ``train``, the same for every seed of a run.
+
+    Raises InputError where nothing is left on one side.
+    """
+    count = round(HOLDOUT_SHARE * len(train))
+    if not 0 < count < len(train):
+        raise InputError(f"eval.protocol=holdout: 5 % of {len(train)} training images are none; give more images")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(HOLDOUT_SEED))
+    kept, chosen = order[count:].sort().values, order[:count]
+    if isinstance(train, Images):
+        return train.subset(kept), train.subset(chosen)
+    return Part(train, kept), Part(train, chosen)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Synthetic images
 

@@ -40,12 +40,13 @@ from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
 from qat import GridTraining
-from report import results_table, survive_ascii, wilson, write_json
+from report import results_table, survive_ascii, write_json
 from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
                   stop_at_once, stoppable)
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, null_controller, random_config, train_together)
 from state import Progress, SaveError, Stopped, Store, random_states, set_random_states
+from stats import mcnemar, paired_interval, wilson
 from target import enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import TooLarge, Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
@@ -111,6 +112,10 @@ class HiReLC:
     def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None,
                  ranks: Ranks = Ranks(), given=None, progress: Progress | None = None):
         self.model, self.blocks, self.train_set, self.test_set = model, blocks, train, test
+        self.choice_set = test  # chooses epoch and cycle
+        if config.eval.protocol == "holdout":
+            self.train_set, self.choice_set = data.hold_out(train)
+            log.info(f"holdout: {len(self.choice_set)} of {len(train)} training images choose epoch and cycle")
         self.config, self.log, self.save, self.network = config, log, save, network or {}
         self.ranks, self.given, self.progress = ranks, given, progress or Progress()
         self.progress.note = log.note
@@ -200,7 +205,8 @@ class HiReLC:
             self.baseline_acc = accuracy(self._correct("baseline"))
         self.cycles.append(Cycle(cycle=0, acc=self.baseline_acc, drop=0.0, deployed_acc=self.baseline_acc))
         self.carried = self.theta0
-        self.log.info(f"baseline accuracy {self.baseline_acc:.2f} on {self.eval_images} test images")
+        self.log.info(f"baseline accuracy {self.baseline_acc:.2f} on {self.eval_images} "
+                      f"{'test' if self.choice_set is self.test_set else 'held-out'} images")
 
     def estimate_sensitivity(self) -> None:
         """s_i of every block on calibration images from the training set (Eq. 14-15)."""
@@ -448,6 +454,8 @@ class HiReLC:
             self.model.load_state_dict(self.best_state)
             null = null_controller(self.shapes, self.sensitivity, c)
         interval = {k: v if v is None else list(wilson(int(v.sum()), count)) for k, v in full.items()}
+        drops = {which: None if full[which] is None else _paired(full["baseline"], full[which])
+                 for which in ("final", "deployed")}
         full = {k: v if v is None else accuracy(v) for k, v in full.items()}
         errors = [abs(r.surrogate_prediction - r.acc) for r in self.cycles if r.surrogate_prediction is not None]
         strategies = [budget.strategy for budget in self.best_budgets]
@@ -461,13 +469,18 @@ class HiReLC:
             "exp": c.exp, "name": c.name, "smoke": c.smoke, "seed": c.seed,
             "model": c.model.source.rpartition(":")[2] or c.model.name,
             "data": c.data.name, "device": str(self.device),
-            "protocol": f"epoch and cycle chosen on, and accuracies from, the first {self.eval_images} test images; "
-                        "*_full from the whole test split",
+            "protocol": c.eval.protocol,
             "eval_images": self.eval_images, "test_images": count,
             "baseline_acc": self.baseline_acc, "final_acc": best.acc, "drop": best.drop,
             "deployed_acc": best.deployed_acc, "baseline_acc_full": full["baseline"], "final_acc_full": full["final"],
             "deployed_acc_full": full["deployed"], "baseline_interval_full": interval["baseline"],
             "final_interval_full": interval["final"], "deployed_interval_full": interval["deployed"],
+            "drop_full": drops["final"] and drops["final"]["drop"],
+            "drop_interval_full": drops["final"] and drops["final"]["interval"],
+            "mcnemar_p_full": drops["final"] and drops["final"]["p"],
+            "deployed_drop_full": drops["deployed"] and drops["deployed"]["drop"],
+            "deployed_drop_interval_full": drops["deployed"] and drops["deployed"]["interval"],
+            "deployed_mcnemar_p_full": drops["deployed"] and drops["deployed"]["p"],
             "mode": c.finetune.mode, "scope": c.compress.scope,
             "cr": best.cr, "msr": best.msr, "cr_unweighted": best.cr_unweighted,
             "whole_model_ratio": best.whole_model_ratio, "fp32_bytes": model_bytes(self.model),
@@ -659,8 +672,9 @@ class HiReLC:
 
     @property
     def eval_images(self) -> int:
-        """Number of test images that choose epoch and cycle (ledger D15)."""
-        return min(self.config.eval.images, len(self.test_set))
+        """Number of images that choose epoch and cycle (ledger D15)."""
+        most = self.config.eval.images if self.config.eval.protocol == "paper" else len(self.choice_set)
+        return min(most, len(self.choice_set))
 
     def _generator(self, *phase) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.config.seed, *phase))
@@ -669,7 +683,7 @@ class HiReLC:
         return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def _correct(self, what):
-        return correct(self.model, self.test_set, self.config.eval.batch_size, self.eval_images, ranks=self.ranks,
+        return correct(self.model, self.choice_set, self.config.eval.batch_size, self.eval_images, ranks=self.ranks,
                        state=self.progress, what=what)
 
     def _lla_states(self) -> list[dict]:
@@ -680,7 +694,7 @@ class HiReLC:
 
     def _trainer(self, phase, epochs, lr, weight_decay, patience, warmup_epochs=0.0, masks=None,
                  on_grid=None) -> Trainer:
-        trainer = Trainer(self.model, self.train_set, self.test_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
+        trainer = Trainer(self.model, self.train_set, self.choice_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
                        patience=patience, batch_size=self.config.data.batch_size, eval_images=self.eval_images,
                        eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
                        blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
@@ -693,6 +707,13 @@ class HiReLC:
 
     def _log_updates(self, rows) -> None:
         self.updates += [{"cycle": len(self.cycles), **row} for row in rows]
+
+
+def _paired(before, after) -> dict:
+    """The drop from one network to another on the same images (bool [n] each): points, 95 % interval, McNemar's p."""
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    return {"drop": 100 * (lost - won) / len(before), "interval": list(paired_interval(lost, won, len(before))),
+            "p": mcnemar(lost, won)}
 
 
 def _packed_kernels(config: NetworkConfig) -> int:
