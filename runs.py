@@ -19,9 +19,8 @@ import torch
 import torchvision
 
 import pack
-from checkpoints import shown
 from config import Config, InputError, flatten, from_flat
-from files import read_json
+from files import read_json, shown
 from report import write_text
 
 

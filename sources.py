@@ -47,7 +47,7 @@ import PIL
 from PIL import Image
 
 from config import InputError
-from files import extract, fetch, parse_json, read_json
+from files import extract, fetch, parse_json, read_json, shown
 
 try:
     import fcntl
@@ -662,7 +662,7 @@ def _tiny_imagenet(settings, progress, notes):
                  "class index = line of wnids.txt")
     names = [line.strip() for line in _lines(tree / "wnids.txt", mend) if line.strip()]
     classes = {name: i for i, name in enumerate(names)}
-    if not names or len(classes) < len(names) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
+    if not names or len(classes) < len(names) or not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names):
         raise InputError(f"{tree / 'wnids.txt'} is empty, names a class twice or what is no folder's name; {mend}")
 
     train = Listing(tree / "train", [], [])
@@ -680,10 +680,10 @@ def _tiny_imagenet(settings, progress, notes):
             continue
         file, label = (line.split("\t") + ["", ""])[:2]
         if label.strip() not in classes:
-            raise InputError(f"{annotations}, line {number}: '{label.strip()}' is not a class of wnids.txt; {mend}")
+            raise InputError(f"{annotations}, line {number}: '{shown(label.strip())}' is not a class of wnids.txt; {mend}")
         present = present or {entry.name for entry in _entries(images, mend)}
         if file not in present:
-            raise InputError(f"{images / file} is missing ({annotations.name}, line {number}, names it); {mend}")
+            raise InputError(f"{images / shown(file)} is missing ({annotations.name}, line {number}, names it); {mend}")
         test.names.append(file)
         test.labels.append(classes[label.strip()])
     if not test.names:

@@ -29,6 +29,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import types
 import zipfile
 import zlib
@@ -129,7 +130,7 @@ def read_archive(path, home, folder):
         assert sum(entry.stat().st_size for entry in found) < 200 * path.stat().st_size + (1 << 20)
         assert all(entry.name in ("tiny-imagenet-200.zip", tree.name) for entry in folder.iterdir())
     with zipfile.ZipFile(home / "images.zip") as whole:
-        contents = {whole.read(name) for name in whole.namelist()}
+        contents = {whole.read(name) for name in whole.namelist()} | {b"n01\n"}     # of a member there twice
     assert all(entry.read_bytes() in contents for entry in tree.rglob("*") if not entry.is_dir())
 
 
@@ -227,9 +228,6 @@ READERS = {"packed.pt": read_packed, "policy.json": read_policy, "config.json": 
            "checked.json": read_checked, "origin.json": read_origin,
            **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tiff", ".webp"), read_image),
            **dict.fromkeys((".pth", ".bin", ".safetensors", "script.pt", ".pt"), read_weights)}
-# What a message names where a reader has to put the file under a name of its own.
-NAMED = {"images.zip": "tiny-imagenet-200.zip", "data_batch": "small.tar", "wnids.txt": "tiny-imagenet-200",
-         "val_annotations.txt": "tiny-imagenet-200"}
 
 
 def read(path, home):
@@ -243,8 +241,7 @@ def read(path, home):
     except InputError as error:
         message = str(error)
         assert message and "\n" not in message and len(message) < 100_000
-        named = NAMED.get(suffix, suffix if READERS[suffix] in (read_settings, read_result, read_cifar) else path.name)
-        assert named in message, message
+        assert path.name in message or folder.name in message, message      # of a reader that copies it there
         return "refused: " + message
     finally:
         shutil.rmtree(folder)
@@ -268,7 +265,8 @@ def work(folder):
         try:
             outcome = read(path, whole)
         except BaseException as error:
-            outcome = f"raised {type(error).__name__}: {error}"
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            outcome = f"raised {type(error).__name__}: {error} in line {at.lineno} of {at.filename}"
         signal.alarm(0)
         print(json.dumps([path.name, outcome, time.monotonic() - started]), flush=True)
 
@@ -747,6 +745,8 @@ WAYS = {
     "cache of decoded images": {"cache.u8": ANY + [crafted_cache] * 5},
     "list of unreadable images": {"checked.json": JSON},
     "origin of a part of a download": {"origin.json": JSON}}
+CHECKSUMMED = {"archives: CIFAR's tar and batches", "cache of decoded images", "list of unreadable images",
+               "origin of a part of a download"}            # no change of these goes unnoticed
 
 
 def hostile(canary, folder):
@@ -813,7 +813,8 @@ def fuzz(folder, kinds, count):
     assert ran.stderr == ""                                 # no traceback of a thread, no warning
     done = {name: (outcome, seconds) for name, outcome, seconds in lines if outcome != "started"}
     assert done.keys() == set(os.listdir(bad))
-    assert {name: outcome for name, (outcome, _) in done.items() if outcome.startswith("raised")} == {}
+    raised = {name: outcome for name, (outcome, _) in done.items() if outcome.startswith("raised")}
+    assert not raised, raised
     assert max(seconds for _, seconds in done.values()) < SECONDS
     assert {name for name, (outcome, _) in done.items() if name.startswith("evil") and outcome == "read"} <= {
         "evil-code.pt"}                                     # its code is not looked at
@@ -830,9 +831,9 @@ def test_spoilt_files_are_read_or_refused(tmp_path):
         counts, _ = fuzz(tmp_path / str(n), kinds, COUNT)
         shutil.rmtree(tmp_path / str(n))
         assert all(sum(counts[kind].values()) == COUNT for kind in kinds)
-        # Neither passes everything nor, where there is no checksum over all of it, refuses everything.
+        # Neither passes everything nor refuses everything.
         assert all(counts[kind]["refused"] > COUNT // 10 for kind in kinds), counts
-        assert sum(counts[kind]["read"] for kind in kinds) or "CIFAR" in kinds[0]
+        assert all(counts[kind]["read"] for kind in kinds if LONG and kind not in CHECKSUMMED)
 
 
 def test_the_trap_of_the_hostile_files_is_a_working_one(tmp_path):
