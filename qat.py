@@ -55,6 +55,7 @@ class GridTraining:
                         for block, chosen in zip(blocks, config.blocks)
                         for (name, holder), kernel in zip(block.kernels.items(), chosen.kernels)}
         self.masks = masks
+        self.kept: dict[int, Tensor] = {}  # the full-precision weights, by id of the parameter that holds grid values
         self.start: dict[str, Grid] = {}
         self.log_scales: dict[str, nn.Parameter] = {}
         if learned:
@@ -90,7 +91,7 @@ class GridTraining:
     def in_place(self):
         """The network holds the grid values inside, and its full-precision weights again afterwards; yields the grids,
         kernel name → Grid, None for a kernel of 32 bits."""
-        kept = {name: weight.detach().clone() for name, (weight, _, _) in self.kernels.items()}
+        self.kept = {id(weight): weight.detach().clone() for weight, _, _ in self.kernels.values()}
         grids = {}
         try:
             with torch.no_grad():
@@ -100,5 +101,6 @@ class GridTraining:
             yield grids
         finally:
             with torch.no_grad():
-                for name, (weight, _, _) in self.kernels.items():
-                    weight.copy_(kept[name])
+                for weight, _, _ in self.kernels.values():
+                    weight.copy_(self.kept[id(weight)])
+            self.kept = {}

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig, PreparedKernel,
                       compress_kernel, eval_mode, kernel_retained, kernel_shapes)
 from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO, learn_together, threads
-from stages import Chain, Entering, Staged, concatenated, run, split, whole
+from stages import Chain, Entering, Staged, concatenated, folded, run, split, whole
 
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
 TIERS = (0.35, 0.30, 0.25, 0.20, 0.15)  # rho* of the five compression levels (Eq. 8)
@@ -253,7 +253,7 @@ class Proxy:
     ``batches``: list of images [n, 3, H, W] on the network's device, drawn and augmented once per run. The network
     must hold theta_0 whenever :meth:`drops` is called; it is never changed: the candidate's weights are passed
     beside it, so every other block is judged at theta_0 (ledger D17). ``cache``, ``dtype``, ``cache_mb``,
-    ``together``: settings of config.Search; without ``cache`` every candidate is a whole forward pass.
+    ``together``, ``fold``: settings of config.Search; without ``cache`` every candidate is a whole forward pass.
 
     Whatever is kept belongs to the weights that it was computed with, and goes when a parameter or buffer has been
     written to or replaced, so that restoring theta_0 costs one forward pass and no call here. Only a write through
@@ -263,12 +263,12 @@ class Proxy:
     IMAGES_TOGETHER = 512  # that a GPU takes through the layers behind a block at once, where ``together`` is 0
 
     def __init__(self, model: nn.Module, blocks, batches, cache: bool = True, dtype: str = "float32",
-                 cache_mb: int = 1024, together: int = 0):
+                 cache_mb: int = 1024, together: int = 0, fold: bool = False):
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: expected float32 or bfloat16")
         self.model, self.blocks, self.batches, self.dtype = model, blocks, batches, dtype
-        self.cache, self.cache_mb, self.together = cache, cache_mb, together
-        self.chain, self.held, self.versions = Chain(model), [], None
+        self.cache, self.cache_mb, self.together, self.fold = cache, cache_mb, together, fold
+        self.held, self.versions = [], None
 
     @property
     def cache_bytes(self) -> int:
@@ -291,8 +291,10 @@ class Proxy:
             self._follow_weights()
             size = self._group(device)
             for start in range(0, len(configs), size):
-                group = [block.replaced(self._compressed(block, config)) for config in configs[start:start + size]]
-                errors += self._errors(self._first_stage(index, group[0]), block, group)
+                group = [{name: weight * self.factors[name] if name in self.factors else weight for name, weight in
+                          block.replaced(self._compressed(block, config)).items()}
+                         for config in configs[start:start + size]]
+                errors += self._errors(self._first_stage(index, group[0]), group)
         # One transfer for all, because a GPU waits for each.
         rows = torch.stack(errors).tolist() if errors else []
         return [proxy_drop(sum(row) / len(row)) for row in rows]
@@ -304,7 +306,10 @@ class Proxy:
         if versions == self.versions:
             return
         self.held = tensors  # as long as they live no other tensor takes their place in memory
-        self._divide(split(self.model) if self.cache else whole(self.model))
+        fold = self.fold and isinstance(self.model, Staged)
+        self.network, self.factors = folded(self.model) if fold else (self.model, {})
+        self.chain, self.tensors = Chain(self.network), dict(self.network.named_parameters(remove_duplicate=False))
+        self._divide(split(self.network) if self.cache else whole(self.network))
         self.versions, self.kernels, self.checked = versions, {}, set()
 
     def _divide(self, stages):
@@ -332,12 +337,12 @@ class Proxy:
 
     def _first_stage(self, index, weights):
         """Where candidates of block ``index`` begin to differ from theta_0; ``weights``: those of one, by name."""
-        own = [holder.weight for holder in self.blocks[index].kernels.values()]
+        own = [self.tensors[name] for name in weights]
         first = next(i for i, stage in enumerate(self.stages) if stage.holds(own))
         if first and index not in self.checked and not isinstance(self.model, Staged):
             self.checked.add(index)
             if not self._divisible(first, weights):
-                self._divide(whole(self.model))
+                self._divide(whole(self.network))
                 return 0
         return first
 
@@ -356,11 +361,11 @@ class Proxy:
                 return False
         return True
 
-    def _errors(self, first, block, group):
+    def _errors(self, first, group):
         """Squared logit error of each candidate of ``group`` (weights by name) on every batch, [batches] each."""
         last = len(self.stages)
         if len(group) > 1:  # behind the block's last stage all candidates have the same weights
-            own = [holder.weight for holder in block.kernels.values()]
+            own = [self.tensors[name] for name in group[0]]
             last = 1 + max(i for i, stage in enumerate(self.stages) if stage.holds(own))
         errors = []
         for b, reference in enumerate(self.reference):

@@ -6,6 +6,7 @@ same for every candidate. :func:`split` says how a network divides, :class:`Ente
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,8 @@ class Stage:
 
 class Staged(nn.Module):
     """A network that says how it splits. Its stages treat every image of a batch by itself (in eval mode) and never
-    write into what they are given, so that states can be kept, shared and concatenated."""
+    write into what they are given, so that states can be kept, shared and concatenated. A BatchNorm2d that a module
+    registers right after a Conv2d is applied to that convolution's result and to nothing else."""
 
     def stages(self) -> list[Stage]:
         """The chain whose composition gives the logits that forward gives, in eval mode."""
@@ -45,6 +47,32 @@ class StagedBlock(nn.Module):
 
     def forward(self, x):
         return run(self.stages(), x)
+
+
+def folded(model: Staged) -> tuple[Staged, dict[str, Tensor]]:
+    """A copy of ``model`` without BatchNorm, with the same logits in eval mode up to rounding, and by what the weights
+    of its convolutions, by name, are multiplied: gamma / sqrt(var + eps), [outputs, 1, 1, 1].
+
+    The running mean and beta become the convolution's bias. ``model`` itself where it has no BatchNorm.
+    """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model, {}
+    network, factors = copy.deepcopy(model).eval(), {}
+    with torch.no_grad():
+        for prefix, module in network.named_modules():
+            children = list(module.named_children())
+            for (name, conv), (place, norm) in zip(children, children[1:]):
+                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    factor = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+                    shift = norm.bias.double() - norm.running_mean.double() * factor
+                    if conv.bias is not None:
+                        shift = shift + conv.bias.double() * factor
+                    factor = factor.to(conv.weight.dtype)[:, None, None, None]
+                    conv.weight.copy_(conv.weight * factor)
+                    conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
+                    setattr(module, place, nn.Identity())
+                    factors[f"{prefix}.{name}.weight".lstrip(".")] = factor
+    return network, factors
 
 
 def whole(model: nn.Module) -> tuple[Stage, ...]:

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from compress import apply_factors, eval_mode, mask_factors
+from compress import Grid, apply_factors, eval_mode, mask_factors
 from parallel import Ranks
+from state import Progress, random_states, set_random_states
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -26,24 +27,32 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @torch.no_grad()
-def correct(model: nn.Module, images, batch_size: int = 256, limit: int = 0, progress=None,
-            ranks: Ranks = Ranks()) -> Tensor:
+def correct(model: nn.Module, images, batch_size: int = 256, limit: int = 0, progress=None, ranks: Ranks = Ranks(),
+            state: Progress = Progress(), what: str = "evaluation") -> Tensor:
     """Which of the first ``limit`` (0 = all) images the network classifies rightly: bool [n] on the CPU.
 
     Runs in eval mode and puts the modes back as they were, so that the next training epoch trains (ledger D20).
-    Several ranks share the batches, each has the whole answer.
+    Several ranks share the batches, each has the whole answer. Batches that ``state`` knows from before the run was broken
+    off, by the name ``what``, are not computed again. One that a GPU's memory does not hold is taken in two halves.
     """
     device = device_of(model)
     total = min(limit, len(images)) if limit else len(images)
-    if ranks.size == 1:
-        batches = images.batches(batch_size, device, limit=limit)
-    else:
-        batches = (images.batch(index, device) for index in ranks.part(torch.arange(total)).split(batch_size))
-    hits, done = [], 0
-    with eval_mode(model):
+    mine = ranks.part(torch.arange(total))
+    batches = iter(images.batches(batch_size, device, limit=limit) if ranks.size == 1 else
+                   (images.batch(index, device) for index in mine.split(batch_size)))
+    hits, taken, done = [], 0, 0
+
+    def following():
+        nonlocal taken
         for x, y in batches:
-            hits.append((model(x).argmax(dim=1) == y).cpu())
-            done += len(y)
+            taken += 1
+            if taken > len(hits):
+                return _hits(model, x, y, state)
+
+    with eval_mode(model):
+        while done < len(mine) and (part := state.once(what, following)) is not None:
+            hits.append(part)
+            done += len(part)
             if progress:
                 progress("evaluation", done * ranks.size, total)
     answer = torch.zeros(total, dtype=torch.bool)
@@ -52,12 +61,29 @@ def correct(model: nn.Module, images, batch_size: int = 256, limit: int = 0, pro
     return answer
 
 
+def _hits(model, x, y, state):
+    """Hits of one batch, in two halves, and so on, where it does not fit into the memory of a GPU."""
+    try:
+        return (model(x).argmax(dim=1) == y).cpu()
+    except torch.OutOfMemoryError:
+        if len(y) == 1:
+            raise
+    half = (len(y) + 1) // 2
+    state.note(f"an evaluation batch of {len(y)} images does not fit into the GPU's memory and was halved; "
+               "lower eval.batch_size")
+    return torch.cat([_hits(model, *part, state) for part in zip(x.split(half), y.split(half))])
+
+
 def accuracy(hits: Tensor) -> float:
     """Share of hits in percentage points."""
     return 100.0 * int(hits.sum()) / len(hits)
 
 
-SCALE_LR_FACTOR = 20.0  # a learned scale's logarithm moves by up to this many learning rates per step
+class TooLarge(RuntimeError):
+    """A GPU's memory does not hold what a setting asks for."""
+
+
+SCALE_LR_FACTOR = 4.0  # a learned scale's logarithm moves by up to this many learning rates per step
 
 
 @dataclass(frozen=True)
@@ -114,6 +140,10 @@ class Trainer:
         self.history: list[Epoch] = []
         self.best_state: dict[str, Tensor] = {}
 
+        self.progress = Progress()  # of the run that this training belongs to
+        self.at = None  # within an epoch: steps done, sums, the data's generator as the epoch found it
+        self.skipped = 0  # steps not taken because loss or gradient was not finite
+
     @property
     def best(self) -> Epoch:
         """The epoch of the highest accuracy, the first of equals."""
@@ -136,53 +166,88 @@ class Trainer:
         return self.lr * (1 + math.cos(math.pi * min((position - self.warmup_epochs) / left, 1.0))) / 2
 
     def run_epoch(self, progress=None, what="training") -> Epoch:
-        """Trains one epoch and measures it. Raises FloatingPointError when the loss is not finite.
+        """Trains one epoch and measures it. A step whose loss or gradient is not finite is not taken, and counted; raises
+        FloatingPointError when none is left, TooLarge when a GPU cannot hold a batch.
 
         A last batch of a single image is left out where batches are larger: BatchNorm has no statistics of one.
         """
         epoch, device = len(self.history), device_of(self.model)
         steps = math.ceil(len(self.train_set) / self.batch_size)
-        total_loss, seen = torch.zeros((), device=device), 0
+        broken_off, at = self.at, self.at or {"step": 0, "loss": 0.0, "seen": 0, "skipped": 0,
+                                              "order": self.generator.get_state()}
+        self.at, total_loss = at, torch.tensor(at["loss"], dtype=torch.float64, device=device)
         self.model.train()
         # Dropout draws from the global generators: they start each epoch from this trainer's seed, and are put back.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self.generator.initial_seed() + epoch)
+            self.generator.set_state(at["order"])
             batches = self.train_set.batches(self.batch_size, device, generator=self.generator)
             for step, (x, y) in enumerate(batches):
-                if len(y) < 2 * self.ranks.size and step and self.batch_size > 1:
-                    continue
-                whole = len(y)
-                x, y = self.ranks.part(x), self.ranks.part(y)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.rate(epoch, step / steps) * group.get("lr_factor", 1.0)
-                # DistributedDataParallel averages over the ranks; this makes it the mean over the whole batch.
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
-                    logits = self.parallel(x)
-                loss = F.cross_entropy(logits.float() if self.half else logits, y) * (len(y) * self.ranks.size / whole)
-                self.optimizer.zero_grad(set_to_none=True)
-                if loss.requires_grad:  # not where every parameter is frozen
-                    loss.backward()
-                    self.optimizer.step()
-                if self.factors is not None:
-                    apply_factors(*self.factors)
-                total_loss += loss.detach() * (whole / self.ranks.size)
-                seen += whole
-                if progress:
-                    progress(f"{what}, epoch {epoch + 1} of {self.epochs}", step + 1, steps)
+                if step < at["step"]:
+                    continue  # taken before the run was broken off
+                if broken_off:
+                    set_random_states(broken_off["random"])
+                    broken_off = None
+                if len(y) >= 2 * self.ranks.size or not step or self.batch_size == 1:
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = self.rate(epoch, step / steps) * group.get("lr_factor", 1.0)
+                    loss = self._step(self.ranks.part(x), self.ranks.part(y), len(y), what)
+                    if loss is not None:
+                        total_loss += loss
+                        at["seen"] += len(y)
+                    if progress:
+                        progress(f"{what}, epoch {epoch + 1} of {self.epochs}", step + 1, steps)
+                at["step"], at["loss"] = step + 1, total_loss
+                self.progress.tick()
         self.ranks.same_tensors(self.model.buffers())
-        mean_loss = self.ranks.total(total_loss).item() / max(seen, 1)
-        if not math.isfinite(mean_loss):
-            raise FloatingPointError(f"{what}: the loss of epoch {epoch + 1} is {mean_loss}; lower the learning rate "
-                                     f"({self.lr:g})")
+        self.skipped += at["skipped"]
+        if at["skipped"]:
+            self.progress.note(f"{what}, epoch {epoch + 1}: {at['skipped']} of {steps} steps were not taken, their loss or "
+                               "gradient was not finite")
+        if not at["seen"] or not all(p.isfinite().all() for p in self.model.parameters()):
+            raise FloatingPointError(f"{what}: epoch {epoch + 1} has no step with a finite loss and gradient; lower the "
+                                     f"learning rate ({self.lr:g}), or look for images that are not finite")
+        mean_loss = self.ranks.total(total_loss.clone()).item() / at["seen"]
         with self.on_grid.in_place() if self.on_grid is not None else contextlib.nullcontext() as grids:
             acc = accuracy(correct(self.model, self.test_set, self.eval_batch_size, self.eval_images,
-                                   ranks=self.ranks))
+                                   ranks=self.ranks, state=self.progress, what=f"{what}, epoch {epoch + 1}"))
             result = Epoch(epoch + 1, mean_loss, self.rate(epoch, 0.0), acc)
             self.history.append(result)
             if self.best is result:
                 self.best_state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
                 self.best_grids = grids
+        self.at = None
+        self.progress.tick(epoch=True)
         return result
+
+    def _step(self, x, y, whole, what):
+        """One step on this rank's part of a batch of ``whole`` images; its share of the batch's summed loss, or None
+        where loss or gradient was not finite: then nothing has changed."""
+        device = x.device.type
+        kept = [buffer.clone() for buffer in self.model.buffers()]  # a bad batch spoils BatchNorm's statistics, too
+        try:
+            with torch.autocast(device, torch.bfloat16, enabled=self.half):
+                logits = self.parallel(x)
+            # DistributedDataParallel averages over the ranks; this makes it the mean over the whole batch.
+            loss = F.cross_entropy(logits.float() if self.half else logits, y) * (len(y) * self.ranks.size / whole)
+            self.optimizer.zero_grad(set_to_none=True)
+            if loss.requires_grad:  # not where every parameter is frozen
+                loss.backward()
+        except torch.OutOfMemoryError:
+            raise TooLarge(f"{what}: a batch of {whole} images does not fit into the GPU's memory; lower "
+                           f"data.batch_size ({self.batch_size}) or data.image_size") from None
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        size = torch.nn.utils.get_total_norm(gradients) if gradients else loss.new_zeros(())
+        if not self.ranks.total((loss.detach() + size).isfinite().logical_not().float()).item() == 0:
+            for buffer, before in zip(self.model.buffers(), kept):
+                buffer.copy_(before)
+            self.at["skipped"] += 1
+            return None
+        if gradients:
+            self.optimizer.step()
+        if self.factors is not None:
+            apply_factors(*self.factors)
+        return loss.detach() * (whole / self.ranks.size)
 
     def run(self, progress=None, what="training", log=None) -> Epoch:
         """Trains to the end, leaves the network at its best epoch in eval mode, and returns that epoch."""
@@ -190,23 +255,41 @@ class Trainer:
             e = self.run_epoch(progress, what)
             if log:
                 log(f"  {what}: epoch {e.epoch}, loss {e.loss:.4f}, lr {e.lr:.2e}, accuracy {e.acc:.2f}")
+        self.progress.trained()
         self.model.load_state_dict(self.best_state)
         self.model.eval()
         return self.best
 
     def state_dict(self) -> dict:
-        """Plain tensors and numbers from which :meth:`load_state_dict` goes on."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "generator": self.generator.get_state(), "best_state": self.best_state,
-                "history": [asdict(e) for e in self.history]}
+        """Plain tensors and numbers from which :meth:`load_state_dict` goes on, also in the middle of an epoch."""
+        model = dict(self.model.state_dict())
+        if self.on_grid is not None:
+            for name, parameter in self.model.named_parameters(remove_duplicate=False):
+                model[name] = self.on_grid.kept.get(id(parameter), model[name])
+        return {"model": model, "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
+                "best_state": self.best_state, "history": [asdict(e) for e in self.history], "skipped": self.skipped,
+                "at": None if self.at is None else {**self.at, "loss": float(self.at["loss"]),
+                                                    "random": random_states()},
+                "grids": None if self.best_grids is None else
+                    {name: None if grid is None else vars(grid) for name, grid in self.best_grids.items()},
+                "scales": dict(self.on_grid.log_scales) if self.on_grid is not None else {}}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Restores what :meth:`state_dict` returned, on a Trainer made with the same arguments."""
         self.model.load_state_dict(state["model"])
+        for name, scale in state["scales"].items():
+            self.on_grid.log_scales[name].copy_(scale)
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if value.shape == parameter.shape:  # in the parameter's memory format, which the fused step expects
+                    values[key] = torch.empty_like(parameter).copy_(value)
         self.generator.set_state(state["generator"])
-        self.best_state = state["best_state"]
+        self.best_state, self.at, self.skipped = state["best_state"], state["at"], state["skipped"]
         self.history = [Epoch(**e) for e in state["history"]]
+        self.best_grids = None if state["grids"] is None else {
+            name: None if grid is None else Grid(**grid) for name, grid in state["grids"].items()}
 
 
 @torch.no_grad()

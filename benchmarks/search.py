@@ -32,7 +32,7 @@ from compress import BlockConfig, compress_kernel, kernel_shapes  # noqa: E402
 from config import Compress  # noqa: E402
 from runs import keep_freed_memory  # noqa: E402
 from search import LayerBudget, Proxy, decode_lla, lla_nvec  # noqa: E402
-from stages import Entering, run, split  # noqa: E402
+from stages import Entering, folded, run, split  # noqa: E402
 
 NETWORKS = ("deit_tiny_patch16_224", "resnet18")
 LIMITS = {"INT uniform": Compress(), "types and granularities chosen": Compress(qtype="any", granularity="any")}
@@ -53,12 +53,14 @@ class Bare:
 
     def __init__(self, proxy):
         self.proxy = proxy
-        self.stages = split(proxy.model)
+        self.network, _ = folded(proxy.model)
+        self.stages = split(self.network)
         with torch.inference_mode():
             self.entering = Entering(self.stages, proxy.batches, 2**40, copy=False)
 
     def first(self, index):
-        weights = [holder.weight for holder in self.proxy.blocks[index].kernels.values()]
+        known = dict(self.network.named_parameters())
+        weights = [known[name] for name in self.proxy.blocks[index].weight_names.values()]
         return next(i for i, stage in enumerate(self.stages) if stage.holds(weights))
 
     @torch.inference_mode()
@@ -83,18 +85,20 @@ def variants(model, batches, lower: bool) -> dict:
     """Name → what is timed, each part added to those above it; bounds after the variants that they belong to."""
     fast_layout = copy.deepcopy(model).to(memory_format=torch.channels_last)
     blocks, fast_blocks = models.find_blocks(model), models.find_blocks(fast_layout)
-    full = Proxy(fast_layout, fast_blocks, batches, together=1)
+    full = Proxy(fast_layout, fast_blocks, batches, together=1, fold=True)
     made = {"plain": Proxy(model, blocks, batches, cache=False),
             "start at the block": StartOnly(model, blocks, batches, together=1),
             "+ kernels prepared": Proxy(model, blocks, batches, together=1),
-            "+ channels last": full,
+            "+ channels last": Proxy(fast_layout, fast_blocks, batches, together=1),
+            "+ BatchNorm folded": full,
             "  bound of it": Bare(full),
-            f"+ {TOGETHER} candidates together": Proxy(fast_layout, fast_blocks, batches, together=TOGETHER)}
+            f"+ {TOGETHER} candidates together": Proxy(fast_layout, fast_blocks, batches, together=TOGETHER,
+                                                            fold=True)}
     if lower:
-        half = Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16", together=1)
-        made |= {"channels last, bfloat16": half, "  bound of that": Bare(half),
+        half = Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16", together=1, fold=True)
+        made |= {"folded, bfloat16": half, "  bound of that": Bare(half),
                  f"+ {TOGETHER} together, bfloat16": Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16",
-                                                           together=TOGETHER)}
+                                                           together=TOGETHER, fold=True)}
     return made
 
 
@@ -155,13 +159,13 @@ def proxy_section(args, clock) -> None:
                 rates, ratios = count / taken.sum(1), times["plain"].sum(1) / taken.sum(1)
                 at_middle = statistics.median(args.steps / taken[:, middle])
                 print(f"  {name:27} {spread(rates.tolist()):>24} {at_middle:8.2f}   {spread(ratios.tolist())}")
-            for bound, name in (("  bound of it", "+ channels last"), ("  bound of that", "channels last, bfloat16")):
+            for bound, name in (("  bound of it", "+ BatchNorm folded"), ("  bound of that", "folded, bfloat16")):
                 if bound in times:
                     share = times[bound].sum(1) / times[name].sum(1)
                     gflop = sum(made[bound].gflop(i) for i in range(len(blocks))) * args.steps
                     print(f"  {name.removeprefix('+ ')}: {spread((100 * share).tolist(), '{:.0f}')} % of the bound, "
                           f"suffixes at {spread((gflop / times[bound].sum(1)).tolist(), '{:.0f}')} GFLOP/s")
-            kept = made["+ channels last"].entering
+            kept = made["+ BatchNorm folded"].entering
             print(f"  states kept: {kept.bytes / 1e6:.1f} MB in float32", flush=True)
 
 

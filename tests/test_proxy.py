@@ -88,6 +88,9 @@ def test_fast_equals_plain_on_every_block(family):
     questions = [(i, drawn(block, rng)) for i, block in enumerate(blocks)]
     plain = drops(model, blocks, batches, questions, cache=False)
     assert close(drops(model, blocks, batches, questions), plain)
+    without_norms = drops(model, blocks, batches, questions, cache=False, fold=True)
+    assert close(without_norms, plain, rel=1e-4)
+    assert close(drops(model, blocks, batches, questions, fold=True), without_norms)
     assert all(0 < d < 50 for d in plain) and len(set(plain)) == len(plain)
 
 
@@ -151,14 +154,13 @@ def test_candidates_given_together(family, together):
 def test_candidates_together_share_the_pass_behind_their_block():
     model = build("resnet18")
     blocks, sizes = models.find_blocks(model), []
-    proxy = Proxy(model, blocks, [images()], together=4)
+    proxy = Proxy(model, blocks, [images()], together=4, fold=True)
     configs = [uniform(blocks[1], bits) for bits in (3, 4, 5, 6, 7)]
     proxy.drops(1, configs)
-    model.layer4.register_forward_hook(lambda *_: sizes.append(None))
-    handle = model.layer4[1].conv1.register_forward_hook(lambda m, x, y: sizes.append(len(y)))
+    proxy.network.layer4.register_forward_hook(lambda *_: sizes.append(None))
+    proxy.network.layer4[1].conv1.register_forward_hook(lambda m, x, y: sizes.append(len(y)))
     proxy.drops(1, configs)
     assert sizes == [4 * 6, 6]
-    handle.remove()
 
 
 def test_the_search_finds_the_same_policy_without_the_cache():
@@ -191,6 +193,18 @@ def test_the_stages_compose_to_forward(family):
             assert sum(stage.holds([holder.weight]) for stage in split(model)) == 1
 
 
+def test_without_batchnorm_the_logits_are_the_same(family):
+    model, image = family[0].double(), family[2][0].double()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    network, factors = stages.folded(model)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in network.modules())
+    assert len(factors) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert (network is model) == (not factors)
+    with torch.no_grad():
+        torch.testing.assert_close(network(image), model(image), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_stages_leave_what_they_are_given(family):
     model, _, (state, _) = family
     with torch.no_grad():
@@ -207,13 +221,13 @@ def test_a_candidate_starts_at_its_block():
     for name, first, skipped in (("resnet18", 2, 9), ("deit", 7, 7 * 4 + 1), ("mobilenetv2", 5, 20)):
         model, ran = build(name), []
         blocks = models.find_blocks(model)
-        proxy = Proxy(model, blocks, [images()])
+        proxy = Proxy(model, blocks, [images()], fold=True)
         proxy.drops(first, [uniform(blocks[first], 4)])
-        kernels = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        named = {name: m for name, m in proxy.network.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+        start, kernels = list(named).index(next(iter(blocks[first].kernels))), list(named.values())
         for module in kernels:
             module.register_forward_hook(lambda m, x, y: ran.append(m))
         proxy.drops(first, [uniform(blocks[first], 5)])
-        start = kernels.index(next(iter(blocks[first].kernels.values())))
         assert start >= skipped and ran[0] is kernels[start]
         assert not set(map(id, ran)) & set(map(id, kernels[:start]))
 

@@ -1,0 +1,449 @@
+"""What a run needs to go on where it was stopped, so that it ends in the same result.
+
+A run is a row of phases. After each, everything that the next ones depend on is written (:meth:`Progress.commit`). A phase
+that was broken off is taken again from its beginning, but what cost time is not computed twice: figures that were
+measured in it are remembered one by one (:meth:`Progress.once`), and a training goes on at its last saved step. What
+was not saved when a process was killed is at most about ``INTERVAL`` seconds of work.
+
+On the disk a state is a folder: a file per part, and ``manifest.json``, which names the current ones with their sizes
+and checksums. Files never change; a new manifest is renamed over the old one, so that there is one whole state at every
+moment. Parts hold plain values and tensors (:func:`encode`); reading them executes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from config import InputError
+from parallel import Ranks
+
+FORMAT = 1
+INTERVAL = 20.0  # seconds between two saves within a phase
+SHARE = 0.02  # of a run's time that saving within phases may take
+MAGIC = b"HiReLC state\n"
+MAX_HEADER, MAX_MANIFEST = 256 << 20, 1 << 20
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool)}
+
+
+class Stopped(Exception):
+    """The run was asked to stop and its state is saved. ``code``: exit code, 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+class SaveError(Exception):
+    """The state could not be written; the one before it is intact."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: a whole one or none. All writing of a run goes through these three, so that tests can break in anywhere.
+
+
+def write_bytes(file, data) -> None:
+    """Write all of ``data`` (bytes-like)."""
+    file.write(data)
+
+
+def flush(file) -> None:
+    """Until it lies on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def rename(old: Path, new: Path) -> None:
+    """Put one file in another's place, and wait until the folder on the disk says so."""
+    os.replace(old, new)
+    folder = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class _Written:
+    """A file that counts and checks what goes into it; ``torch.save`` takes it for one."""
+
+    def __init__(self, file):
+        self.file, self.bytes, self.crc = file, 0, 0
+
+    def write(self, data):
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else data
+        write_bytes(self.file, view)
+        self.bytes += len(view)
+        self.crc = zlib.crc32(view, self.crc)
+        return len(view)
+
+    def flush(self):
+        self.file.flush()
+
+
+def replace_file(path, fill) -> tuple[int, int]:
+    """Write ``path`` by fill(file): a temporary file beside it, flushed to the disk, renamed. Returns its size and CRC-32.
+    Raises OSError, with the old file intact and no temporary one left."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            written = _Written(file)
+            fill(written)
+            flush(file)
+        rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return written.bytes, written.crc
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Values as bytes
+
+
+def encode(value, file) -> None:
+    """Write None, bool, int, float, str, bytes, tensors, and lists, tuples and dictionaries of them; a tuple comes back
+    as a list. Raises TypeError for anything else."""
+    blobs = []
+    header = json.dumps(_plain(value, blobs)).encode()
+    file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+    for blob in blobs:
+        file.write(blob)
+
+
+def _plain(value, blobs):
+    """``value`` as JSON; tensors and bytes go to ``blobs``. Every dictionary there has one key, which tells its kind."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().contiguous()
+        blobs.append(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        return {"tensor": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]}
+    if isinstance(value, (bytes, bytearray)):
+        blobs.append(bytes(value))
+        return {"bytes": len(value)}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, blobs) for item in value]
+    if isinstance(value, dict):
+        return {"items": [[_plain(key, blobs), _plain(item, blobs)] for key, item in value.items()]}
+    if isinstance(value, np.generic):
+        return _plain(value.item(), blobs)
+    raise TypeError(f"a state cannot hold {type(value).__name__}")
+
+
+def decode(path):
+    """What :func:`encode` wrote. Raises ValueError for a file that is not of that kind; no size in it is believed before
+    the file was seen to be as long."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.read(len(MAGIC)) != MAGIC:
+            raise ValueError("not a part of a state")
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size, MAX_HEADER):
+            raise ValueError("cut off")
+        tree, left = json.loads(file.read(length)), size - file.tell()
+
+        def take(count):
+            nonlocal left
+            if not isinstance(count, int) or not 0 <= count <= left:
+                raise ValueError("cut off")
+            left -= count
+            return bytearray(file.read(count))
+
+        def value(node):
+            if not isinstance(node, (dict, list)):
+                return node
+            if isinstance(node, list):
+                return [value(item) for item in node]
+            (kind, what), = node.items()
+            if kind == "items":
+                return {value(key): value(item) for key, item in what}
+            if kind == "bytes":
+                return bytes(take(what))
+            dtype, shape = what
+            if kind != "tensor" or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError(f"unknown entry {kind}")
+            data = take(math.prod(shape) * DTYPES[dtype].itemsize)
+            return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape) if data else torch.empty(
+                shape, dtype=DTYPES[dtype])
+
+        found = value(tree)
+        if left:
+            raise ValueError("bytes behind its end")
+        return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+class Store:
+    """The state of one run below ``folder``. ``identity``: flat dictionary of what has to be the same for the run to go on
+    (settings, versions)."""
+
+    def __init__(self, folder, identity: dict):
+        self.folder, self.identity = Path(folder), json.loads(json.dumps(identity))
+        self.parts: dict[str, list] = {}  # name → [file, bytes, CRC-32]
+        self.number = 0
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a state to go on from."""
+        return (self.folder / "manifest.json").exists()
+
+    def write(self, parts: dict, drop=()) -> None:
+        """Put new parts in the place of those of their names, leave out ``drop``, keep the others.
+
+        A value is encoded, a callable writes the file itself. Raises SaveError; the state before is then intact.
+        """
+        self.number += 1
+        new = {name: kept for name, kept in self.parts.items() if name not in drop}
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for name, value in parts.items():
+                file = f"{name}-{self.number}"
+                fill = value if callable(value) else lambda out: encode(value, out)
+                new[name] = [file, *replace_file(self.folder / file, fill)]
+            manifest = {"format": FORMAT, "identity": self.identity, "number": self.number, "parts": new}
+            text = json.dumps(manifest, indent=1).encode()
+            replace_file(self.folder / "manifest.json", lambda out: out.write(text))
+        except OSError as error:
+            raise SaveError(f"cannot save the state in {self.folder}: {error.strerror or error}; the one before it is "
+                            "intact: make room there, or give the folder back, and go on with --resume") from None
+        finally:
+            self._tidy(new if self._current() == self.number else self.parts)
+        self.parts = new
+
+    def _current(self) -> int | None:
+        try:
+            return json.loads((self.folder / "manifest.json").read_bytes())["number"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def _tidy(self, parts) -> None:
+        """Remove what no manifest names."""
+        named = {file for file, *_ in parts.values()} | {"manifest.json"}
+        with os.scandir(self.folder) if self.folder.is_dir() else _nothing() as entries:
+            for entry in entries:
+                if entry.name not in named:
+                    Path(entry.path).unlink(missing_ok=True)
+
+    def read(self) -> dict:
+        """The manifest's parts: name → value, and name → path for those that a callable wrote.
+
+        Raises InputError for a state of other settings or another version, with the differing keys, and for one that is
+        damaged.
+        """
+        path = self.folder / "manifest.json"
+        try:
+            if path.stat().st_size > MAX_MANIFEST:
+                raise ValueError("too long")
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise InputError(f"{self.folder}: a state of format {manifest['format']}, this program reads {FORMAT}; "
+                                 "go on with the version that wrote it, or start anew with --restart")
+            there, parts = dict(manifest["identity"]), {str(k): list(v) for k, v in manifest["parts"].items()}
+            self.number = int(manifest["number"])
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(path, error) from None
+        differing = [f"{key} (there {there.get(key)}, now {self.identity.get(key)})"
+                     for key in sorted({*there, *self.identity}) if there.get(key) != self.identity.get(key)]
+        if differing:
+            raise InputError(f"{self.folder}: a state with other settings or versions: {'; '.join(differing)}; give "
+                             "those, or start anew with --restart")
+        found = {}
+        for name, entry in parts.items():
+            try:
+                file, size, crc = entry
+                if not re.fullmatch(r"[a-z0-9.]+-[0-9]+", file):
+                    raise ValueError(f"not a file of a state: {ascii(file)[:80]}")
+                path = self.folder / file
+                if path.stat().st_size != size:
+                    raise ValueError(f"{path.stat().st_size} bytes, not {size}")
+                with open(path, "rb") as content:
+                    found_crc, magic = 0, b""
+                    while block := content.read(1 << 22):
+                        magic = magic or block[:len(MAGIC)]
+                        found_crc = zlib.crc32(block, found_crc)
+                if found_crc != crc:
+                    raise ValueError("its checksum is another")
+                found[name] = decode(path) if magic == MAGIC else path
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError,
+                    RuntimeError) as error:
+                raise self._damaged(self.folder / str(name), error) from None
+        self.parts = parts
+        self._tidy(parts)
+        return found
+
+    def _damaged(self, path, error) -> InputError:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        return InputError(f"{path}: damaged, or not a state of this program ({reason}); start anew with --restart")
+
+    def path(self, name: str) -> Path:
+        """The file of a part."""
+        return self.folder / self.parts[name][0]
+
+    def remove(self) -> None:
+        """The run is finished: its state goes."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.parts = {}
+
+
+class _nothing:
+    def __enter__(self):
+        return ()
+
+    def __exit__(self, *_):
+        pass
+
+
+def publish(source: Path, target: Path) -> None:
+    """Let ``target`` be the same file as ``source``, or a copy of it where the disk knows no second name for a file."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        rename(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Random states
+
+
+def random_states() -> dict:
+    """Those of torch, CUDA, numpy and Python, as plain values."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    version, numbers, following = random.getstate()
+    return {"torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+            "python": [version, list(numbers), following]}
+
+
+def set_random_states(states: dict) -> None:
+    """Put :func:`random_states` back."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"][:torch.cuda.device_count()])
+    kind, keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, numbers, following = states["python"]
+    random.setstate((version, tuple(numbers), following))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where a run is
+
+
+class Progress:
+    """Which phases of a run are done, and what is known within the one that is going on.
+
+    Without a ``store`` nothing is kept. ``ranks``: several processes save at the end of phases and epochs only, since
+    each knows just its own part in between, and the first of them writes. ``note``: says what was substituted.
+    """
+
+    def __init__(self, store: Store | None = None, ranks: Ranks = Ranks(), note=lambda text: None):
+        self.note = note
+        self.store, self.alone, self.writes = store, ranks.size == 1, ranks.first
+        self.done: list[str] = []
+        self.known: dict[str, object] = {}
+        self.counts: dict[str, int] = {}
+        self.training = None  # (name, Trainer) of the training that is going on
+        self.broken_off: dict | None = None  # the state of the one that was
+        self.saved, self.cost, self.spent = time.monotonic(), 0.0, 0.0
+        self.asked: int | None = None  # the signal that asks for a stop
+
+    def begin(self) -> None:
+        """Start a phase: what is counted in it counts from 0."""
+        self.counts = {}
+
+    def once(self, key: str, compute):
+        """compute(), or what it gave before the run was broken off in this phase. ``key`` is numbered, so that it may be
+        the same for every step of a loop."""
+        if self.store is None or not self.alone:
+            return compute()
+        number = self.counts[key] = self.counts.get(key, -1) + 1
+        key = f"{key} {number}"
+        if key not in self.known:
+            before, counts = set(self.known), dict(self.counts)
+            value = compute()
+            # What it consists of need not be known any more.
+            self.known = {k: v for k, v in self.known.items() if k in before}
+            self.counts, self.known[key] = counts, value
+            self.tick()
+        return self.known[key]
+
+    def train(self, name: str, trainer) -> None:
+        """``trainer`` is the training that is going on; it takes over where it was broken off."""
+        if self.broken_off is not None and self.broken_off["name"] == name:
+            trainer.load_state_dict(self.broken_off["trainer"])
+        self.broken_off, self.training = None, (name, trainer)
+        trainer.progress = self
+
+    def trained(self) -> None:
+        """The training is at its end; from here on its network may change, and its last saved state stays."""
+        self.training = None
+
+    def tick(self, epoch: bool = False) -> None:
+        """A place where the run can stop, and where its state is saved if that is due: ``INTERVAL`` seconds after the
+        last time, at the end of an ``epoch`` as soon as it costs no more than ``SHARE`` of the time."""
+        if self.store is None:
+            return
+        now = time.monotonic()
+        due = now - self.saved >= (0.0 if epoch else INTERVAL) and now - self.saved >= self.cost / SHARE
+        if (self.alone and (due or self.asked is not None)) or (epoch and due):
+            self._save_phase()
+        if self.asked is not None and self.alone:
+            raise Stopped(self.asked)
+
+    def _save_phase(self) -> None:
+        parts = {"known": self.known}
+        if self.training is not None:
+            name, trainer = self.training
+            parts["trainer"] = {"name": name, "trainer": trainer.state_dict()}
+        self._write(parts)
+
+    def commit(self, phase: str, parts: dict, drop=()) -> None:
+        """The end of a phase: ``parts`` are what the next ones depend on."""
+        self.done.append(phase)
+        self.known, self.training, self.broken_off = {}, None, None
+        if self.store is not None:
+            self._write({**parts, "done": self.done}, drop=("known", "trainer", *drop))
+            if self.asked is not None and self.alone:
+                raise Stopped(self.asked)
+
+    def _write(self, parts, drop=()) -> None:
+        if not self.writes:
+            return
+        start = time.monotonic()
+        self.store.write(parts, drop)
+        self.saved = time.monotonic()
+        self.cost = self.saved - start
+        self.spent += self.cost
+
+    def load(self) -> dict:
+        """The parts of the last commit; what was known after it is taken over here."""
+        parts = self.store.read()
+        self.done = list(parts.pop("done", []))
+        self.known = dict(parts.pop("known", {}))
+        self.broken_off = parts.pop("trainer", None)
+        return parts
