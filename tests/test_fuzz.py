@@ -222,8 +222,44 @@ def read_origin(path, home, folder):
     return None if seen[0] == (1000, len(content)) else f"{path.name} is not of this file, which is fetched anew"
 
 
-READERS = {"packed.pt": read_packed, "policy.json": read_policy, "config.json": read_settings,
-           "result.json": read_result, "images.zip": read_archive, "small.tar": read_cifar, "data_batch": read_cifar,
+def state_parts():
+    """What the whole state holds: the values of two parts."""
+    import torch
+    draw = torch.Generator().manual_seed(0)
+    weights = {f"layer{i}.weight": torch.randn(3, 4, generator=draw) for i in range(5)}
+    return {"network": {**weights, "count": torch.tensor(3), "none": torch.empty(0, 2), "order": torch.arange(5)},
+            "cycles": [{"acc": 51.25, "cycle": 1, "budgets": [[0.25, "auto"]]}, {1: [True, None]}, b"packed"]}
+
+
+def same(a, b):
+    """Whether two values are equal, tensors bit for bit."""
+    import torch
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list) else a == b
+
+
+def read_state(path, home, folder):
+    import state
+    shutil.copytree(home.parent / "state", folder / "state")
+    part = "manifest.json" if path.name.endswith("manifest.json") else "network-1"
+    shutil.copy(path, folder / "state" / part)
+    if "-crafted" in path.name:                             # its size and checksum are right
+        manifest = json.loads((folder / "state" / "manifest.json").read_bytes())
+        manifest["parts"]["network"] = [part, path.stat().st_size, zlib.crc32(path.read_bytes())]
+        (folder / "state" / "manifest.json").write_text(json.dumps(manifest))
+    progress = state.Progress(state.Store(folder / "state", {"seed": 42, "torch": "2"}))
+    found, whole = progress.load(), state_parts()
+    assert "-crafted" in path.name or all(same(found.get(name), whole[name]) for name in found)
+    return None
+
+
+READERS = {"manifest.json": read_state, "network-1": read_state, "packed.pt": read_packed, "policy.json": read_policy,
+           "config.json": read_settings, "result.json": read_result, "images.zip": read_archive, "small.tar": read_cifar, "data_batch": read_cifar,
            "wnids.txt": read_lists, "val_annotations.txt": read_lists, "cache.u8": read_cache,
            "checked.json": read_checked, "origin.json": read_origin,
            **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tiff", ".webp"), read_image),
@@ -384,6 +420,12 @@ def data_files(folder):
     with open(folder / "cache.u8", "w+b") as file:
         file.write(found.tobytes())
         sources._seal(file, "0123456789abcdef", SIDE, found, flags, reasons)
+
+    import state
+    state.Store(folder.parent / "state", {"seed": 42, "torch": "2"}).write(state_parts())
+    for name in ("manifest.json", "network-1"):
+        shutil.copy(folder.parent / "state" / name, folder)
+
     listed.mkdir()
     for name in ("a.png", "c.png"):
         shutil.copy(tree / "val" / "images" / "0.png", listed / name)
@@ -588,6 +630,26 @@ def crafted_cache(data, draw):
     return data[:-16 - length - CACHED] + index + end
 
 
+def crafted_part(data, draw):
+    """A part of a state of another header, or other bytes behind it; the manifest will have its checksum."""
+    start = len(b"HiReLC state\n")
+    length = int.from_bytes(data[start:start + 8], "little")
+    header, rest = data[start + 8:start + 8 + length], data[start + 8 + length:]
+    kind = draw.randrange(4)
+    if kind == 0:
+        return draw.choice(ANY)(data, draw)
+    if kind == 1:
+        header = draw.choice(NONSENSE)
+    elif kind == 2:
+        header = json.dumps(other_leaf(json.loads(header), draw)).encode()
+    else:
+        sides = draw.choice([[2 ** 62, 4], [0, 2 ** 62], [0] * 100_000, [-1], [3, 5], [True], "ab", [2 ** 70],
+                             [1] * 64])
+        shape = json.dumps({"tensor": [draw.choice(["float32", "int64", "bool", "bfloat16", "qint8"]), sides]})
+        header = header.replace(b'{"tensor": ["float32", [3, 4]]}', shape.encode(), draw.choice([1, 5]))
+    return data[:start] + len(header).to_bytes(8, "little") + header + rest
+
+
 def bad_member(data, draw):
     """A zip with a member whose name leads elsewhere, is a link, a device, there twice, or much larger than it says."""
     made, kind = io.BytesIO(data), draw.randrange(7)
@@ -731,6 +793,7 @@ WAYS = {
     "weights: TorchScript": {"script.pt": ANY + [spoilt_pickle, spoilt_pickle, numbers_in_pickle, other_storages,
                                                  missing_records, zip_bomb]},
     "packed.pt": {"packed.pt": ANY + [spoilt_pickle, numbers_in_pickle, missing_records, zip_bomb] + [crafted] * 6},
+    "state: manifest and parts": {"manifest.json": JSON, "network-1": ANY + [crafted_part] * 8},
     "policy.json": {"policy.json": JSON},
     "config.json": {"config.json": JSON},
     "result.json": {"result.json": JSON},
