@@ -28,6 +28,7 @@ import torch
 import data
 import models
 import pack
+import plan
 import policies
 from blocks import Survey
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
@@ -824,6 +825,16 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
     return result
 
 
+def dry_run(config: Config) -> str:
+    """The plan of :func:`run_experiment`, which is not begun. Raises InputError where that would."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--dry-run plans for one process; run it without torchrun")
+
+    def check(model, blocks, train, test):
+        HiReLC(model, blocks, train, test, config, Log(open(os.devnull, "w")))  # refuses sizes that cannot be met
+    return plan.plan(config, _device(config), check)
+
+
 def evaluate_packed(config: Config, path: str, log: Log | None = None) -> dict:
     """Accuracy of a packed file on the test images of an experiment, or with ``model.source`` of one's own network.
 
@@ -916,6 +927,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="name of a variant, part of the run directory")
     parser.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: "
                         "one cycle of compression and fine-tuning")
+    parser.add_argument("--dry-run", action="store_true", help="only check data, weights, disks, memory and device, "
+                        "and print the plan with an estimated time")
     parser.add_argument("--no-table", action="store_true", help="leave out the results table at the end")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="any setting, for example --set data.image_size=64 lla.timesteps=64; "
@@ -966,7 +979,9 @@ def main(argv=None) -> int:
     for config in configs:
         log = Log()
         try:
-            if args.load:
+            if args.dry_run:
+                print(dry_run(config))
+            elif args.load:
                 evaluate_packed(config, args.load, log)
             else:
                 done.append(run_experiment(config, log))

@@ -12,8 +12,8 @@ class turns up early (in name order the first 1,280 test images would be of a cl
 sorted class names; for tiny-imagenet, line of wnids.txt.
 
 **Cache.** DIR/.hirelc-cache/ keeps one file per data set, split and side: the decoded images of a prefix of the split
-in its order, then one byte of flags per file, then a JSON header with checksums, its length and its checksum. The file's name ends in a key over
-names, sizes and modification times of the *whole* split, in order, and how it was decoded. A run that asks for no more
+in its order, then one byte of flags per file, then a JSON header with checksums, its length and its checksum. The file's
+name ends in a key over names, sizes and modification times of the *whole* split, in order, and how it was decoded. A run that asks for no more
 images than the file covers maps it into memory; one that asks for more decodes all that it asks for and replaces it.
 It is written under another name, synced and renamed: a run sees a whole cache or none. A lock makes a second run wait
 for the first and then use its cache.
@@ -46,7 +46,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from config import InputError
+from config import Data, InputError
 from files import extract, fetch, parse_json, read_json, shown
 
 try:
@@ -111,6 +111,49 @@ class Listing:
         return Listing(self.folder, [self.names[i] for i in order], [self.labels[i] for i in order], self.strays)
 
 
+@dataclass(frozen=True)
+class Sample(Data):
+    """Settings under which at most ``at_most`` images of a split are read; how many were asked for is checked all the
+    same."""
+    at_most: int = 0
+
+
+@dataclass(frozen=True)
+class Absent:
+    """``what`` would be done to get a data set, and the ``bytes`` that it takes on the disk then."""
+    what: str
+    bytes: float
+
+
+# Bytes of the published archives, and of what is in them.
+ARCHIVES = {"cifar10": (170e6, 186e6), "cifar100": (169e6, 186e6), "tiny-imagenet": (248e6, 500e6)}
+
+
+def absent(settings) -> Absent | None:
+    """What :func:`read` would download or unpack first; None where the data set lies there, or is never fetched."""
+    base, name = pathlib.Path(settings.dir), settings.name
+    if name not in ARCHIVES or (base / name).exists():
+        return None
+    if name == "tiny-imagenet":
+        url, archive, folder = TINY_IMAGENET_URL, base / "tiny-imagenet-200.zip", base / "tiny-imagenet-200"
+    else:
+        import torchvision
+        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        url, archive, folder = kind.url, base / kind.filename, base / kind.base_folder
+    packed, unpacked = ARCHIVES[name]
+    if folder.exists():
+        return None
+    if archive.is_file():
+        return Absent(f"would be unpacked from {archive}", unpacked)
+    return Absent(f"would be downloaded from {url} to {archive} (about {packed / 1e6:.0f} MB)", packed + unpacked)
+
+
+def has_cache(settings, split, side, size) -> bool:
+    """Whether a cache of at least ``size`` bytes lies there for a split; one that is out of date makes room."""
+    pattern = f"{settings.name}-{split}-{side}-*.u8"
+    return any(path.stat().st_size >= size for path in (pathlib.Path(settings.dir) / CACHE).glob(pattern))
+
+
 def read(settings, progress=silent):
     """→ (train Part, test Part, class names, notes) of the data set that ``settings`` (config.Data) name.
 
@@ -147,7 +190,7 @@ def _asked(settings, split, available, where):
     if wanted > available:
         raise InputError(f"data.{split}_images={wanted}: {where} holds {available}; give at most {available}, "
                          "or 0 for all")
-    return wanted or available
+    return min(wanted or available, getattr(settings, "at_most", available))
 
 
 def _read_part(settings, split, listing, side, progress, notes, may_stream=False) -> Part:
@@ -680,7 +723,8 @@ def _tiny_imagenet(settings, progress, notes):
             continue
         file, label = (line.split("\t") + ["", ""])[:2]
         if label.strip() not in classes:
-            raise InputError(f"{annotations}, line {number}: '{shown(label.strip())}' is not a class of wnids.txt; {mend}")
+            raise InputError(f"{annotations}, line {number}: '{shown(label.strip())}' is not a class of wnids.txt; "
+                             f"{mend}")
         present = present or {entry.name for entry in _entries(images, mend)}
         if file not in present:
             raise InputError(f"{images / shown(file)} is missing ({annotations.name}, line {number}, names it); {mend}")
