@@ -12,10 +12,10 @@ class turns up early (in name order the first 1,280 test images would be of a cl
 sorted class names; for tiny-imagenet, line of wnids.txt.
 
 **Cache.** DIR/.hirelc-cache/ keeps one file per data set, split and side: the decoded images of a prefix of the split
-in its order, then one byte of flags per file, then a JSON header with checksums, its length and its checksum. The file's
-name ends in a key over names, sizes and modification times of the *whole* split, in order, and how it was decoded. A run that asks for no more
-images than the file covers maps it into memory; one that asks for more decodes all that it asks for and replaces it.
-It is written under another name, synced and renamed: a run sees a whole cache or none. A lock makes a second run wait
+in its order, then one byte of flags per file, then a JSON header with checksums, its length and its checksum. The
+file's name ends in a key over names, sizes and modification times of the *whole* split, in order, and how it was
+decoded. A run that asks for no more images than the file covers maps it into memory, once its checksums are seen to
+be right; one that asks for more decodes all that it asks for and replaces it. It is written under another name, synced and renamed: a run sees a whole cache or none. A lock makes a second run wait
 for the first and then use its cache.
 
 **Decoding.** Few images are read by threads, many by processes that share the memory which receives the pixels: Pillow
