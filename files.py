@@ -21,6 +21,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+import zlib
 
 from config import InputError
 
@@ -317,6 +318,64 @@ def file_name(url: str) -> str:
     if not re.search(r"-[0-9a-f]{8,64}\.\w+$", name):  # the query goes in front: the suffix tells the format
         name = re.sub(r"[^\w.-]+", "_", f"{parts.hostname or ''}{parts.query}{path}", flags=re.ASCII).strip("_")
     return name[-200:]  # file systems end at 255 bytes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: a whole one or none. All writing of a run goes through these three, so that tests can break in anywhere.
+
+
+def write_bytes(file, data) -> None:
+    """Write all of ``data`` (bytes-like)."""
+    file.write(data)
+
+
+def flush(file) -> None:
+    """Until it lies on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def rename(old: pathlib.Path, new: pathlib.Path) -> None:
+    """Put one file in another's place, and wait until the folder on the disk says so."""
+    os.replace(old, new)
+    folder = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class _Written:
+    """A file that counts and checks what goes into it; ``torch.save`` takes it for one."""
+
+    def __init__(self, file):
+        self.file, self.bytes, self.crc = file, 0, 0
+
+    def write(self, data):
+        view = memoryview(data).cast("B") if not isinstance(data, bytes) else data
+        write_bytes(self.file, view)
+        self.bytes += len(view)
+        self.crc = zlib.crc32(view, self.crc)
+        return len(view)
+
+    def flush(self):
+        self.file.flush()
+
+
+def replace_file(path, fill) -> tuple[int, int]:
+    """Write ``path`` by fill(file): a temporary file beside it, flushed to the disk, renamed. Returns its size and CRC-32.
+    Raises OSError, with the old file intact and no temporary one left."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            written = _Written(file)
+            fill(written)
+            flush(file)
+        rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return written.bytes, written.crc
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ import dataclasses
 import json
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ import pack
 import plan
 import policies
 from blocks import Survey
+from checkpoints import read_checkpoint
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
 from config import EXPERIMENTS, Config, InputError, flatten, override
@@ -39,11 +42,13 @@ from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
 from qat import GridTraining
 from report import results_table, survive_ascii, wilson, write_json
-from runs import check_directory, keep_freed_memory, provenance, run_directory, save
+from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
+                  stoppable)
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, null_controller, random_config, train_together)
+from state import Progress, SaveError, Stopped, Store, random_states, set_random_states
 from target import enforce, give_back, max_give_back, parse_goal, retained_weights
-from train import Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
+from train import TooLarge, Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
 __all__ = ["EXPERIMENTS", "HiReLC", "compress_model", "fisher_sensitivity", "main", "run_experiment"]
 
@@ -100,61 +105,76 @@ class HiReLC:
 
     model: an nn.Module on the device of choice, mapping [n, C, H, W] to logits; it is changed in place and holds
     the best compressed weights at the end. blocks: from ``models.find_blocks``. train, test: sets of images as
-    ``data.Images``. ``save``: called as save(self) after every cycle. given: (NetworkConfig, budgets) that take
-    the place of the search.
+    ``data.Images``. ``save``: called as save(self) after every phase. given: (NetworkConfig, budgets) that take
+    the place of the search. progress: where the state is kept, if at all.
     """
 
     def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None,
-                 ranks: Ranks = Ranks(), given=None):
+                 ranks: Ranks = Ranks(), given=None, progress: Progress | None = None):
         self.model, self.blocks, self.train_set, self.test_set = model, blocks, train, test
         self.config, self.log, self.save, self.network = config, log, save, network or {}
-        self.ranks, self.given = ranks, given
+        self.ranks, self.given, self.progress = ranks, given, progress or Progress()
+        self.progress.note = log.note
         self.device = next(model.parameters()).device
         self.shapes = [kernel_shapes(block) for block in blocks]
         self.timings: dict[str, float] = {}
         self.updates: list[dict] = []
         self.cycles: list[Cycle] = []
         self.best: Cycle | None = None
+        self.baseline_acc, self.sensitivity, self.budgets, self.voted = 0.0, [], (), None
+        self.skipped_steps, self.resumed = 0, None
+        self.stored_theta0 = self.stored_carried = self.stored_best = None  # what the state on the disk holds
+        self.started, self.elapsed = time.monotonic(), 0.0  # of this process; seconds of those before it
         self.goal = parse_goal(config.goal)
         if self.goal:
             self.config = override(config, self._goal_settings())
         self._check_sizes()
 
     def run(self) -> dict:
-        """Algorithm 1; returns the content of result.json."""
-        if not self.cycles:
-            self.train_baseline()
-            self.estimate_sensitivity()
-            self.make_agents()
-            if not self.given:
-                self.warm_up_surrogate()
-                self.train_hla(self.config.hla.timesteps)
+        """Algorithm 1; returns the content of result.json.
+
+        Each ``_once`` is a phase: a resumed run passes over those that are done and takes the broken-off one again, which
+        costs next to nothing up to where it was (``state.Progress``).
+        """
         last_cycle = self.config.search.cycles
-        for cycle in range(len(self.cycles), last_cycle + 1):  # row 0 is the baseline
-            self.hla.feedback(self.cycles[-1].drop, self.cycles[-1].retained, cycle)
-            if cycle > 1:
-                self.train_hla(self.config.hla.burst)
-            if self.given:
-                voted, budgets = self.given
-            else:
-                budgets = self.ranks.same(self.hla.budgets(deterministic=cycle == last_cycle))
-                voted = self.search_blocks(cycle, budgets)
-            chosen = self.meet_target(voted)
-            masks = self.apply(chosen)
-            row = self.finetune_and_measure(cycle, chosen, masks, budgets, voted)
-            if not self.given:
-                self.update_surrogate(chosen, row)
-            self.keep_best(row, chosen, masks, budgets)
-            self.save(self)
+        self._once("from scratch", self.train_from_scratch)
+        self._once("baseline", self.train_baseline)
+        self._once("sensitivity", self.estimate_sensitivity)
+        self._restore(self.make_agents)
+        if not self.given:
+            self._once("warm-up", self.warm_up_surrogate)
+            self._once("high-level agents", self.train_hla, self.config.hla.timesteps)
+        for cycle in range(1, last_cycle + 1):
+            self._once(f"cycle {cycle}, budgets", self.choose_budgets, cycle, cycle == last_cycle)
+            self._once(f"cycle {cycle}, search", self.search_blocks, cycle)
+            self._once(f"cycle {cycle}, measurement", self.measure, cycle)
         while self.may_relax():
-            self.relax()
-            self.save(self)
+            self._once(f"relaxation {len(self.cycles) - last_cycle}", self.relax)
         return self.report()
+
+    def choose_budgets(self, cycle: int, last: bool) -> None:
+        """Steps 1-3: tell the high-level agents what the last cycle measured, train them on, vote."""
+        self.hla.feedback(self.cycles[-1].drop, self.cycles[-1].retained, cycle)
+        if self.given:
+            self.budgets = self.given[1]
+            return
+        if cycle > 1:
+            self.train_hla(self.config.hla.burst)
+        self.budgets = self.ranks.same(self.hla.budgets(deterministic=last))
+
+    def measure(self, cycle: int) -> None:
+        """Steps 6-9: apply what was chosen, repair and measure it, learn from it, keep the best."""
+        chosen = self.meet_target(self.voted)
+        masks = self.apply(chosen)
+        row = self.finetune_and_measure(cycle, chosen, masks, self.budgets, self.voted)
+        if not self.given:
+            self.update_surrogate(chosen, row)
+        self.keep_best(row, chosen, masks, self.budgets)
 
     # -- before the first cycle
 
-    def train_baseline(self) -> None:
-        """theta_0 and the baseline accuracy: from scratch where there are no weights, then fine-tuning (§3.1.1)."""
+    def train_from_scratch(self) -> None:
+        """Where there are no weights: training on the experiment's own data."""
         c = self.config
         if len(self.train_set) % c.data.batch_size == 1 and c.data.batch_size > 1:
             self.log.note("the last batch of each training epoch holds one image and is left out (BatchNorm)")
@@ -164,16 +184,21 @@ class HiReLC:
                 trainer = self._trainer("scratch", s.epochs, s.lr, s.weight_decay, patience=0,
                                         warmup_epochs=s.warmup_epochs)
                 best = trainer.run(self.log.progress, "from scratch", self.log.info)
+                self.skipped_steps += trainer.skipped
             self.log.info(f"trained from scratch: AdamW {s.lr:g}, weight decay {s.weight_decay:g}, {s.epochs} epochs, "
                           f"warm-up {s.warmup_epochs:g}, accuracy {best.acc:.2f} (epoch {best.epoch})")
+
+    def train_baseline(self) -> None:
+        """theta_0 and the baseline accuracy, fine-tuned from the weights that there are (§3.1.1)."""
         with self._timed("baseline"):
-            if c.baseline.epochs:
-                b = c.baseline
-                self._trainer("baseline", b.epochs, b.lr, b.weight_decay, b.patience).run(
-                    self.log.progress, "baseline", self.log.info)
+            b = self.config.baseline
+            if b.epochs:
+                trainer = self._trainer("baseline", b.epochs, b.lr, b.weight_decay, b.patience)
+                trainer.run(self.log.progress, "baseline", self.log.info)
+                self.skipped_steps += trainer.skipped
             self.ranks.same_tensors(self.model.state_dict().values())
             self.theta0 = self._state()
-            self.baseline_acc = accuracy(self._correct())
+            self.baseline_acc = accuracy(self._correct("baseline"))
         self.cycles.append(Cycle(cycle=0, acc=self.baseline_acc, drop=0.0, deployed_acc=self.baseline_acc))
         self.carried = self.theta0
         self.log.info(f"baseline accuracy {self.baseline_acc:.2f} on {self.eval_images} test images")
@@ -206,7 +231,7 @@ class HiReLC:
         self.surrogate = Surrogate(5 * sum(map(len, self.shapes)), c.surrogate, derive_seed(c.seed, "surrogate"))
         s = c.search
         proxy = Proxy(self.model, self.blocks, batches, s.cache, s.dtype, s.cache_mb, s.together, s.fold)
-        self.estimator = DropEstimator(proxy, self.surrogate, self.baseline_acc)
+        self.estimator = DropEstimator(proxy, self.surrogate, self.baseline_acc, self.progress.once)
         params = [sum(shape.params for shape in block) for block in self.shapes]
         self.hla = HLAEnsemble(params, self.sensitivity, c)
         self.lla = [LLAEnsemble(i, block, s, self.estimator, c, len(self.blocks))
@@ -225,9 +250,14 @@ class HiReLC:
                 self.model.load_state_dict(self.theta0)
                 sample = random_config(self.shapes, self.config.compress, rng)
                 masks = compress_network(self.blocks, sample)
-                trainer = self._trainer(f"warmup {n}", 1, s.warmup_lr, self.config.finetune.weight_decay, patience=0,
-                                        masks=masks)
-                acc = trainer.run(None, f"warm-up sample {n + 1}").acc
+
+                def measured():
+                    trainer = self._trainer(f"warmup {n}", 1, s.warmup_lr, self.config.finetune.weight_decay, patience=0,
+                                            masks=masks)
+                    return trainer.run(None, f"warm-up sample {n + 1}").acc, trainer.skipped
+
+                acc, skipped = self.progress.once("warm-up", measured)
+                self.skipped_steps += skipped
                 self.surrogate.add(sample, acc)
                 self.log.info(f"  warm-up {n + 1}/{s.warmup}: CR {sample.cr:.2f}, accuracy {acc:.2f}")
             self.model.load_state_dict(self.theta0)
@@ -242,11 +272,15 @@ class HiReLC:
         with self._timed("hla"):
             self._log_updates(self.hla.train(timesteps))
 
-    def search_blocks(self, cycle: int, budgets) -> NetworkConfig:
+    def search_blocks(self, cycle: int) -> None:
         """Steps 4-5: train each block's low-level agents under its budget and vote, with theta_0 in the network.
 
         Blocks are independent of one another, so that several ranks divide them.
         """
+        if self.given:
+            self.voted = self.given[0]
+            return
+        budgets = self.budgets
         self.model.load_state_dict(self.theta0)
         done, mine = 0, [i for i, owner in enumerate(self.owners) if owner == self.ranks.rank]
         total = len(mine) * len(self.config.lla.algorithms)
@@ -271,7 +305,7 @@ class HiReLC:
             self.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, "
                           f"retained {chosen.retained:.3f}, bits {chosen.average_bits:.2f}, "
                           f"keep {chosen.average_keep:.3f}")
-        return NetworkConfig(tuple(found[i][0] for i in range(len(self.blocks))))
+        self.voted = NetworkConfig(tuple(found[i][0] for i in range(len(self.blocks))))
 
     def meet_target(self, voted: NetworkConfig) -> NetworkConfig:
         """Past the paper, where asked for: steps of bits and keep until the size is met (``target.enforce``)."""
@@ -306,15 +340,16 @@ class HiReLC:
         """Step 7: fine-tune under the masks; accuracy of the best epoch, and of the packed file that comes of it."""
         f = self.config.finetune
         with self._timed("finetune"):
-            before = accuracy(self._correct())
+            before = accuracy(self._correct("before fine-tuning"))
             on_grid = GridTraining(self.blocks, chosen, masks, f.scales == "learned") if f.mode == "qat" else None
             trainer = self._trainer(f"finetune {cycle}", f.epochs, f.lr, f.weight_decay, f.patience, masks=masks,
                                     on_grid=on_grid)
             best = trainer.run(self.log.progress, f"cycle {cycle}, fine-tuning", self.log.info)
+            self.skipped_steps += trainer.skipped
             self.carried = self._state()
         with self._timed("deploy"):
             self.packed = self.deploy(chosen, masks, trainer.best_grids)
-            deployed = accuracy(self._correct())
+            deployed = accuracy(self._correct("deployed"))
             self.model.load_state_dict(self.carried)
         active = self.surrogate.active
         features = [v for block in chosen.blocks for v in block_features(block)]
@@ -401,6 +436,7 @@ class HiReLC:
         """Whole-split accuracies of theta_0 and the best network, and everything for result.json."""
         c, best, count = self.config, self.best, len(self.test_set)
         full = {"baseline": None, "final": None, "deployed": None}
+        self.progress.begin()
         with self._timed("report"):
             if c.eval.full:
                 for key, state in (("baseline", self.theta0), ("final", self.best_state), ("deployed", None)):
@@ -409,7 +445,7 @@ class HiReLC:
                     else:
                         self.model.load_state_dict(state)
                     full[key] = correct(self.model, self.test_set, c.eval.batch_size, 0, self.log.progress,
-                                        self.ranks)
+                                        self.ranks, self.progress, f"whole split, {key}")
             self.model.load_state_dict(self.best_state)
             null = null_controller(self.shapes, self.sensitivity, c)
         interval = {k: v if v is None else list(wilson(int(v.sum()), count)) for k, v in full.items()}
@@ -446,7 +482,7 @@ class HiReLC:
             "sensitivity": self.sensitivity,
             "surrogate_mae": sum(errors) / len(errors) if errors else None,
             "mean_kl": {who: sum(values) / len(values) for who, values in moved.items()},
-            "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "null_controller": null,
+            "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "skipped_steps": self.skipped_steps, "null_controller": null,
             "notes": self.log.notes, "timings": {k: round(v, 2) for k, v in self.timings.items()}}
 
     def policy(self) -> dict:
@@ -456,43 +492,111 @@ class HiReLC:
             entry["budget"] = dataclasses.asdict(budget)
         return policy
 
+    # -- phases and the state between them
+
+    def _once(self, phase: str, step, *args) -> None:
+        """Take a phase unless a resumed run has it behind it, and save what follows from it."""
+        if phase in self.progress.done:
+            return
+        self.progress.begin()
+        step(*args)
+        self.progress.commit(phase, *self._changed())
+        self.save(self)
+
+    def _restore(self, make) -> None:
+        """Make the agents, which every process does, and give them the state that a resumed run left them in."""
+        notes = list(self.log.notes)
+        make()
+        if self.resumed:
+            if self.resumed["hla"] is not None:
+                self.log.notes = notes  # what making them says is among them already
+            for owner, key in ((self.surrogate, "surrogate"), (self.hla, "hla")):
+                if self.resumed[key] is not None:
+                    owner.load_state_dict(self.resumed[key])
+            for lla, saved in zip(self.lla, self.resumed["lla"]):
+                lla.load_state_dict(saved)
+            if self.resumed["consensus"]:
+                self.estimator.consensus = list(from_policy(self.resumed["consensus"], self.blocks).blocks)
+            self.resumed = None
+
+    def _changed(self) -> tuple[dict, tuple]:
+        """(parts to write, parts to drop) of the state after a phase. theta_0, the best network and its packed file are
+        written when they are new; the network alone only where theta_0 does not stand for it."""
+        if self.progress.store is None:
+            return {}, ()
+        parts, drop = {"run": self.state_dict()}, ()
+        if not self.cycles:
+            parts["network"] = self._state()
+        elif self.stored_theta0 is not self.theta0:
+            parts["theta0.pt"], drop = lambda file: torch.save(self.theta0, file), ("network",)
+        if self.cycles and self.config.carry != "none" and self.stored_carried is not self.carried:
+            parts["carried"] = self.stored_carried = self.carried
+        if self.best is not None and self.stored_best is not self.best:
+            parts["best.pt"] = lambda file: torch.save(self.best_network(), file)
+            parts["packed.pt"] = lambda file: file.write(self.best_packed)
+        self.stored_theta0, self.stored_best = (self.theta0 if self.cycles else None), self.best
+        return parts, drop
+
+    def best_network(self) -> dict:
+        """Content of best.pt."""
+        return {"format": 1, "settings": flatten(self.config), "cycle": self.best.cycle, "network": self.network,
+                "model": self.best_state, "masks": self.best_masks, "policy": self.policy()}
+
     def state_dict(self) -> dict:
-        """Everything that the next cycle depends on, as plain tensors, numbers, lists and dictionaries.
+        """Everything but networks that the next phase depends on, as plain tensors, numbers, lists and dictionaries.
 
-        Meant for the end of a cycle (``save``). Phases draw from generators of their own, derived from the seed, so
-        no other random state is needed.
+        Phases draw from generators of their own, derived from the seed; the global random states are those that the
+        user's own network or images may draw from.
         """
-        consensus = NetworkConfig(tuple(self.estimator.consensus))
+        agents = hasattr(self, "hla")
+        consensus = self.estimator.consensus if agents else [None]
+        best = None if self.best is None else {
+            "cycle": self.best.cycle, "policy": to_policy(self.blocks, self.best_config), "masks": self.best_masks,
+            "budgets": [dataclasses.asdict(budget) for budget in self.best_budgets]}
         return {
-            "theta0": self.theta0, "baseline_acc": self.baseline_acc, "sensitivity": self.sensitivity,
-            "carried": self.carried, "cycles": [dataclasses.asdict(row) for row in self.cycles],
-            "consensus": to_policy(self.blocks, consensus), "surrogate": self.surrogate.state_dict(),
-            "hla": self.hla.state_dict(), "lla": self._lla_states(),
-            "best": {"cycle": self.best.cycle, "policy": to_policy(self.blocks, self.best_config),
-                     "masks": self.best_masks, "state": self.best_state,
-                     "packed": torch.frombuffer(bytearray(self.best_packed), dtype=torch.uint8),
-                     "budgets": [dataclasses.asdict(budget) for budget in self.best_budgets]},
-            "updates": self.updates, "timings": self.timings, "notes": self.log.notes}
+            "baseline_acc": self.baseline_acc, "sensitivity": self.sensitivity,
+            "cycles": [dataclasses.asdict(row) for row in self.cycles],
+            "budgets": [dataclasses.asdict(budget) for budget in self.budgets],
+            "voted": to_policy(self.blocks, self.voted) if self.voted else None,
+            "consensus": to_policy(self.blocks, NetworkConfig(tuple(consensus))) if all(consensus) else None,
+            "surrogate": self.surrogate.state_dict() if agents else None,
+            "hla": self.hla.state_dict() if agents else None, "lla": self._lla_states() if agents else [],
+            "best": best, "updates": self.updates, "timings": dict(self.timings), "notes": list(self.log.notes),
+            "skipped_steps": self.skipped_steps, "elapsed": self.elapsed + time.monotonic() - self.started,
+            "random": random_states()}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take over a :meth:`state_dict`; :meth:`run` then goes on with the next cycle and ends in the same result."""
-        self.theta0, self.carried = state["theta0"], state["carried"]
+    def load_state(self, parts: dict) -> None:
+        """Take over the parts of a state; :meth:`run` then goes on behind the last phase that was done."""
+        state = parts["run"]
+        if "theta0.pt" in parts:
+            self.theta0 = self.stored_theta0 = self._like(read_checkpoint(str(parts["theta0.pt"])))
+            self.carried = self._like(parts["carried"]) if "carried" in parts else self.theta0
+            self.model.load_state_dict(self.theta0)
+        elif "network" in parts:
+            self.model.load_state_dict(self._like(parts["network"]))
         self.baseline_acc, self.sensitivity = state["baseline_acc"], state["sensitivity"]
-        self.model.load_state_dict(self.theta0)
-        self.make_agents()
-        self.surrogate.load_state_dict(state["surrogate"])
-        self.hla.load_state_dict(state["hla"])
-        for lla, saved in zip(self.lla, state["lla"]):
-            lla.load_state_dict(saved)
-        self.estimator.consensus = list(from_policy(state["consensus"], self.blocks).blocks)
         self.cycles = [Cycle(**row) for row in state["cycles"]]
+        self.budgets = tuple(LayerBudget(**budget) for budget in state["budgets"])
+        self.voted = from_policy(state["voted"], self.blocks) if state["voted"] else None
         best = state["best"]
-        self.best, self.best_config = self.cycles[best["cycle"]], from_policy(best["policy"], self.blocks)
-        self.best_masks, self.best_state = best["masks"], best["state"]
-        self.best_packed = best["packed"].numpy().tobytes()
-        self.best_budgets = tuple(LayerBudget(**budget) for budget in best["budgets"])
+        if best is not None:
+            self.best = self.stored_best = self.cycles[best["cycle"]]
+            self.best_config, self.best_masks = from_policy(best["policy"], self.blocks), best["masks"]
+            self.best_budgets = tuple(LayerBudget(**budget) for budget in best["budgets"])
+            self.best_state = self._like(read_checkpoint(str(parts["best.pt"])))
+            self.best_packed = Path(parts["packed.pt"]).read_bytes()
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
-        self.log.notes = list(state["notes"])
+        self.log.notes, self.skipped_steps = list(state["notes"]), state["skipped_steps"]
+        self.elapsed = state["elapsed"]
+        self.resumed = state
+        set_random_states(state["random"])
+
+    def _like(self, tensors: dict) -> dict:
+        """Tensors by name as the network has them: its device and memory format. InputError where they do not fit."""
+        own = self.model.state_dict()
+        if own.keys() != tensors.keys() or any(own[key].shape != value.shape for key, value in tensors.items()):
+            raise InputError("the state holds another network than the settings ask for; start anew with --restart")
+        return {key: torch.empty_like(own[key]).copy_(value) for key, value in tensors.items()}
 
     # -- helpers
 
@@ -565,8 +669,9 @@ class HiReLC:
     def _state(self) -> dict:
         return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-    def _correct(self):
-        return correct(self.model, self.test_set, self.config.eval.batch_size, self.eval_images, ranks=self.ranks)
+    def _correct(self, what):
+        return correct(self.model, self.test_set, self.config.eval.batch_size, self.eval_images, ranks=self.ranks,
+                       state=self.progress, what=what)
 
     def _lla_states(self) -> list[dict]:
         """State of every block's agents, each from the rank that trains them."""
@@ -576,11 +681,13 @@ class HiReLC:
 
     def _trainer(self, phase, epochs, lr, weight_decay, patience, warmup_epochs=0.0, masks=None,
                  on_grid=None) -> Trainer:
-        return Trainer(self.model, self.train_set, self.test_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
+        trainer = Trainer(self.model, self.train_set, self.test_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
                        patience=patience, batch_size=self.config.data.batch_size, eval_images=self.eval_images,
                        eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
                        blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
                        ranks=self.ranks, unused_parameters=self.config.model.weights == "given", half=self.half)
+        self.progress.train(phase, trainer)
+        return trainer
 
     def _timed(self, phase: str):
         return _Timed(self.timings, phase)
@@ -746,12 +853,21 @@ def resolve_own(source: str, flags: dict, assignments=()) -> Config:
     return config
 
 
-def run_experiment(config: Config, log: Log | None = None) -> dict:
+def run_experiment(config: Config, log: Log | None = None, resume: bool = False, restart: bool = False) -> dict:
     """Prepare and run one experiment, or one network of one's own, and fill its run directory (SPEC 12).
 
-    Returns what result.json holds.
+    Returns what result.json holds. ``resume``: go on with a run that was broken off, and leave a finished one as it is;
+    ``restart``: begin anew where one was broken off, which is an InputError otherwise.
     Raises InputError before anything is written when settings, data, weights, device or folder cannot be used.
     """
+    owner = Owner()
+    try:
+        return _run_experiment(config, log, resume, restart, owner)
+    finally:
+        owner.leave()
+
+
+def _run_experiment(config, log, resume, restart, owner):
     started, ranks = time.monotonic(), start(config.device)
     log = (log or Log()) if ranks.first else Log(open(os.devnull, "w"))
     parse_goal(config.goal)
@@ -761,8 +877,16 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
         raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each "
                          "needs two images of a batch")
     device, path = _device(config, ranks), run_directory(config)
+    store = Store(path / "state", identity(config))
     if ranks.first:
         check_directory(path, config)
+        owner.take(path)
+    if resume and (path / "result.json").exists() and not store.exists:
+        log.info(f"{path}: finished already")
+        return json.loads((path / "result.json").read_text(encoding="utf-8"))
+    if store.exists and not (resume or restart):
+        raise _begun(path)
+    resume = resume and store.exists
     title = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
     log.info(f"{title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}"
              + (f", {ranks.size} processes" if ranks.size > 1 else ""))
@@ -795,27 +919,43 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
         log.info(f"{config.model.name}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
                  f"{sum(kernel.params for kernel in survey.compressed):,} kernel parameters")
 
+    progress = Progress(store, ranks)
     run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log,
                  save=lambda r: save(r, path) if ranks.first else None,
                  network=_describe(model, config, splits.train), ranks=ranks,
-                 given=_fitted(policy, survey.blocks, config, log))
+                 given=_fitted(policy, survey.blocks, config, log), progress=progress)
+    if resume:
+        with ranks.one_before_the_others():
+            parts = progress.load()
+        ranks.same(None)  # nobody writes while another one reads
+        if "run" in parts:
+            run.load_state(parts)
+        log.info(f"resumed after {progress.done[-1] if progress.done else 'the start'}")
     if ranks.first:
         path.mkdir(parents=True, exist_ok=True)
-        for name in ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv"):
-            (path / name).unlink(missing_ok=True)  # of an earlier run with the same settings
-        log.open(path / "run.log")
-        write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size, **provenance(device)})
-    result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
-              "policy_source": policy and policy.source}
-    total = time.monotonic() - started
+        owner.take(path)
+        if not resume:
+            clear(path)
+        log.open(path / "run.log", resume)
+        if resume:
+            for note in moved(path, device, ranks.size):
+                log.note(note)
+        else:
+            write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size,
+                                              **provenance(device)})
+    with stoppable(progress):
+        result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
+                  "policy_source": policy and policy.source}
+    total = run.elapsed + time.monotonic() - started
     result["timings"]["other"] = round(total - sum(result["timings"].values()), 2)
     result["time_shares"] = {phase: round(seconds / total, 4) for phase, seconds in result["timings"].items()}
-    result["timings"]["total"] = round(total, 2)
+    result["timings"] |= {"total": round(total, 2), "saving": round(progress.spent, 2)}
     if not ranks.first:
         return result
     result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
+    store.remove()
     for phase, share in sorted(result["time_shares"].items(), key=lambda item: -item[1]):
         log.info(f"  {phase:12} {result['timings'][phase]:10.1f} s  {100 * share:5.1f} %")
     log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
@@ -825,14 +965,22 @@ def run_experiment(config: Config, log: Log | None = None) -> dict:
     return result
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, resume: bool = False, restart: bool = False) -> str:
     """The plan of :func:`run_experiment`, which is not begun. Raises InputError where that would."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise InputError("--dry-run plans for one process; run it without torchrun")
 
+    path = run_directory(config)
+    if Store(path / "state", {}).exists and not (resume or restart):
+        raise _begun(path)
+
     def check(model, blocks, train, test):
         HiReLC(model, blocks, train, test, config, Log(open(os.devnull, "w")))  # refuses sizes that cannot be met
     return plan.plan(config, _device(config), check)
+
+
+def _begun(path) -> InputError:
+    return InputError(f"{path}: holds a run that was broken off; --resume goes on with it, --restart begins anew")
 
 
 def evaluate_packed(config: Config, path: str, log: Log | None = None) -> dict:
@@ -929,6 +1077,9 @@ def _parser() -> argparse.ArgumentParser:
                         "one cycle of compression and fine-tuning")
     parser.add_argument("--dry-run", action="store_true", help="only check data, weights, disks, memory and device, "
                         "and print the plan with an estimated time")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was broken off; one that is "
+                        "finished is left as it is")
+    parser.add_argument("--restart", action="store_true", help="begin anew where a run was broken off")
     parser.add_argument("--no-table", action="store_true", help="leave out the results table at the end")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                         help="any setting, for example --set data.image_size=64 lla.timesteps=64; "
@@ -960,6 +1111,8 @@ def main(argv=None) -> int:
     keep_freed_memory()
     try:
         args = _parser().parse_args(argv)
+        if args.resume and args.restart:
+            raise InputError("--resume goes on with a run, --restart begins it anew; give one of them")
         if args.list:
             print(list_experiments())
             return 0
@@ -980,17 +1133,20 @@ def main(argv=None) -> int:
         log = Log()
         try:
             if args.dry_run:
-                print(dry_run(config))
+                print(dry_run(config, args.resume, args.restart))
             elif args.load:
                 evaluate_packed(config, args.load, log)
             else:
-                done.append(run_experiment(config, log))
+                done.append(run_experiment(config, log, args.resume, args.restart))
         except (InputError, OSError) as error:
             code = max(code, _fail(error, 2))
-        except FloatingPointError as error:
+        except (FloatingPointError, SaveError, TooLarge) as error:
             code = max(code, _fail(error, 1))
-        except KeyboardInterrupt:
-            return _fail("stopped by Ctrl-C; the run directory holds what was finished", 130)
+        except (Stopped, KeyboardInterrupt) as error:
+            stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+            again = shlex.join(["python", "hirelc.py", *(a for a in argv or sys.argv[1:] if a != "--restart"),
+                                *([] if args.resume or args.load else ["--resume"])])
+            return _fail(f"{stopped}; go on with: {again}", stopped.code)
         finally:
             log.close()
     if done and not args.no_table and first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -31,11 +32,12 @@ class Log:
         self.what, self.started, self.shown, self.first, self.width = None, 0.0, 0.0, 0, 0
         self.notes: list[str] = []
 
-    def open(self, path) -> None:
-        """From now on write to ``path`` too, beginning with everything that was said before."""
-        self.file = open(path, "w", encoding="utf-8")
-        self.file.writelines(self.early)
-        self.early = []
+    def open(self, path, append: bool = False) -> None:
+        """From now on write to ``path`` too, beginning with everything that was said before; ``append``: behind what is
+        there."""
+        self.file = open(path, "a" if append else "w", encoding="utf-8")
+        early, self.early = self.early, []
+        self._write("".join(early))
 
     def info(self, text: str) -> None:
         """One line to the stream and the file."""
@@ -43,10 +45,19 @@ class Log:
         print(text, file=self.stream, flush=True)
         line = time.strftime("%H:%M:%S ") + text + "\n"
         if self.file:
-            self.file.write(line)
-            self.file.flush()
+            self._write(line)
         else:
             self.early.append(line)
+
+    def _write(self, text):
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except OSError as error:  # a full disk: what matters more will say so, or has found room
+            print(f"note: nothing more goes into {self.file.name}: {error.strerror}", file=self.stream, flush=True)
+            with contextlib.suppress(OSError):
+                self.file.close()
+            self.file = None
 
     def note(self, text: str) -> None:
         """Something was skipped, clipped or substituted: a line here, and kept for result.json."""
@@ -79,7 +90,8 @@ class Log:
         """Ends the updating line and closes the file."""
         self._wipe()
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):
+                self.file.close()
             self.file = None
 
     def _wipe(self):

@@ -40,6 +40,7 @@ from checkpoints import read_checkpoint, shown
 from compress import (FULL_BITS, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, channels_kept, decode,
                       encode, kernel_shapes)
 from config import InputError
+from files import replace_file
 from own import own_network
 from report import survive_ascii
 
@@ -347,17 +348,8 @@ def _pack_kernel(kernel, weight, mask, grid):
 
 
 def write(path, data: bytes) -> None:
-    """Write a whole file or nothing: a temporary file beside it, flushed to the disk, then a rename. Raises OSError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a whole file or nothing. Raises OSError."""
+    replace_file(path, lambda file: file.write(data))
 
 
 # ---------------------------------------------------------------------------------------------------------------

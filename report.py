@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from config import EXPERIMENTS, InputError
+from files import replace_file
 from files import read_json
 
 Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
@@ -24,14 +25,8 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def write_text(path, text: str) -> None:
-    """Write a whole file or nothing: a temporary file beside it, then a rename."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a whole file or nothing."""
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path, value) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import ctypes
 import dataclasses
 import io
+import json
 import os
 import platform
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +27,16 @@ import pack
 from config import Config, InputError, flatten, from_flat
 from files import read_json, shown
 from report import write_text
+from state import SaveError, Stopped, publish
+
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing then keeps two processes off one run
+    fcntl = None
+
+# where things lie, and how they are read, does not change the result
+PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
 
 
 def keep_freed_memory() -> None:
@@ -56,10 +71,8 @@ def check_settings(path: Path, config: Config) -> None:
             raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away or "
                              "choose another --out or --name") from None
         now = flatten(config)
-        # where things lie, and how they are read, does not change the result
-        places = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
         differing = [f"{key} (there {shown(before[key])}, now {shown(now[key])})" for key in now
-                     if key not in places and before[key] != now[key]]
+                     if key not in PLACES and before[key] != now[key]]
         if differing:
             raise InputError(f"{path} holds a run with other settings: {'; '.join(differing)}; give the variant a "
                              "--name or choose another --out")
@@ -101,27 +114,129 @@ def provenance(device) -> dict:
 
 
 def save(run, path: Path) -> None:
-    """After every cycle: cycles.csv, updates.csv, once theta_0, and the best network so far, masked and packed."""
-    write_text(path / "cycles.csv", _csv([dataclasses.asdict(row) for row in run.cycles]))
-    if run.updates:
-        write_text(path / "updates.csv", _csv(run.updates))
-    if not (path / "baseline.pt").exists():
-        _write_tensors(path / "baseline.pt", run.theta0)
-    if run.best is run.cycles[-1]:
-        _write_tensors(path / "best.pt", {
-            "format": 1, "settings": flatten(run.config), "cycle": run.best.cycle, "network": run.network,
-            "model": run.best_state, "masks": run.best_masks, "policy": run.policy()})
-        pack.write(path / "packed.pt", run.best_packed)
-
-
-def _write_tensors(path: Path, value) -> None:
-    """``torch.save``, a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """After every phase: cycles.csv, updates.csv, and theta_0, the best network and its packed file, which are the files
+    of the state under the names that users look for. Raises state.SaveError."""
+    store = run.progress.store
     try:
-        torch.save(value, temporary)
-        temporary.replace(path)
+        if run.cycles:
+            write_text(path / "cycles.csv", _csv([dataclasses.asdict(row) for row in run.cycles]))
+        if run.updates:
+            write_text(path / "updates.csv", _csv(run.updates))
+        for part, name in (("theta0.pt", "baseline.pt"), ("best.pt", "best.pt"), ("packed.pt", "packed.pt")):
+            if part in store.parts and not _same(store.path(part), path / name):
+                publish(store.path(part), path / name)
+    except OSError as error:
+        raise SaveError(f"cannot write to {path}: {error.strerror or error}; the state there is intact: make room, or give "
+                        "the folder back, and go on with --resume") from None
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and (one.samefile(other) or one.stat().st_mtime_ns <= other.stat().st_mtime_ns
+                               and one.stat().st_size == other.stat().st_size)
+
+
+def clear(path: Path) -> None:
+    """Remove what an earlier run with the same settings left, and temporary files of one that was killed."""
+    shutil.rmtree(path / "state", ignore_errors=True)
+    for name in ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv"):
+        (path / name).unlink(missing_ok=True)
+    _remove_temporary(path)
+
+
+def _remove_temporary(path: Path) -> None:
+    for pattern in (".*.tmp", ".probe-*"):
+        for left in path.glob(pattern):
+            left.unlink(missing_ok=True)
+
+
+def identity(config: Config) -> dict:
+    """What has to be the same for a run to go on: every setting that its result depends on, and the versions."""
+    settings = {key: value for key, value in flatten(config).items() if key not in PLACES}
+    return {**settings, "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
+
+
+def moved(path: Path, device, processes: int) -> list[str]:
+    """What is different about the machine that a run goes on at, one line each: results may then differ in the last
+    bits, and from there on."""
+    try:
+        before = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        before = {**before["hardware"], "processes": before["processes"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        before = {}
+    now = {**provenance(device)["hardware"], "processes": processes}
+    return [f"goes on with another {key} than it began with ({before.get(key)}, now {value}): the last bits may differ "
+            "from those of a run in one go" for key, value in now.items() if before.get(key) != value]
+
+
+class Owner:
+    """The one process that may write to a run directory: it holds a lock on the file ``lock`` there, which says who it is
+    and which the system releases when it ends, however it ends."""
+
+    def __init__(self):
+        self.path, self.file = None, None
+
+    def take(self, folder: Path) -> None:
+        """Become the owner of a folder, if it exists already. Raises InputError with the owner's host and process."""
+        self.path = folder / "lock"
+        while fcntl and self.file is None and self.path.parent.is_dir():
+            file = open(self.path, "a+", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = " ".join(file.read(200).split()) or "another process"
+                file.close()
+                raise InputError(f"{self.path.parent}: {owner} works on this run; wait for it, or give this one another "
+                                 "--name or --out") from None
+            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                self.file = file
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                _remove_temporary(self.path.parent)
+            else:
+                file.close()  # its owner left between our two steps and took the file along
+
+    def leave(self) -> None:
+        """Give the run directory back."""
+        if self.file is not None:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+            self.file = None
+
+
+@contextlib.contextmanager
+def stoppable(progress):
+    """SIGINT and SIGTERM inside: the run saves its state at the next step and raises state.Stopped; at once on the second
+    signal, or where it is one of several processes."""
+    def ask(number, frame):
+        if progress.asked is not None or not progress.alone:
+            raise Stopped(number)
+        progress.asked = number
+
+    with _handling(ask):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(handler):
+    if threading.current_thread() is not threading.main_thread():  # others cannot be told
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def stop_at_once():
+    """SIGINT and SIGTERM inside raise state.Stopped."""
+    def stop(number, frame):
+        raise Stopped(number)
+
+    return _handling(stop)
 
 
 def _csv(rows: list[dict]) -> str:

@@ -485,11 +485,11 @@ class DropEstimator:
     """The drop that an LLA is told: the surrogate's once it is active, the proxy's before (§3.6).
 
     In a surrogate query the other blocks carry their latest consensus (``consensus[j]``), or UNKNOWN_KERNEL while
-    they have none (ledger D10).
+    they have none (ledger D10). ``once``: of the run's ``state.Progress``; what the proxy said is not asked again.
     """
 
-    def __init__(self, proxy: Proxy, surrogate: Surrogate, baseline_acc: float):
-        self.proxy, self.surrogate, self.baseline_acc = proxy, surrogate, baseline_acc
+    def __init__(self, proxy: Proxy, surrogate: Surrogate, baseline_acc: float, once=lambda what, compute: compute()):
+        self.proxy, self.surrogate, self.baseline_acc, self.once = proxy, surrogate, baseline_acc, once
         self.consensus: list[BlockConfig | None] = [None] * len(proxy.blocks)
 
     @property
@@ -500,7 +500,7 @@ class DropEstimator:
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drops in points of candidate configurations of block ``index``."""
         if not self.surrogate_active:
-            return self.proxy.drops(index, configs)
+            return self.once("proxy", lambda: self.proxy.drops(index, configs))
         return self.predicted_drops([(index, np.array([block_features(config) for config in configs]))])[0]
 
     def predicted_drops(self, requests) -> list[list[float]]:

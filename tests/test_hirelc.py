@@ -68,7 +68,7 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
             return method(*args, **kwargs)
         setattr(owner, name, call)
 
-    for name in ("train_baseline", "estimate_sensitivity", "warm_up_surrogate", "search_blocks", "apply",
+    for name in ("train_from_scratch", "train_baseline", "estimate_sensitivity", "warm_up_surrogate", "search_blocks", "apply",
                  "finetune_and_measure", "update_surrogate", "keep_best", "report"):
         taped(run, name, name)
     make = run.make_agents
