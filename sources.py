@@ -29,6 +29,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import logging
 import mmap
 import os
 import pathlib
@@ -66,9 +67,12 @@ CHUNK = 100                        # images per request to a thread or process
 CACHE = ".hirelc-cache"
 FORMAT = 2                         # of the cache files, part of their key
 MAGIC = b"HiReLCu8"
+MAX_PIXELS = 64 << 20              # of an image; what says that it has more may keep a core busy for minutes
 CHECKED = 1000                     # images under one checksum of the cache
 MAX_HEADER = 64 << 20              # bytes of the cache's header
 RESIZED, RECOLOURED, UNREADABLE = 1, 2, 4                   # flags of an image
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it prints what is wrong with a file by itself, too
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -308,6 +312,8 @@ def read_images(paths, pixels, side, skip):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")             # of odd metadata; what matters is whether it decodes
                 with Image.open(path) as image:
+                    if image.width * image.height > MAX_PIXELS:
+                        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
                     if not side:
                         image.load()
                         continue
