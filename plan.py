@@ -75,8 +75,7 @@ def plan(config: Config, device: torch.device, check=lambda *_: None) -> str:
     lines += disk.lines()
 
     rows, memory = _probe(config, model, survey.blocks, shapes, train, test, counts, bool(policy), device)
-    if decode:
-        rows.insert(0, ("data", "images to decode", sum(counts), decode))
+    rows.insert(0, ("data", "images to decode", *decode))
     lines += _memory(config, memory, size, counts, train, device)
     total = sum(count * each for _, _, count, each in rows)
     lines += ["", f"{'phase':12}{'of':44}{'count':>10}{'s each':>12}{'s':>12}"]
@@ -143,8 +142,8 @@ def _agent_bytes(config, shapes) -> int:
 
 
 def _look(config, disk):
-    """→ (a few images of both splits, how many the run would use, seconds to decode one or 0, lines)."""
-    settings, lines, seen = config.data, [], []
+    """→ (a few images of both splits, how many the run would use, (how many it would decode, seconds each), lines)."""
+    settings, lines, seen, each = config.data, [], [], 0.0
     wanted = max(settings.batch_size, config.eval.batch_size)
     absent = None if settings.name == "synthetic" else sources.absent(settings)
     if absent:
@@ -159,29 +158,28 @@ def _look(config, disk):
         settings = dataclasses.replace(settings, name="synthetic", classes=sources.PUBLISHED[settings.name][0],
                                        train_images=2 * wanted, test_images=wanted, normalize="dataset")
         splits = data.load(settings)
-        decode = 0.0  # not known without images
     else:
         sample = sources.Sample(**{**vars(settings), "cache": False, "workers": 0}, at_most=2 * wanted)
         splits = data.load(sample, lambda what, done, total: seen.append((time.monotonic(), done)),
                            models.PRETRAINED_STATS[config.model.name])
         counts = splits.asked
-        decode = (seen[-1][0] - seen[0][0]) / sum(len(part) for part in (splits.train, splits.test)) if seen else 0.0
+        each = (seen[-1][0] - seen[0][0]) / (len(splits.train) + len(splits.test)) if seen else 0.0
         lines.append(f"data: {settings.name}, {counts[0]} training and {counts[1]} test images, {splits.num_classes} "
                      f"classes, {settings.image_size} px")
         lines += [f"note: {note}" for note in splits.notes if not re.search("the first .* of", note)]
     side = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}.get(config.data.name, settings.image_size)
-    decoded = [count * 3 * side * side for count in counts]
-    if seen or absent:
-        for split, size in zip(("train", "test"), decoded):
+    to_decode = 0
+    if seen or absent and not config.data.name.startswith("cifar"):
+        for split, count in zip(("train", "test"), counts):
+            size = count * 3 * side * side
             if config.data.name in ("imagenet", "folder") and size > sources.IN_MEMORY:
                 lines.append(f"note: {split} images are streamed from disk; the times leave out their decoding")
-                decode = 0.0
-            elif config.data.cache and not (absent and config.data.name.startswith("cifar")):
-                if sources.has_cache(config.data, split, side, size):
-                    decode = 0.0
-                else:
-                    disk.add(f"decoded {split} images", config.data.dir, size)
-    return splits, counts, decode, lines
+            elif not config.data.cache:
+                to_decode += count
+            elif not sources.has_cache(config.data, split, side, size):
+                to_decode += count
+                disk.add(f"decoded {split} images", config.data.dir, size)
+    return splits, counts, (to_decode if seen else 0, each), lines
 
 
 def _network(config, splits, device, disk):
