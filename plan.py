@@ -153,7 +153,7 @@ def _look(config, disk):
             if count > most:
                 raise InputError(f"data.{split}_images={count}: {settings.name} has {most}; give at most {most}, or 0 "
                                  "for all")
-        lines.append(f"data: {settings.name} {absent.what}; tried with drawn images in its place")
+        lines.append(f"data: {settings.name} {absent.what}; tried with drawn images, the times leave it out")
         disk.add("data set", settings.dir, absent.bytes)
         settings = dataclasses.replace(settings, name="synthetic", classes=sources.PUBLISHED[settings.name][0],
                                        train_images=2 * wanted, test_images=wanted, normalize="dataset")
