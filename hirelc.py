@@ -43,7 +43,7 @@ from parallel import Ranks, leave, start
 from qat import GridTraining
 from report import results_table, survive_ascii, wilson, write_json
 from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
-                  stoppable)
+                  stop_at_once, stoppable)
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, null_controller, random_config, train_together)
 from state import Progress, SaveError, Stopped, Store, random_states, set_random_states
@@ -1132,12 +1132,13 @@ def main(argv=None) -> int:
     for config in configs:
         log = Log()
         try:
-            if args.dry_run:
-                print(dry_run(config, args.resume, args.restart))
-            elif args.load:
-                evaluate_packed(config, args.load, log)
-            else:
-                done.append(run_experiment(config, log, args.resume, args.restart))
+            with stop_at_once():
+                if args.dry_run:
+                    print(dry_run(config, args.resume, args.restart))
+                elif args.load:
+                    evaluate_packed(config, args.load, log)
+                else:
+                    done.append(run_experiment(config, log, args.resume, args.restart))
         except (InputError, OSError) as error:
             code = max(code, _fail(error, 2))
         except (FloatingPointError, SaveError, TooLarge) as error:
@@ -1145,8 +1146,8 @@ def main(argv=None) -> int:
         except (Stopped, KeyboardInterrupt) as error:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
             again = shlex.join(["python", "hirelc.py", *(a for a in argv or sys.argv[1:] if a != "--restart"),
-                                *([] if args.resume or args.load else ["--resume"])])
-            return _fail(f"{stopped}; go on with: {again}", stopped.code)
+                                *([] if args.resume else ["--resume"])])
+            return _fail(str(stopped) if args.load or args.dry_run else f"{stopped}; go on with: {again}", stopped.code)
         finally:
             log.close()
     if done and not args.no_table and first:

@@ -15,8 +15,8 @@ sorted class names; for tiny-imagenet, line of wnids.txt.
 in its order, then one byte of flags per file, then a JSON header with checksums, its length and its checksum. The
 file's name ends in a key over names, sizes and modification times of the *whole* split, in order, and how it was
 decoded. A run that asks for no more images than the file covers maps it into memory, once its checksums are seen to
-be right; one that asks for more decodes all that it asks for and replaces it. It is written under another name, synced and renamed: a run sees a whole cache or none. A lock makes a second run wait
-for the first and then use its cache.
+be right; one that asks for more decodes all that it asks for and replaces it. It is written under another name, synced
+and renamed: a run sees a whole cache or none. A lock makes a second run wait for the first and then use its cache.
 
 **Decoding.** Few images are read by threads, many by processes that share the memory which receives the pixels: Pillow
 holds the interpreter lock for about half of a small image's time. The processes run this file as a script, which needs

@@ -259,7 +259,8 @@ def read_state(path, home, folder):
 
 
 READERS = {"manifest.json": read_state, "network-1": read_state, "packed.pt": read_packed, "policy.json": read_policy,
-           "config.json": read_settings, "result.json": read_result, "images.zip": read_archive, "small.tar": read_cifar, "data_batch": read_cifar,
+           "config.json": read_settings, "result.json": read_result, "images.zip": read_archive,
+           "small.tar": read_cifar, "data_batch": read_cifar,
            "wnids.txt": read_lists, "val_annotations.txt": read_lists, "cache.u8": read_cache,
            "checked.json": read_checked, "origin.json": read_origin,
            **dict.fromkeys((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".tiff", ".webp"), read_image),
@@ -779,7 +780,8 @@ def absurd_text(data, draw):
 def absurd_jpeg(data, draw):
     """A JPEG that says it has other sides."""
     at = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5
-    return data[:at] + struct.pack(">HH", *(draw.choice([0, 1, 8_000, 9_000, 65_535]) for _ in range(2))) + data[at + 4:]
+    sides = [draw.choice([0, 1, 8_000, 9_000, 65_535]) for _ in range(2)]
+    return data[:at] + struct.pack(">HH", *sides) + data[at + 4:]
 
 
 JSON = ANY + [nonsense, given_twice] + [other_json] * 4

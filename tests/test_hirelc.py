@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from compress import KernelConfig, from_policy, kernel_retained, prune_mask
 from config import Config, InputError, override
 from hirelc import Cycle, HiReLC
 from log import Log
+from state import Progress, Store
 from train import accuracy, correct
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,17 +88,16 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
     monkeypatch.setattr(hirelc, "train_together", lambda ensembles, *args: tape.extend(
         ("train_lla", lla.index) for lla in ensembles) or together(ensembles, *args))
     run.make_agents = make_and_tape
-    run.save = lambda _: tape.append("save")
     run.config = override(run.config, ["hla.timesteps=6", "hla.burst=5"])
     run.run()
 
     # The proxy (cycle 1) takes block after block, the surrogate (cycle 2) all at once.
     by_proxy = ["search_blocks", ("train_lla", 0), ("consensus", 0), ("train_lla", 1), ("consensus", 1)]
     by_surrogate = ["search_blocks", ("train_lla", 0), ("train_lla", 1), ("consensus", 0), ("consensus", 1)]
-    after = ["apply", "finetune_and_measure", "update_surrogate", "keep_best", "save"]
+    after = ["apply", "finetune_and_measure", "update_surrogate", "keep_best"]
     first = run.cycles[1]
     assert tape == (
-        ["train_baseline", "estimate_sensitivity", "make_agents", "warm_up_surrogate", ("train_hla", 6)]
+        ["train_from_scratch", "train_baseline", "estimate_sensitivity", "make_agents", "warm_up_surrogate", ("train_hla", 6)]
         + [("feedback", 0.0, 1.0, 1.0), ("budgets", False)] + by_proxy + after
         + [("feedback", round(first.drop, 9), round(first.retained, 9), 2.0), ("train_hla", 5), ("budgets", True)]
         + by_surrogate + after + ["report"])
@@ -109,10 +110,11 @@ def test_the_search_leaves_the_network_bit_identical(surrogate):
     run.estimate_sensitivity()
     run.make_agents()
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    chosen = run.search_blocks(1, run.hla.budgets(False))
+    run.budgets = run.hla.budgets(False)
+    run.search_blocks(1)
     assert tensors_equal(before, run.model.state_dict())
     assert tensors_equal(before, run.theta0)
-    assert chosen.retained < 0.25
+    assert run.voted.retained < 0.25
 
 
 def test_theta0_is_what_a_cycle_starts_from():
@@ -185,21 +187,25 @@ def test_warm_up_fills_the_buffer_and_leaves_theta0():
     assert tensors_equal(run.theta0, {k: v for k, v in run.model.state_dict().items()})
 
 
-def test_a_saved_state_goes_on_to_the_same_result(tmp_path):
-    whole = small_run(**{"search.cycles": 3})
-    whole.save = lambda run: torch.save(run.state_dict(), tmp_path / f"{len(run.cycles)}.pt")
+@pytest.mark.parametrize("settings", [{}, {"carry": "all", "finetune.mode": "qat", "surrogate.warmup": 2},
+                                      {"goal": "cr:5,drop:0", "relax": True}])
+def test_a_run_goes_on_behind_every_phase_to_the_same_result(tmp_path, settings):
+    whole = small_run(**settings)
+    whole.progress = Progress(Store(tmp_path / "state", {}))
+    whole.save = lambda run: shutil.copytree(tmp_path / "state", tmp_path / str(len(run.progress.done)))
     expected = whole.run()
-
-    resumed = small_run(**{"search.cycles": 3})
-    resumed.load_state_dict(torch.load(tmp_path / "2.pt", weights_only=True))
-    assert len(resumed.cycles) == 2
-    result = resumed.run()
-    for each in (expected, result):
-        del each["timings"]
-    assert result == expected
-    assert resumed.policy() == whole.policy()
-    assert tensors_equal(resumed.model.state_dict(), whole.model.state_dict())
-    assert resumed.updates == whole.updates
+    phases = list(whole.progress.done)
+    assert len(phases) >= 11 and phases[:3] == ["from scratch", "baseline", "sensitivity"]
+    for n in range(1, len(phases) + 1):
+        resumed = small_run(**settings)
+        resumed.progress = Progress(Store(tmp_path / str(n), {}))
+        resumed.load_state(resumed.progress.load())
+        assert resumed.progress.done == phases[:n]
+        result = resumed.run()
+        assert {**result, "timings": None} == {**expected, "timings": None}, phases[n - 1]
+        assert resumed.policy() == whole.policy() and resumed.updates == whole.updates
+        assert tensors_equal(resumed.model.state_dict(), whole.model.state_dict())
+        assert resumed.best_packed == whole.best_packed
 
 
 @pytest.mark.parametrize("setting, check", [

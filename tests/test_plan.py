@@ -57,8 +57,8 @@ def test_nothing_is_written_and_the_plan_names_everything(tmp_path, capsys, monk
     assert "from scratch" in text and re.search(r"disk of .*run directory .* MB.* free", text)
     assert re.search(r"memory: .*activations of a training batch \(measured\).*available", text)
     found = rows(text)
-    assert {phase for phase, _ in found} == {"scratch", "baseline", "sensitivity", "warmup", "surrogate", "hla", "search",
-                                             "finetune", "deploy", "report"}
+    assert {phase for phase, _ in found} == {"scratch", "baseline", "sensitivity", "warmup", "surrogate", "hla",
+                                             "search", "finetune", "deploy", "report"}
     assert "epochs of 2 steps, 40 test images" in text and "about" in text.splitlines()[-1]
 
 
@@ -116,7 +116,8 @@ def test_what_is_missing_is_named_with_its_size(tmp_path, capsys, monkeypatch):
     places = ["--out", str(tmp_path / "runs"), "--data-dir", str(tmp_path / "d"), "--weights-dir", str(tmp_path / "w")]
     size = ["data.image_size=32", "eval.batch_size=8", "data.batch_size=8"]
     for exp, url, archive, weights in (
-            (4, sources.TINY_IMAGENET_URL, "tiny-imagenet-200.zip (about 248 MB)", "resnet18-f37072fd.pth (about 47 MB"),
+            (4, sources.TINY_IMAGENET_URL, "tiny-imagenet-200.zip (about 248 MB)",
+             "resnet18-f37072fd.pth (about 47 MB"),
             (5, "tiny-imagenet", "248 MB", "mobilenet_v2-b0353104.pth (about 14 MB")):
         assert hirelc.main(["--exp", str(exp), "--dry-run", *places, "--set", *size]) == 0
         text = capsys.readouterr().out
