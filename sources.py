@@ -67,7 +67,7 @@ CHUNK = 100                        # images per request to a thread or process
 CACHE = ".hirelc-cache"
 FORMAT = 2                         # of the cache files, part of their key
 MAGIC = b"HiReLCu8"
-MAX_PIXELS = 64 << 20              # of an image; what says that it has more may keep a core busy for minutes
+MAX_PIXELS, MAX_LENGTH = 64 << 20, 1 << 16                  # of an image; one that claims more may take minutes
 CHECKED = 1000                     # images under one checksum of the cache
 MAX_HEADER = 64 << 20              # bytes of the cache's header
 RESIZED, RECOLOURED, UNREADABLE = 1, 2, 4                   # flags of an image
@@ -312,8 +312,9 @@ def read_images(paths, pixels, side, skip):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")             # of odd metadata; what matters is whether it decodes
                 with Image.open(path) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+                    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_LENGTH:
+                        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}, or than "
+                                         f"{MAX_LENGTH} along a side")
                     if not side:
                         image.load()
                         continue

@@ -48,9 +48,11 @@ def by(request, monkeypatch):
 def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
     from PIL import Image
     Image.new("RGB", (10, 8)).save(tmp_path / "large.png")
-    for most, reasons in ((80, {}), (79, {0: "10 x 8 pixels, more than 79"})):
-        monkeypatch.setattr(sources, "MAX_PIXELS", most)
-        assert sources.decode([str(tmp_path / "large.png")], 4, skip=True)[2] == reasons
+    for pixels, side, refused in ((80, 10, False), (79, 10, True), (80, 9, True)):
+        monkeypatch.setattr(sources, "MAX_PIXELS", pixels)
+        monkeypatch.setattr(sources, "MAX_LENGTH", side)
+        reasons = sources.decode([str(tmp_path / "large.png")], 4, skip=True)[2]
+        assert bool(reasons) == refused and all("10 x 8 pixels" in reason for reason in reasons.values())
 
 
 def test_decode_keeps_the_order_and_reports_progress(tmp_path, by):
