@@ -4,13 +4,15 @@
 #   bash run_all.sh --smoke                  # minutes, offline: synthetic images, narrow networks
 #   bash run_all.sh --data-dir DIR           # the experiments themselves; every flag of hirelc.py is passed on
 #   bash run_all.sh --seeds 42,43,44         # each experiment with each seed
+#   bash run_all.sh --restart                # begin anew what was broken off, and what is finished
 #
+# What is finished is left as it is, and what was broken off goes on where it was.
 # Where torch cannot be imported, a virtual environment with requirements.txt is made in .venv first. A failed
 # experiment does not stop the others; the exit code is then 1.
 set -u
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-seeds="42" out="" smoke=0 flags=()
+seeds="42" out="" smoke=0 mode="--resume" flags=()
 while [ $# -gt 0 ]; do
   case "$1" in
     --seeds|--seed|--out)
@@ -20,8 +22,9 @@ while [ $# -gt 0 ]; do
     --seeds=*|--seed=*) seeds="${1#*=}"; seeds="${seeds//,/ }"; shift ;;
     --out=*) out="${1#*=}"; shift ;;
     --exp|--exp=*|--list) echo "run_all: $1 belongs to hirelc.py; run_all.sh runs all seven" >&2; exit 2 ;;
+    --resume|--restart) mode="$1"; shift ;;
     --smoke) smoke=1; flags+=("$1"); shift ;;
-    --help|-h) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help|-h) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) flags+=("$1"); shift ;;
   esac
 done
@@ -42,9 +45,9 @@ failed=()
 trap 'echo "run_all: stopped" >&2; exit 130' INT
 for seed in $seeds; do
   for exp in 1 2 3 4 5 6 7; do
-    "$python" "$here/hirelc.py" --exp "$exp" --seed "$seed" --out "$out" --no-table ${flags[@]+"${flags[@]}"}
+    "$python" "$here/hirelc.py" --exp "$exp" --seed "$seed" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
     code=$?
-    [ "$code" -ne 130 ] || exit 130
+    [ "$code" -ne 130 ] && [ "$code" -ne 143 ] || exit "$code"
     [ "$code" -eq 0 ] || failed+=("exp $exp seed $seed (exit $code)")
   done
 done

@@ -314,6 +314,7 @@ class Progress:
         self.counts: dict[str, int] = {}
         self.training = None  # (name, Trainer) of the training that is going on
         self.broken_off: dict | None = None  # the state of the one that was
+        self.stored_best: dict | None = None  # its best epoch's network, as the disk has it
         self.saved, self.cost, self.spent = time.monotonic(), 0.0, 0.0
         self.asked: int | None = None  # the signal that asks for a stop
 
@@ -364,15 +365,20 @@ class Progress:
         parts = {"known": self.known}
         if self.training is not None:
             name, trainer = self.training
-            parts["trainer"] = {"name": name, "trainer": trainer.state_dict()}
+            state = trainer.state_dict()
+            best = state.pop("best_state")
+            parts["trainer"] = {"name": name, "trainer": state}
+            if best is not self.stored_best:  # it changes with epochs, not with steps
+                parts["trainer.best"] = self.stored_best = best
         self._write(parts)
 
     def commit(self, phase: str, parts: dict, drop=()) -> None:
         """The end of a phase: ``parts`` are what the next ones depend on."""
         self.done.append(phase)
         self.known, self.training, self.broken_off = {}, None, None
+        self.stored_best = None
         if self.store is not None:
-            self._write({**parts, "done": self.done}, drop=("known", "trainer", *drop))
+            self._write({**parts, "done": self.done}, drop=("known", "trainer", "trainer.best", *drop))
             if self.asked is not None and self.alone:
                 raise Stopped(self.asked)
 
@@ -390,5 +396,7 @@ class Progress:
         parts = self.store.read()
         self.done = list(parts.pop("done", []))
         self.known = dict(parts.pop("known", {}))
-        self.broken_off = parts.pop("trainer", None)
+        self.broken_off, best = parts.pop("trainer", None), parts.pop("trainer.best", {})
+        if self.broken_off is not None:
+            self.broken_off["trainer"]["best_state"] = best
         return parts

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,11 +39,19 @@ def test_owners_balance_the_costs():
     assert owners == Ranks(1, 2).owners(costs)  # every rank comes to the same
 
 
+def command(processes, *arguments):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+            str(ROOT / "hirelc.py"), *arguments]
+
+
 def launch(processes, *arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           f"--nproc_per_node={processes}", str(ROOT / "hirelc.py"), *arguments],
-                          capture_output=True, text=True, env=environment, timeout=500)
+    return subprocess.run(command(processes, *arguments), capture_output=True, text=True, timeout=500,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def launch_in_background(processes, *arguments):
+    return subprocess.Popen(command(processes, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +80,20 @@ def test_two_processes_choose_the_policy_of_one(theta0, tmp_path):
     before = [result["cycles"][1]["acc_before_finetune"] for result in results]
     assert before[0] == before[1]  # fine-tuning itself may differ in the last bits
     assert sorted(p.name for p in paths[0].iterdir()) == sorted(p.name for p in paths[1].iterdir())
+
+    killed, state = tmp_path / "killed" / "exp4-seed42", tmp_path / "killed" / "exp4-seed42" / "state" / "manifest.json"
+    process = launch_in_background(2, *arguments, f"out={tmp_path / 'killed'}")
+    while process.poll() is None and not (state.exists() and json.loads(state.read_text())["number"] >= 6):
+        time.sleep(0.01)
+    os.kill(int((killed / "lock").read_text().split()[1]), signal.SIGKILL)  # rank 0; torchrun then ends the other one
+    assert process.wait() != 0
+    assert not (killed / "result.json").exists()
+    again = launch(2, *arguments, f"out={tmp_path / 'killed'}", "--resume")
+    assert again.returncode == 0 and "resumed after cycle 1" in again.stdout, again.stderr[-2000:]
+    assert json.loads((killed / "policy.json").read_text()) == policies[1]
+    timeless = [{k: v for k, v in json.loads((path / "result.json").read_text()).items()
+                 if k not in ("timings", "time_shares")} for path in (killed, paths[1])]
+    assert timeless[0] == timeless[1]
 
 
 def test_processes_that_share_a_batch_take_the_steps_of_one(tmp_path):
