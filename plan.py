@@ -256,10 +256,10 @@ def _probe(config, model, blocks, shapes, train, test, counts, given, device):
 
     def step(n, on_grid=None, steps=2):
         made = trainer(n, on_grid, steps)
+        made.run_epoch()  # the first one makes the optimiser's state
         return _clock(made.run_epoch, device) / math.ceil(len(made.train_set) / n) * batch / n
 
     n = min(4, batch, len(train))
-    step(n)  # the first one of a process pays for much that no other does
     per_step = step(n)
     n = max(n, min(batch, len(train), int(n * PROBE / max(per_step * n / batch, 1e-6))))
     per_step = step(n, steps=max(2, min(8, int(PROBE / max(per_step, 1e-6)))))
