@@ -3,35 +3,47 @@
     python benchmarks/search.py                                # this machine's device and threads
     python benchmarks/search.py --threads 1 --clock cpu        # on a machine that others use, too
 
-The first section is the logit-MSE proxy: DeiT-Tiny and ResNet18, the same candidates in every block for every variant.
+The section ``proxy`` is the logit-MSE proxy: DeiT-Tiny and ResNet18, the same candidates in every block for every variant.
 ``plain`` is a whole float32 forward pass in the default layout for each candidate; the variants below it add one part
 after another. Per round every block is measured with all variants in turn; what is printed is the median over the
 rounds of the ratios of summed times, and their range. The bound is the bare forward pass of theta_0 from the block's
 first stage on, in the same layout and precision: what the suffix's FLOPs take at the speed that its layers reach here.
+
+``agents`` is environment steps/s with the surrogate active, updates included: the same agents train all blocks together
+(``train_together``), block by block, and agent by agent; printed are rates of wall-clock time, and of the process's own
+time, which other work on the machine disturbs less. ``processes`` is the search of experiments 1 and 4, narrow, by one
+process and by two that torchrun starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from itertools import cycle, islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import models  # noqa: E402
 from compress import BlockConfig, compress_kernel, kernel_shapes  # noqa: E402
-from config import Compress  # noqa: E402
+from config import Compress, Config  # noqa: E402
 from runs import keep_freed_memory  # noqa: E402
-from search import LayerBudget, Proxy, decode_lla, lla_nvec  # noqa: E402
+from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, decode_lla,  # noqa: E402
+                    lla_nvec, random_config, train_together)
 from stages import Entering, folded, run, split  # noqa: E402
 
 NETWORKS = ("deit_tiny_patch16_224", "resnet18")
@@ -176,9 +188,112 @@ def matmul_rate(device, dtype, clock) -> float:
     return 2 * 2048**3 / min(seconds(lambda: a @ a, clock, device) for _ in range(5)) / 1e9
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The agents, told drops by a surrogate
+
+DEIT_SMALL = ((1152, 384), (384, 384), (1536, 384), (384, 1536))  # outputs and inputs of a block's kernels
+
+
+def ensembles(blocks: int, kernels: int, config: Config):
+    """(low, high): one LLAEnsemble per block, told drops by a surrogate that has just become active; an HLAEnsemble."""
+    sizes = list(islice(cycle(DEIT_SMALL), kernels))
+    network = [SimpleNamespace(kernels={str(n): nn.Linear(size[1], size[0], bias=False, device="meta")
+                                        for n, size in enumerate(sizes)}) for _ in range(blocks)]
+    shapes = [kernel_shapes(block) for block in network]
+    surrogate, rng = Surrogate(5 * kernels * blocks, config.surrogate, seed=0), np.random.default_rng(0)
+    for acc in (80.0, 70.0, 60.0):
+        surrogate.add(random_config(shapes, config.compress, rng), acc)
+    surrogate.train(config.surrogate.epochs)
+    estimator = DropEstimator(SimpleNamespace(blocks=network), surrogate, 90.0)
+    estimator.consensus = list(random_config(shapes, config.compress, rng).blocks)
+    params = [sum(shape.params for shape in block) for block in shapes]
+    return ([LLAEnsemble(i, block, 0.5, estimator, config, blocks) for i, block in enumerate(network)],
+            HLAEnsemble(params, [0.5] * blocks, config))
+
+
+def one_by_one(low, timesteps: int) -> None:
+    """Every agent of every block on its own."""
+    for ensemble in low:
+        for env, agent in zip(ensemble.envs, ensemble.agents):
+            env.budget = BUDGET
+            agent.learn(timesteps)
+
+
+def take_turns(variants: dict, steps: int, rounds: int) -> None:
+    """Print the rates of each variant, a function that makes ``steps`` environment steps."""
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    for n in range(rounds + 1):
+        for name, run in variants.items():
+            wall, own = time.perf_counter(), time.process_time()
+            run()
+            if n:
+                rates[name].append((steps / (time.perf_counter() - wall), steps / (time.process_time() - own)))
+    for name, pairs in rates.items():
+        wall, own = (sorted(column) for column in zip(*pairs))
+        print(f"  {name:28} {statistics.median(wall):7.0f} [{wall[0]:.0f}, {wall[-1]:.0f}]   of the process's own time "
+              f"{statistics.median(own):7.0f} [{own[0]:.0f}, {own[-1]:.0f}]", flush=True)
+
+
+def agents_section(args) -> None:
+    """Steps of all agents, updates included, at several ways of training the same ones together."""
+    config = Config()
+    low, high = ensembles(12, 4, config)
+    timesteps, agents = config.lla.timesteps, sum(len(ensemble.agents) for ensemble in low)
+    print(f"low level, {len(low)} blocks of 4 kernels, surrogate active, {agents} agents of {timesteps} steps each, one "
+          f"thread, environment steps/s, median [range] of {args.rounds}")
+    take_turns({"all blocks together": lambda: train_together(low, [BUDGET] * len(low)),
+                "block by block": lambda: [ensemble.train(BUDGET) for ensemble in low],
+                "agent by agent": lambda: one_by_one(low, timesteps)}, agents * timesteps, args.rounds)
+    print(f"high level, {len(low)} blocks, {len(high.agents)} agents of {config.hla.timesteps} steps each")
+    take_turns({"agents together": lambda: high.train(config.hla.timesteps),
+                "agent by agent": lambda: [agent.learn(config.hla.timesteps) for agent in high.agents]},
+               len(high.agents) * config.hla.timesteps, args.rounds)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes
+
+RUN = ("--smoke --exp {exp} --device cpu --no-table --restart --set data.image_size=64 model.width=1 surrogate=off "
+       "search.cycles=1 hla.timesteps=16 sensitivity.images=2 finetune.epochs=1 data.train_images=128 data.batch_size=64 "
+       "data.test_images=64 finetune.bn_images=0 eval.full=false")
+
+
+def processes_section(args) -> None:
+    """The search of one process and of two, one thread each, from the same theta_0, in turn."""
+    script = str(Path(__file__).resolve().parent.parent / "hirelc.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        for exp, steps in ((4, 64), (1, 16)):
+            options = [*RUN.format(exp=exp).split(), f"lla.timesteps={steps}"]
+            if exp == 1:  # DeiT-Small's twelve blocks, narrower
+                options = ["model.width=0.5" if option == "model.width=1" else option for option in options]
+            first = [sys.executable, script, *options, "search=null", "scratch.epochs=1", "baseline.epochs=0",
+                     f"out={folder}/base{exp}"]
+            subprocess.run(first, check=True, env=environment, stdout=subprocess.DEVNULL)
+            weights = next(Path(f"{folder}/base{exp}").glob("*/baseline.pt"))
+            options = ["--weights", str(weights), *options, "baseline.epochs=0"]
+            ratios, policies = [], set()
+            for round_ in range(args.rounds):
+                seconds = []
+                for count in (1, 2):
+                    starter = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                                     f"--nproc_per_node={count}"]
+                    out = f"{folder}/{exp}-{count}-{round_}"
+                    subprocess.run([sys.executable, *starter, script, *options, f"out={out}"], check=True,
+                                   env=environment, stdout=subprocess.DEVNULL)
+                    path = next(Path(out).iterdir())
+                    seconds.append(json.loads((path / "result.json").read_text())["timings"]["search"])
+                    policies.add((path / "policy.json").read_text())
+                ratios.append(seconds[0] / seconds[1])
+            print(f"experiment {exp}, search by the proxy, one process {seconds[0]:.1f} s, two {seconds[1]:.1f} s in the last "
+                  f"round; times one process {spread(ratios)}; {'the same' if len(policies) == 1 else 'NOT the same'} "
+                  "policy.json", flush=True)
+
+
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sections", nargs="+", default=["proxy", "agents"], choices=("proxy", "agents", "processes"))
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=sorted([*models.VITS, *models.CNNS]))
     parser.add_argument("--steps", type=int, default=4, help="candidates per block and round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, all variants in turn")
@@ -200,7 +315,12 @@ def main() -> int:
                       for dtype in (torch.float32, torch.bfloat16))
     print(f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
           f"{torch.__version__}, {args.clock} clock, {time.strftime('%Y-%m-%d')}; matrix product {rates} GFLOP/s")
-    proxy_section(args, clock)
+    if "proxy" in args.sections:
+        proxy_section(args, clock)
+    if "agents" in args.sections:
+        agents_section(args)
+    if "processes" in args.sections:
+        processes_section(args)
     return 0
 
 
