@@ -275,6 +275,8 @@ def override(config: Config, assignments) -> Config:
 
 def from_flat(values) -> Config:
     """The inverse of :func:`flatten`; raises InputError as :func:`override` does."""
+    if not isinstance(values, dict):
+        raise InputError(f"settings are a dictionary, not a {type(values).__name__}")
     return override(Config(), values)
 
 

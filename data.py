@@ -247,13 +247,15 @@ def _order(n, generator, limit):
 @dataclass(frozen=True, eq=False)
 class Splits:
     """A data set. ``notes``: one line for everything that was substituted, converted, skipped or cut (for the log
-    and result.json); ``skipped``: how many files data.skip_corrupt left out."""
+    and result.json); ``skipped``: how many files data.skip_corrupt left out; ``asked``: how many images of each split
+    the settings ask for."""
     train: Images | Stream
     test: Images | Stream
     num_classes: int
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
     skipped: int = 0
+    asked: tuple[int, int] = (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -355,7 +357,8 @@ def _load_files(settings, progress):
         else:
             encoded = np.array([os.fsencode(name) for name in part.files.names])
             splits.append(Stream(str(part.files.folder), encoded, labels, *common, workers=settings.workers))
-    return Splits(*splits, len(names), tuple(names), tuple(notes), sum(part.skipped for part in parts))
+    asked = (settings.train_images or parts[0].available, settings.test_images or parts[1].available)
+    return Splits(*splits, len(names), tuple(names), tuple(notes), sum(part.skipped for part in parts), asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -549,7 +552,7 @@ def _load_synthetic(settings):
     note = (f"synthetic: {len(train)} training and {len(test)} test images of drawn shapes, made for trying the "
             "code out; accuracies on them say nothing about real images")
     names = tuple(f"class{i}" for i in range(settings.classes))
-    return Splits(train, test, settings.classes, names, (note,))
+    return Splits(train, test, settings.classes, names, (note,), asked=(len(train), len(test)))
 
 
 def synthetic(num_classes, train, test, size, seed):

@@ -251,6 +251,13 @@ def member(owner, key, kinds, place):
     return value
 
 
+def shown(name) -> str:
+    """A name from a file, fit for a one-line message."""
+    name = str(name)
+    name = name if len(name) <= 200 else name[:200] + "…"
+    return name if name.isprintable() else ascii(name)
+
+
 def quoted(value) -> str:
     """A value from a file, fit for a one-line message."""
     if type(value) is int and value.bit_length() > 200:

@@ -30,6 +30,7 @@ import torch
 import data
 import models
 import pack
+import plan
 import policies
 from blocks import Survey
 from checkpoints import read_checkpoint
@@ -905,7 +906,7 @@ def _run_experiment(config, log, resume, restart, owner):
         log.info(f"{path}: finished already")
         return json.loads((path / "result.json").read_text(encoding="utf-8"))
     if store.exists and not (resume or restart):
-        raise InputError(f"{path}: holds a run that was broken off; --resume goes on with it, --restart begins anew")
+        raise _begun(path)
     resume = resume and store.exists
     title = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
     log.info(f"{title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}"
@@ -983,6 +984,24 @@ def _run_experiment(config, log, resume, restart, owner):
              f"{result['fp32_file_bytes']:,}, whole model {result['whole_model_ratio']:.2f}, best cycle "
              f"{result['best_cycle']}, {duration(result['timings']['total'])} → {path}")
     return result
+
+
+def dry_run(config: Config, resume: bool = False, restart: bool = False) -> str:
+    """The plan of :func:`run_experiment`, which is not begun. Raises InputError where that would."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--dry-run plans for one process; run it without torchrun")
+
+    path = run_directory(config)
+    if Store(path / "state", {}).exists and not (resume or restart):
+        raise _begun(path)
+
+    def check(model, blocks, train, test):
+        HiReLC(model, blocks, train, test, config, Log(open(os.devnull, "w")))  # refuses sizes that cannot be met
+    return plan.plan(config, _device(config), check)
+
+
+def _begun(path) -> InputError:
+    return InputError(f"{path}: holds a run that was broken off; --resume goes on with it, --restart begins anew")
 
 
 def evaluate_packed(config: Config, path: str, log: Log | None = None) -> dict:
@@ -1077,6 +1096,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="name of a variant, part of the run directory")
     parser.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: "
                         "one cycle of compression and fine-tuning")
+    parser.add_argument("--dry-run", action="store_true", help="only check data, weights, disks, memory and device, "
+                        "and print the plan with an estimated time")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was broken off; one that is "
                         "finished is left as it is")
     parser.add_argument("--restart", action="store_true", help="begin anew where a run was broken off")
@@ -1133,7 +1154,9 @@ def main(argv=None) -> int:
         log = Log()
         try:
             with stop_at_once():
-                if args.load:
+                if args.dry_run:
+                    print(dry_run(config, args.resume, args.restart))
+                elif args.load:
                     evaluate_packed(config, args.load, log)
                 else:
                     done.append(run_experiment(config, log, args.resume, args.restart))
@@ -1145,7 +1168,7 @@ def main(argv=None) -> int:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
             again = shlex.join(["python", "hirelc.py", *(a for a in argv or sys.argv[1:] if a != "--restart"),
                                 *([] if args.resume else ["--resume"])])
-            return _fail(str(stopped) if args.load else f"{stopped}; go on with: {again}", stopped.code)
+            return _fail(str(stopped) if args.load or args.dry_run else f"{stopped}; go on with: {again}", stopped.code)
         finally:
             log.close()
     if done and not args.no_table and first:
