@@ -37,6 +37,7 @@ from checkpoints import read_checkpoint
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
 from config import EXPERIMENTS, Config, InputError, flatten, override
+from files import read_json
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
@@ -824,6 +825,17 @@ def _describe(network, config: Config, train) -> dict:
             "std": list(getattr(train, "std", ())), "data": config.data.name}
 
 
+def _finished(path: Path) -> dict:
+    """The result of a finished run, as far as the table needs it."""
+    try:
+        result, _ = read_json(path)
+        results_table([result])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a result of this program ({type(error).__name__}); remove it or run again without "
+                         "--resume") from None
+    return result
+
+
 def _account(run: HiReLC, survey: Survey) -> dict:
     """What result.json says of the kernels one by one, and where the network's parameters and bytes are."""
     kernels, known = {}, {kernel.name: kernel for kernel in survey.compressed}
@@ -904,7 +916,7 @@ def _run_experiment(config, log, resume, restart, owner):
         owner.take(path)
     if resume and (path / "result.json").exists() and not store.exists:
         log.info(f"{path}: finished already")
-        return json.loads((path / "result.json").read_text(encoding="utf-8"))
+        return _finished(path / "result.json")
     if store.exists and not (resume or restart):
         raise _begun(path)
     resume = resume and store.exists
@@ -961,6 +973,8 @@ def _run_experiment(config, log, resume, restart, owner):
         if resume:
             for note in moved(path, device, ranks.size):
                 log.note(note)
+            if "run" in parts:
+                save(run, path)  # the process before may have ended between the state and these
         else:
             write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size,
                                               **provenance(device)})

@@ -459,7 +459,7 @@ def run_all(stub, *args):
 def test_run_all_goes_on_past_a_failure_and_says_so_at_the_end(stub, tmp_path):
     done, calls = run_all(stub, "--smoke", "--seeds", "1,2", "--out", str(tmp_path), "--set", "lla.timesteps=4")
     assert done.returncode == 1
-    expected = [f"hirelc.py --exp {e} --seed {s} --out {tmp_path} --no-table --smoke --set lla.timesteps=4"
+    expected = [f"hirelc.py --exp {e} --seed {s} --out {tmp_path} --no-table --resume --smoke --set lla.timesteps=4"
                 for s in (1, 2) for e in range(1, 8)]
     assert calls == [*expected, f"report.py {tmp_path}"]
     assert done.stderr.splitlines() == ["run_all: failed: exp 3 seed 1 (exit 2)", "run_all: failed: exp 3 seed 2 (exit 2)"]
