@@ -27,6 +27,7 @@ DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "synth
 NETWORKS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_base_patch32_clip_224",
             "resnet18", "resnet50", "mobilenetv2_100")
 ALGORITHMS = ("PPO", "A2C")
+BASELINES = ("uniform", "random", "greedy", "evolution", "sequential")
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ class Compress:
 
 @dataclass(frozen=True)
 class Search:
-    method: str = setting("hirelc", "hirelc, no-hla (uniform budgets) or null (uniform draws, same votes)",
-                          choices=("hirelc", "no-hla", "null"))
+    method: str = setting("hirelc", "hirelc, no-hla (uniform budgets), null (uniform draws, same votes), or one of the "
+                                    "baselines that meet search.target with as many evaluations (baselines.py)",
+                          choices=("hirelc", "no-hla", "null", *BASELINES))
     cycles: int = setting(4, "C, number of cycles", low=1)
     target: float = setting(0.25, "rho_target, retained fraction to reach", low=0.01, high=1.0)
     max_drop: float = setting(1.0, "delta_max, allowed accuracy drop in points", low=0.0)

@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import baselines
 import data
 import models
 import pack
 from blocks import Survey
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
-from config import EXPERIMENTS, Config, InputError, flatten, override
+from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
@@ -111,6 +112,7 @@ class HiReLC:
         self.timings: dict[str, float] = {}
         self.updates: list[dict] = []
         self.cycles: list[Cycle] = []
+        self.searches: list[dict] = []
         self.best: Cycle | None = None
         self.goal = parse_goal(config.goal)
         if self.goal:
@@ -187,7 +189,7 @@ class HiReLC:
     def make_agents(self) -> None:
         """Drop estimator, high-level ensemble, and one low-level ensemble per block."""
         c = self.config
-        if c.search.method != "no-hla" and c.compress.bits_max < max(TIER_MIN_BITS):
+        if c.search.method in ("hirelc", "null") and c.compress.bits_max < max(TIER_MIN_BITS):
             self.log.note(f"budgets that ask for more bits than compress.bits_max={c.compress.bits_max} are cut to it")
         batches, wanted = [], c.search.proxy_batches
         for images, _ in self.train_set.batches(c.data.batch_size, self.device, generator=self._generator("proxy"),
@@ -240,6 +242,9 @@ class HiReLC:
         Blocks are independent of one another, so that several ranks divide them.
         """
         self.model.load_state_dict(self.theta0)
+        if self.config.search.method in BASELINES:
+            return self.search_baseline(cycle)
+        before = self.estimator.evaluations
         done, mine = 0, [i for i, owner in enumerate(self.owners) if owner == self.ranks.rank]
         total = len(mine) * len(self.config.lla.algorithms)
 
@@ -257,6 +262,8 @@ class HiReLC:
                 updates = train_together(ensembles, [budgets[i] for i in part], progress)
                 found.update({i: (self.lla[i].consensus(), rows) for i, rows in zip(part, updates)})
             found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
+        evaluations = sum(self.ranks.gather(self.estimator.evaluations - before))
+        self.searches.append({"cycle": cycle, "evaluations": evaluations})
         for i, (block, budget) in enumerate(zip(self.blocks, budgets)):
             chosen, updates = found[i]
             self._log_updates(updates)
@@ -265,10 +272,27 @@ class HiReLC:
                           f"keep {chosen.average_keep:.3f}")
         return NetworkConfig(tuple(found[i][0] for i in range(len(self.blocks))))
 
+    def search_baseline(self, cycle: int) -> NetworkConfig:
+        """The same step by a method of ``baselines``, with the evaluations that the agents would have made. Every rank
+        goes through it, so that none waits, and takes rank 0's choice."""
+        c, method = self.config, self.config.search.method
+        allowed = baselines.budget(len(self.blocks), len(c.lla.algorithms), c.lla)
+        problem = baselines.Problem(self.blocks, self.sensitivity, c.compress, c.search.target, self.estimator.drops,
+                                    allowed)
+        with self._timed("search"):
+            found = self.ranks.same(baselines.find(method, problem, derive_seed(c.seed, "baseline", method, cycle)))
+        for note in filter(None, (found.note, found.bad and f"{found.bad} drops were not finite and became 50")):
+            self.log.note(note)
+        self.searches.append({"cycle": cycle, "evaluations": found.evaluations})
+        self.log.info(f"  cycle {cycle}, {method} search: {found.evaluations} of {allowed} evaluations, sum of the "
+                      f"estimated drops {found.drop:.3f}, retained {found.config.retained:.4f}")
+        return found.config
+
     def meet_target(self, voted: NetworkConfig) -> NetworkConfig:
         """Past the paper, where asked for: steps of bits and keep until the size is met (``target.enforce``)."""
         chosen, goal, sizes = voted, self.goal, []
-        if self.config.enforce_target or goal and goal.min_cr is not None:
+        if self.config.search.method not in BASELINES and (
+                self.config.enforce_target or goal and goal.min_cr is not None):
             sizes.append((self.config.search.target * voted.params, retained_weights))
         if goal and goal.max_bytes is not None:
             sizes.append((goal.max_bytes - self._fixed_bytes(voted), kernel_bytes))
@@ -438,6 +462,8 @@ class HiReLC:
             "sensitivity": self.sensitivity,
             "surrogate_mae": sum(errors) / len(errors) if errors else None,
             "mean_kl": {who: sum(values) / len(values) for who, values in moved.items()},
+            "search": c.search.method, "searches": self.searches,
+            "evaluations": sum(search["evaluations"] for search in self.searches),
             "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "null_controller": null,
             "notes": self.log.notes, "timings": {k: round(v, 2) for k, v in self.timings.items()}}
 
@@ -464,7 +490,7 @@ class HiReLC:
                      "masks": self.best_masks, "state": self.best_state,
                      "packed": torch.frombuffer(bytearray(self.best_packed), dtype=torch.uint8),
                      "budgets": [dataclasses.asdict(budget) for budget in self.best_budgets]},
-            "updates": self.updates, "timings": self.timings, "notes": self.log.notes}
+            "updates": self.updates, "searches": self.searches, "timings": self.timings, "notes": self.log.notes}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a :meth:`state_dict`; :meth:`run` then goes on with the next cycle and ends in the same result."""
@@ -484,6 +510,7 @@ class HiReLC:
         self.best_packed = best["packed"].numpy().tobytes()
         self.best_budgets = tuple(LayerBudget(**budget) for budget in best["budgets"])
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
+        self.searches = list(state["searches"])
         self.log.notes = list(state["notes"])
 
     # -- helpers
@@ -505,7 +532,7 @@ class HiReLC:
         smallest = NetworkConfig(tuple(BlockConfig(tuple(KernelConfig(
             limits.bits_min, 1 - limits.max_pruning if shape.prunable else 1.0) for shape in block), block)
             for block in self.shapes))
-        if self.config.enforce_target or goal and goal.min_cr is not None:
+        if self.config.enforce_target or self.config.search.method in BASELINES or goal and goal.min_cr is not None:
             if smallest.retained > self.config.search.target:
                 target = self.config.search.target
                 raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with "

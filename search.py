@@ -486,6 +486,7 @@ class DropEstimator:
     def __init__(self, proxy: Proxy, surrogate: Surrogate, baseline_acc: float):
         self.proxy, self.surrogate, self.baseline_acc = proxy, surrogate, baseline_acc
         self.consensus: list[BlockConfig | None] = [None] * len(proxy.blocks)
+        self.evaluations = 0  # candidates estimated so far
 
     @property
     def surrogate_active(self) -> bool:
@@ -495,6 +496,7 @@ class DropEstimator:
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drops in points of candidate configurations of block ``index``."""
         if not self.surrogate_active:
+            self.evaluations += len(configs)
             return self.proxy.drops(index, configs)
         return self.predicted_drops([(index, np.array([block_features(config) for config in configs]))])[0]
 
@@ -506,6 +508,7 @@ class DropEstimator:
         parts = [block_features(known) if known else UNKNOWN_KERNEL * len(block.kernels)
                  for known, block in zip(self.consensus, self.proxy.blocks)]
         starts, ends = [0], list(np.cumsum([len(features) for _, features in requests]))
+        self.evaluations += int(ends[-1])
         starts += ends
         rows = np.tile(np.concatenate(parts), (ends[-1], 1))
         for (index, features), start, end in zip(requests, starts, ends):
@@ -833,7 +836,7 @@ class HLAEnsemble:
     def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
         """Voted budgets from the start state; greedy proposals in the last cycle, drawn ones before (§3.7 step 3)."""
         method, blocks = self.config.search.method, len(self.sensitivity)
-        if method == "no-hla":
+        if method not in ("hirelc", "null"):
             return uniform_budgets(blocks, self.config.search, self.config.compress)
         if method == "null":
             nvec = np.array(hla_nvec(blocks))
@@ -906,7 +909,7 @@ def null_controller(shapes, sensitivity, config, draws: int = 200) -> dict:
     blocks, crs, compliances = len(shapes), [], []
     agents, nvec = len(config.lla.algorithms), np.array(hla_nvec(blocks))
     for _ in range(draws):
-        if config.search.method == "no-hla":
+        if config.search.method not in ("hirelc", "null"):
             budgets = uniform_budgets(blocks, config.search, config.compress)
         else:
             budgets = vote_budgets([decode_hla(rng.integers(nvec), sensitivity, config.compress)

@@ -161,7 +161,8 @@ def test_ranges_include_their_ends(key, allowed, forbidden):
                     "vit_base_patch32_clip_224", "resnet18", "resnet50", "mobilenetv2_100"]),
     ("compress.qtype", ["INT", "FLOAT", "any"]),
     ("compress.granularity", ["uniform", "log", "per-channel", "learned", "log-script", "any"]),
-    ("search.method", ["hirelc", "no-hla", "null"]), ("sensitivity.method", ["fisher", "none"]),
+    ("search.method", ["hirelc", "no-hla", "null", "uniform", "random", "greedy", "evolution", "sequential"]),
+    ("sensitivity.method", ["fisher", "none"]),
     ("vote", ["uniform", "confidence"]), ("carry", ["none", "rest", "all"]), ("device", ["auto", "cpu", "cuda"])])
 def test_choices(key, choices):
     for choice in choices:
