@@ -150,7 +150,9 @@ class HLA:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    method: str = setting("fisher", "fisher, or none (s_i = 0.5 everywhere, P_sens = 0)", choices=("fisher", "none"))
+    method: str = setting("fisher", "fisher, gradient (mean |g|), snip, grasp, hessian (trace), or none (s_i = 0.5 "
+                                    "everywhere, P_sens = 0)",
+                          choices=("fisher", "none", "gradient", "snip", "grasp", "hessian"))
     images: int = setting(64, "calibration images", low=1)
 
 
@@ -185,8 +187,8 @@ class Config:
                              choices=("auto", "float32", "bfloat16"))
     threads: int = setting(0, "CPU threads; 0 = as many as torch takes by itself", low=0, high=1024)
     out: str = setting("runs", "folder that receives the run directories; --out")
-    vote: str = setting("uniform", "weights of the LLA vote: uniform (Eq. 16) or confidence (Eq. 17)",
-                        choices=("uniform", "confidence"))
+    vote: str = setting("uniform", "the LLA vote: uniform (Eq. 16) or confidence (Eq. 17) weights, or mode (as uniform, "
+                                   "types and granularities by majority)", choices=("uniform", "confidence", "mode"))
     carry: str = setting("none", "what a cycle takes over from the last: none (theta_0), rest (all but the kernels) "
                                  "or all", choices=("none", "rest", "all"))
     enforce_target: bool = setting(False, "after the vote, move bits and keep until rho is within 1 % of search.target")

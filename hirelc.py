@@ -41,6 +41,7 @@ from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, null_controller, random_config, train_together)
+from sensitivity import sensitivity
 from target import enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
@@ -173,7 +174,7 @@ class HiReLC:
         self.log.info(f"baseline accuracy {self.baseline_acc:.2f} on {self.eval_images} test images")
 
     def estimate_sensitivity(self) -> None:
-        """s_i of every block on calibration images from the training set (Eq. 14-15)."""
+        """s_i of every block on calibration images from the training set (Eq. 14-15, or another measure)."""
         c = self.config
         with self._timed("sensitivity"):
             if c.sensitivity.method == "none":
@@ -182,7 +183,8 @@ class HiReLC:
                 count = min(c.sensitivity.images, len(self.train_set))
                 order = torch.randperm(len(self.train_set), generator=self._generator("sensitivity"))
                 images, labels = self.train_set.batch(order[:count], self.device)
-                self.sensitivity = fisher_sensitivity(self.model, self.blocks, images, labels)
+                self.sensitivity = sensitivity(c.sensitivity.method, self.model, self.blocks, images, labels,
+                                               self._generator("sensitivity", "vectors"))
         self.sensitivity = self.ranks.same(self.sensitivity)
         self.log.info("sensitivity " + " ".join(f"{s:.3f}" for s in self.sensitivity))
 

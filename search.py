@@ -135,6 +135,18 @@ def vote_actions(actions, weights=None) -> np.ndarray:
     return np.rint(np.round(weights @ actions, 6)).astype(np.int64)
 
 
+def mode_votes(actions) -> np.ndarray:
+    """Consensus with bits and keep as in Eq. 16, type and granularity by majority: the mean of two indices may be a
+    third that nobody chose. Ties: the first agent's of the options that have most. int [agents, 4 K] → [4 K]."""
+    actions = np.asarray(actions)
+    result = vote_actions(actions)
+    for head in range(actions.shape[1]):
+        if head % 4 >= 2:
+            votes = actions[:, head].tolist()
+            result[head] = max(votes, key=votes.count)  # max takes the first of equals
+    return result
+
+
 def confidence_weights(rewards, temperature: float = 1.0) -> np.ndarray:
     """omega_n = softmax_n(mean of agent n's last rewards / T) (Eq. 17).
 
@@ -761,7 +773,7 @@ class LLAEnsemble:
             weights = None
             if self.config.vote == "confidence":
                 weights = confidence_weights([agent.recent_rewards for agent in self.agents])
-        action = vote_actions(actions, weights)
+        action = mode_votes(actions) if self.config.vote == "mode" else vote_actions(actions, weights)
         return BlockConfig(decode_lla(action, self.envs[0].budget, self.config.compress, self.shapes), self.shapes)
 
     @property

@@ -162,8 +162,8 @@ def test_ranges_include_their_ends(key, allowed, forbidden):
     ("compress.qtype", ["INT", "FLOAT", "any"]),
     ("compress.granularity", ["uniform", "log", "per-channel", "learned", "log-script", "any"]),
     ("search.method", ["hirelc", "no-hla", "null", "uniform", "random", "greedy", "evolution", "sequential"]),
-    ("sensitivity.method", ["fisher", "none"]),
-    ("vote", ["uniform", "confidence"]), ("carry", ["none", "rest", "all"]), ("device", ["auto", "cpu", "cuda"])])
+    ("sensitivity.method", ["fisher", "none", "gradient", "snip", "grasp", "hessian"]),
+    ("vote", ["uniform", "confidence", "mode"]), ("carry", ["none", "rest", "all"]), ("device", ["auto", "cpu", "cuda"])])
 def test_choices(key, choices):
     for choice in choices:
         assert get(changed(f"{key}={choice}"), key) == choice

@@ -190,6 +190,13 @@ def test_vote_of_equal_actions_is_that_action():
     assert search.vote_actions([every]).tolist() == list(range(15))
 
 
+def test_mode_votes_take_the_majority_of_types_and_granularities():
+    actions = [[0, 14, 0, 0, 3, 3, 1, 3], [1, 0, 1, 3, 4, 3, 1, 2], [4, 2, 1, 0, 9, 3, 0, 1]]
+    # bits and keep round the means 5/3, 16/3, 16/3, 3; three different granularities: the first agent's
+    assert search.mode_votes(actions).tolist() == [2, 5, 1, 0, 5, 3, 1, 3]
+    assert search.vote_actions(actions).tolist() == [2, 5, 1, 1, 5, 3, 1, 2]
+
+
 def test_vote_with_weights():
     # 0.5 * 14 + 0.3 * 4 + 0.2 * 0 = 8.2, 0.5 * 0 + 0.3 * 1 + 0.2 * 1 = 0.5 - within half, 0.3 * 2 + 0.2 * 3 = 1.2
     assert search.vote_actions([[14, 0], [4, 2], [0, 3]], weights=[0.5, 0.3, 0.2]).tolist() == [8, 1]
@@ -1016,6 +1023,17 @@ def test_lla_consensus_is_the_vote_on_greedy_actions_from_the_reset_observation(
     assert [deterministic for _, deterministic in tape] == [True] * 3
     for obs, _ in tape:
         assert obs[0] == pytest.approx([0.5, 0.4, 1, 0, 0, 1, 0.25, 1.0, 0.2, 1, 0, 0, 0.5])
+
+
+def test_lla_consensus_can_take_the_mode(net):
+    names = {}
+    for vote in ("uniform", "mode"):
+        ensemble = lla_ensemble(net, settings(vote=vote, compress__qtype="any", compress__granularity="any"), index=1)
+        for env in ensemble.envs:
+            env.budget = FREE
+        scripted_agents(ensemble, [[0, 0, 1, 3], [0, 0, 1, 0], [0, 0, 0, 0]])
+        names[vote] = {(k.qtype, k.granularity) for k in ensemble.consensus().kernels}
+    assert names == {"uniform": {("FLOAT", "log")}, "mode": {("FLOAT", "uniform")}}
 
 
 @pytest.mark.parametrize("vote, bits", [("uniform", 4), ("confidence", 6)])
