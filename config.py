@@ -135,6 +135,20 @@ class LLA:
     alpha: tuple[float, ...] = setting((30.0, 30.0, 30.0), "weight of R_acc, per agent")
     beta: tuple[float, ...] = setting((1.5, 5.0, 8.0), "weight of R_comp, per agent")
     gamma_s: tuple[float, ...] = setting((1.0, 1.0, 1.0), "weight of R_stab, per agent")
+    reward: str = setting("paper", "paper (Eq. 9), or relative: the drop in standard deviations below the mean of the "
+                                   "agent's drops so far, with a price on exceeding the budget",
+                          choices=("paper", "relative"))
+    project: bool = setting(False, "candidates are moved into their block's budget, all kernels by the same number of steps")
+    choose: str = setting("vote", "a block's configuration: the vote (Eq. 16), or visited: of all candidates tried, those "
+                                  "of the least sum of drops over the blocks that meets search.target",
+                          choices=("vote", "visited"))
+    rounds: int = setting(1, "into how many rounds a cycle's steps are divided with choose=visited; after each, every block's "
+                             "budget is what the best network so far gives it", low=1)
+    refine: float = setting(0.0, "how many numbers of an action change a good candidate of before, on average, the rest "
+                                 "stays; 0 = an action is a whole candidate", low=0.0)
+    gamma: float = setting(0.99, "discount of the agents", low=0.0, high=1.0)
+    rollout: int = setting(0, "steps of an environment between two updates; 0 = the paper's 128 (PPO) and 64 (A2C)", low=0)
+    lr_factor: float = setting(1.0, "factor on the agents' learning rates", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -146,6 +160,8 @@ class HLA:
     alpha: tuple[float, ...] = setting((30.0, 30.0, 30.0), "scales R_sens + R_dyn by alpha/30, per agent")
     beta: tuple[float, ...] = setting((6.0, 10.0, 4.0), "scales R_glob by beta/6, per agent")
     gamma: tuple[float, ...] = setting((1.0, 1.0, 1.0), "scales R_bal by gamma/1, per agent")
+    tiers: str = setting("paper", "budgets of the tiers: the paper's, or relative: rho* times search.target / 0.25, and "
+                                  "the global bounds on bits and pruning", choices=("paper", "relative"))
 
 
 @dataclass(frozen=True)
@@ -178,6 +194,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Config:
+    preset: str = setting("none", "settings that go together (config.PRESETS); --preset", choices=("none", "plus"))
     exp: int = setting(0, "number of the experiment, 0 for a network of one's own", low=0)
     name: str = setting("", "name of a variant, part of the run directory; --name")
     smoke: bool = setting(False, "narrow network, synthetic images, small budgets; --smoke")
@@ -208,6 +225,14 @@ class Config:
     sensitivity: Sensitivity = Sensitivity()
     surrogate: Surrogate = Surrogate()
     eval: Eval = Eval()
+
+
+PRESETS = {
+    "none": {},
+    # The hierarchy with what makes it win under the same number of evaluations (README, "Baselines and plus").
+    "plus": {"lla.choose": "visited", "lla.rounds": 8, "lla.refine": 2.0, "hla.tiers": "relative",
+             "enforce_target": True, "finetune.mode": "qat"},
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -246,7 +271,8 @@ def override(config: Config, assignments) -> Config:
     """Apply settings in order and check the result.
 
     ``assignments``: strings ``key=value`` as on the command line, or a mapping key → value. A section's first
-    field may be set by the section's name alone: ``search=no-hla`` is ``search.method=no-hla``.
+    field may be set by the section's name alone: ``search=no-hla`` is ``search.method=no-hla``. ``preset`` sets what
+    PRESETS lists, which later assignments may change again.
     Raises InputError for an unknown key (listing the known ones), a wrong type, or a value out of range.
     """
     if hasattr(assignments, "items"):
@@ -266,6 +292,8 @@ def override(config: Config, assignments) -> Config:
         if key not in known:
             raise InputError(f"unknown setting '{key}'; known settings: {', '.join(known)}")
         config = _replace(config, key, _typed(key, known[key], value))
+        if key == "preset":
+            config = override(config, PRESETS[config.preset])
     _check_together(config)
     return config
 
@@ -343,6 +371,9 @@ def _check_together(config):
             if count != agents:
                 raise InputError(f"{section}.{name} has {count} values, {section}.algorithms has {agents}: "
                                  "give one per agent")
+    if config.lla.rounds > 1 and config.lla.choose != "visited":
+        raise InputError(f"lla.rounds={config.lla.rounds} needs lla.choose=visited: a round's budgets come from the "
+                         "candidates that were tried")
     if any(sign in config.name for sign in "/\\") or config.name in (".", ".."):
         raise InputError(f"name={config.name}: becomes part of a folder's name and cannot hold a path")
 

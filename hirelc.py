@@ -40,7 +40,7 @@ from qat import GridTraining
 from report import results_table, survive_ascii, wilson, write_json
 from runs import check_directory, keep_freed_memory, provenance, run_directory, save
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
-                    block_features, compliance, derive_seed, null_controller, random_config, train_together)
+                    block_features, compliance, derive_seed, least_drop, null_controller, random_config, train_together)
 from sensitivity import sensitivity
 from target import enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
@@ -235,44 +235,67 @@ class HiReLC:
 
     def train_hla(self, timesteps: int) -> None:
         """Steps 1-2: train the high-level agents under the last feedback."""
+        before = self.hla.entropy()
         with self._timed("hla"):
             self._log_updates(self.hla.train(timesteps))
+        if self.config.search.method == "hirelc":
+            self.searches.append({"level": "HLA", "cycle": len(self.cycles), "entropy": [before, self.hla.entropy()]})
 
     def search_blocks(self, cycle: int, budgets) -> NetworkConfig:
         """Steps 4-5: train each block's low-level agents under its budget and vote, with theta_0 in the network.
 
-        Blocks are independent of one another, so that several ranks divide them.
+        Blocks are independent of one another, so that several ranks divide them. With lla.choose=visited the candidates
+        of the least sum of drops win (``search.least_drop``), and with lla.rounds this is repeated.
         """
         self.model.load_state_dict(self.theta0)
         if self.config.search.method in BASELINES:
             return self.search_baseline(cycle)
         before = self.estimator.evaluations
         done, mine = 0, [i for i, owner in enumerate(self.owners) if owner == self.ranks.rank]
-        total = len(mine) * len(self.config.lla.algorithms)
+        steps = rounds(self.config.lla)
+        total = len(mine) * len(self.config.lla.algorithms) * len(steps)
 
         def progress():
             nonlocal done
             done += 1
             self.log.progress(f"cycle {cycle}, search", done, total)
 
-        found = {}
+        rows, best, entropy, compared = [[] for _ in self.blocks], None, {}, {}
         self.log.progress(f"cycle {cycle}, search", 0, total)
         with self._timed("search"):
-            # The surrogate predicts for all blocks at once; the proxy keeps one block's activations at a time.
-            for part in [mine] if self.surrogate.active else [[i] for i in mine]:
-                ensembles = [self.lla[i] for i in part]
-                updates = train_together(ensembles, [budgets[i] for i in part], progress)
-                found.update({i: (self.lla[i].consensus(), rows) for i, rows in zip(part, updates)})
-            found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
-        evaluations = sum(self.ranks.gather(self.estimator.evaluations - before))
-        self.searches.append({"cycle": cycle, "evaluations": evaluations})
-        for i, (block, budget) in enumerate(zip(self.blocks, budgets)):
-            chosen, updates = found[i]
-            self._log_updates(updates)
+            for n, timesteps in enumerate(steps):
+                if best:  # lla.rounds: every block is searched on at the size that it has in the best network so far
+                    budgets = [dataclasses.replace(b, target=c.retained) for b, c in zip(budgets, best.blocks)]
+                found = {}
+                # The surrogate predicts for all blocks at once; the proxy keeps one block's activations at a time.
+                for part in [mine] if self.surrogate.active else [[i] for i in mine]:
+                    ensembles = [self.lla[i] for i in part]
+                    if n == 0:
+                        entropy.update({i: [self.lla[i].entropy(budgets[i])] for i in part})
+                    updates = train_together(ensembles, [budgets[i] for i in part], progress, timesteps, n == 0)
+                    evaluations = self.estimator.evaluations
+                    for i, own in zip(part, updates):
+                        config, last = self.lla[i].consensus(), n + 1 == len(steps)
+                        compared[i] = self.lla[i].compared(config) if last else {}
+                        found[i] = config, own, self.lla[i].visited()
+                        if last:
+                            entropy[i].append(self.lla[i].entropy(budgets[i]))
+                    self.estimator.evaluations = evaluations
+                found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
+                voted, updates, visited = zip(*(found[i] for i in range(len(self.blocks))))
+                rows = [before + own for before, own in zip(rows, updates)]
+                if self.config.lla.choose == "visited" and all(visited):
+                    best = least_drop(visited, self.config.search.target)
+        self._log_search(cycle, self.estimator.evaluations - before, entropy, compared)
+        if best and best.retained > self.config.search.target:
+            self.log.note(f"cycle {cycle}: nothing that was tried meets search.target, the smallest is taken")
+        chosen = best or NetworkConfig(voted)
+        for block, budget, config, own in zip(self.blocks, budgets, chosen.blocks, rows):
+            self._log_updates(own)
             self.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, "
-                          f"retained {chosen.retained:.3f}, bits {chosen.average_bits:.2f}, "
-                          f"keep {chosen.average_keep:.3f}")
-        return NetworkConfig(tuple(found[i][0] for i in range(len(self.blocks))))
+                          f"retained {config.retained:.3f}, bits {config.average_bits:.2f}, "
+                          f"keep {config.average_keep:.3f}")
+        return chosen
 
     def search_baseline(self, cycle: int) -> NetworkConfig:
         """The same step by a method of ``baselines``, with the evaluations that the agents would have made. Every rank
@@ -285,7 +308,7 @@ class HiReLC:
             found = self.ranks.same(baselines.find(method, problem, derive_seed(c.seed, "baseline", method, cycle)))
         for note in filter(None, (found.note, found.bad and f"{found.bad} drops were not finite and became 50")):
             self.log.note(note)
-        self.searches.append({"cycle": cycle, "evaluations": found.evaluations})
+        self.searches.append({"level": "LLA", "cycle": cycle, "evaluations": found.evaluations, "drop": found.drop})
         self.log.info(f"  cycle {cycle}, {method} search: {found.evaluations} of {allowed} evaluations, sum of the "
                       f"estimated drops {found.drop:.3f}, retained {found.config.retained:.4f}")
         return found.config
@@ -301,6 +324,8 @@ class HiReLC:
         for n, (budget, cost) in enumerate(sizes):
             if n and _packed_kernels(chosen) <= budget:  # only the bytes come second
                 continue
+            if cost is retained_weights and self.config.lla.choose == "visited" and voted.retained * voted.params <= budget:
+                continue  # chosen for this target from candidates that were measured
             with self._timed("target"):
                 enforced = enforce(self.blocks, chosen, self.sensitivity, self.config.compress, budget, cost)
             if enforced.note:
@@ -465,7 +490,7 @@ class HiReLC:
             "surrogate_mae": sum(errors) / len(errors) if errors else None,
             "mean_kl": {who: sum(values) / len(values) for who, values in moved.items()},
             "search": c.search.method, "searches": self.searches,
-            "evaluations": sum(search["evaluations"] for search in self.searches),
+            "evaluations": sum(search.get("evaluations", 0) for search in self.searches),
             "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "null_controller": null,
             "notes": self.log.notes, "timings": {k: round(v, 2) for k, v in self.timings.items()}}
 
@@ -606,8 +631,34 @@ class HiReLC:
     def _timed(self, phase: str):
         return _Timed(self.timings, phase)
 
+    def _log_search(self, cycle, evaluations, entropy, compared) -> None:
+        """How far the low-level policies moved, and what their consensus is worth: means over the blocks."""
+        parts = self.ranks.gather((evaluations, entropy, compared))
+        entropy = [pair for part in parts for pair in part[1].values()]
+        row = {"level": "LLA", "cycle": cycle, "evaluations": sum(part[0] for part in parts),
+               "entropy": [float(value) for value in np.mean(entropy, axis=0)]}
+        blocks = [numbers for part in parts for numbers in part[2].values()]
+        for key in blocks[0]:
+            values = [numbers[key] for numbers in blocks]
+            row[key] = None if None in values else math.fsum(values) / len(values)
+        self.searches.append(row)
+        self.log.info(f"  cycle {cycle}: {row['evaluations']} evaluations, entropy {row['entropy'][0]:.4f} -> "
+                      f"{row['entropy'][1]:.4f} of a uniform policy's; mean reward of the consensus "
+                      f"{_number(row['consensus_reward'])}, of random actions {_number(row['random_reward'])}")
+
     def _log_updates(self, rows) -> None:
         self.updates += [{"cycle": len(self.cycles), **row} for row in rows]
+
+
+def _number(value) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def rounds(lla) -> list[int]:
+    """lla.timesteps, rounded up to whole steps of the environments, in lla.rounds parts; none is empty."""
+    steps = math.ceil(lla.timesteps / lla.envs)
+    parts = [steps * (n + 1) // lla.rounds - steps * n // lla.rounds for n in range(lla.rounds)]
+    return [part * lla.envs for part in parts if part]
 
 
 def _packed_kernels(config: NetworkConfig) -> int:
@@ -914,6 +965,7 @@ def _parser() -> argparse.ArgumentParser:
                         "the weights that the function gives it unless this says otherwise")
     parser.add_argument("--weights-dir", help="folder for downloaded weights")
     parser.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
+    parser.add_argument("--preset", help="plus: the settings that make the hierarchy win under the same budget")
     parser.add_argument("--name", help="name of a variant, part of the run directory")
     parser.add_argument("--no-table", action="store_true", help="leave out the results table at the end")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
@@ -923,7 +975,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 FLAGS = {"smoke": "smoke", "seed": "seed", "device": "device", "data_dir": "data.dir", "weights": "model.weights",
-         "weights_dir": "model.weights_dir", "out": "out", "name": "name"}
+         "weights_dir": "model.weights_dir", "out": "out", "name": "name",
+         "preset": "preset"}
 
 
 def list_experiments() -> str:
