@@ -327,7 +327,8 @@ class SequentialEnv:
     """N episodes side by side: at step t the action [bits, step of keep, type, granularity] of kernel t.
 
     Observation [N, 10]: t / K; block / B; log10 of the parameters / 8; log2 of the channels / 12; whether channels may
-    go; s_i; size so far / allowed size; least size of the kernels to come / allowed; last kernel's bits / 8 and kept channels.
+    go; s_i; least size of the kernels to come / allowed size; size so far / allowed; last kernel's bits / 8 and fraction
+    of kept channels.
     At the end a network above the target loses, as in HAQ, one bit of each kernel in order, round after round, and once
     all are at their least, a step of keep in the same way. The reward comes at the end: the drop's distance below the
     mean of the drops so far, in their standard deviations, within ±5; 0 at every other step.

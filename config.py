@@ -138,16 +138,17 @@ class LLA:
     reward: str = setting("paper", "paper (Eq. 9), or relative: the drop in standard deviations below the mean of the "
                                    "agent's drops so far, with a price on exceeding the budget",
                           choices=("paper", "relative"))
-    project: bool = setting(False, "candidates are moved into their block's budget, all kernels by the same number of steps")
-    choose: str = setting("vote", "a block's configuration: the vote (Eq. 16), or visited: of all candidates tried, those "
-                                  "of the least sum of drops over the blocks that meets search.target",
+    project: bool = setting(False, "candidates are moved into their block's budget, all kernels by as many steps")
+    choose: str = setting("vote", "a block's configuration: the vote (Eq. 16), or visited: of all candidates tried, "
+                                  "those of the least sum of drops over the blocks that meets search.target",
                           choices=("vote", "visited"))
-    rounds: int = setting(1, "into how many rounds a cycle's steps are divided with choose=visited; after each, every block's "
-                             "budget is what the best network so far gives it", low=1)
-    refine: float = setting(0.0, "how many numbers of an action change a good candidate of before, on average, the rest "
-                                 "stays; 0 = an action is a whole candidate", low=0.0)
+    rounds: int = setting(1, "into how many rounds a cycle's steps are divided with choose=visited; after each, every "
+                             "block's budget is what the best network so far gives it", low=1)
+    refine: float = setting(0.0, "how many numbers of an action change a good candidate of before, on average, the "
+                                 "rest stays; 0 = an action is a whole candidate", low=0.0)
     gamma: float = setting(0.99, "discount of the agents", low=0.0, high=1.0)
-    rollout: int = setting(0, "steps of an environment between two updates; 0 = the paper's 128 (PPO) and 64 (A2C)", low=0)
+    rollout: int = setting(0, "steps of an environment between two updates; 0 = the paper's 128 (PPO) and 64 (A2C)",
+                           low=0)
     lr_factor: float = setting(1.0, "factor on the agents' learning rates", low=0.0)
 
 
@@ -160,8 +161,8 @@ class HLA:
     alpha: tuple[float, ...] = setting((30.0, 30.0, 30.0), "scales R_sens + R_dyn by alpha/30, per agent")
     beta: tuple[float, ...] = setting((6.0, 10.0, 4.0), "scales R_glob by beta/6, per agent")
     gamma: tuple[float, ...] = setting((1.0, 1.0, 1.0), "scales R_bal by gamma/1, per agent")
-    tiers: str = setting("paper", "budgets of the tiers: the paper's, or relative: rho* times search.target / 0.25, and "
-                                  "the global bounds on bits and pruning", choices=("paper", "relative"))
+    tiers: str = setting("paper", "budgets of the tiers: the paper's, or relative: rho* times search.target / 0.25, "
+                                  "and the global bounds on bits and pruning", choices=("paper", "relative"))
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,8 @@ class Config:
                              choices=("auto", "float32", "bfloat16"))
     threads: int = setting(0, "CPU threads; 0 = as many as torch takes by itself", low=0, high=1024)
     out: str = setting("runs", "folder that receives the run directories; --out")
-    vote: str = setting("uniform", "the LLA vote: uniform (Eq. 16) or confidence (Eq. 17) weights, or mode (as uniform, "
-                                   "types and granularities by majority)", choices=("uniform", "confidence", "mode"))
+    vote: str = setting("uniform", "the LLA vote: uniform (Eq. 16) or confidence (Eq. 17) weights, or mode (as "
+                                   "uniform, types and granularities by majority)", choices=("uniform", "confidence", "mode"))
     carry: str = setting("none", "what a cycle takes over from the last: none (theta_0), rest (all but the kernels) "
                                  "or all", choices=("none", "rest", "all"))
     enforce_target: bool = setting(False, "after the vote, move bits and keep until rho is within 1 % of search.target")

@@ -324,7 +324,8 @@ class HiReLC:
         for n, (budget, cost) in enumerate(sizes):
             if n and _packed_kernels(chosen) <= budget:  # only the bytes come second
                 continue
-            if cost is retained_weights and self.config.lla.choose == "visited" and voted.retained * voted.params <= budget:
+            visited = cost is retained_weights and self.config.lla.choose == "visited"
+            if visited and voted.retained * voted.params <= budget:
                 continue  # chosen for this target from candidates that were measured
             with self._timed("target"):
                 enforced = enforce(self.blocks, chosen, self.sensitivity, self.config.compress, budget, cost)

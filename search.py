@@ -116,7 +116,8 @@ def layer_budget(tier: int, strategy: int, sensitivity: float, limits, scale: fl
 def decode_hla(action, sensitivity, limits, scale: float | None = None) -> tuple[LayerBudget, ...]:
     """HLA action, int [2 B], → one budget per block (Eq. 8). Raises ValueError outside the range."""
     pairs = _hla_pairs(action, len(sensitivity))
-    return tuple(layer_budget(tier, strategy, s, limits, scale) for (tier, strategy), s in zip(pairs.tolist(), sensitivity))
+    return tuple(layer_budget(tier, strategy, s, limits, scale)
+                 for (tier, strategy), s in zip(pairs.tolist(), sensitivity))
 
 
 def _hla_pairs(action, blocks: int) -> np.ndarray:
@@ -236,7 +237,7 @@ def overshoot_cost(retained, target):
 
 def relative_rewards(costs, seen: list) -> np.ndarray:
     """How far costs [n] lie below the mean of all costs so far, in their standard deviations, within ±5; they join
-    ``seen``. Independent of the scale of the drops, which differs a hundredfold between blocks (lla.reward=relative)."""
+    ``seen``. Independent of the scale of the drops, which differs a hundredfold between blocks."""
     seen += [cost for cost in costs.tolist() if math.isfinite(cost)]
     spread = float(np.std(seen)) if seen else 0.0
     if spread == 0:
@@ -580,8 +581,8 @@ class Visited:
 
     def refined(self, action, env) -> np.ndarray:
         """An action [K, 4] of ``env`` as a change of a candidate on the front near the budget, drawn uniformly: each of
-        its numbers is changed with probability refine / count, one at least: bits and keep by up to STEP steps up or down,
-        type and granularity to the action's. The action itself while there is no candidate."""
+        its numbers is changed with probability refine / count, one at least: bits and keep by up to STEP steps up or
+        down, type and granularity to the action's. The action itself while there is no candidate."""
         if not self.front or self.front[0][2] >= WORST:
             return action
         target = env.budget.target
@@ -837,7 +838,8 @@ class HLAEnv:
         reward = gamma * r_bal + alpha / 30 * (r_sens + r_dyn) + beta / 6 * r_glob
         self.steps += 1
         done = self.steps >= self.settings.episode
-        obs = self.reset() if done else self.observation([t * self.scale for t in targets], abs(mean - self.search.target),
+        scaled = [target * self.scale for target in targets]
+        obs = self.reset() if done else self.observation(scaled, abs(mean - self.search.target),
                                                          (r_bal + r_sens + r_dyn) / 20)
         return obs, np.array([reward]), np.array([done]), {}
 
@@ -904,7 +906,8 @@ class LLAEnsemble:
         drops = np.array(env.estimator.drops(self.index, configs))
         retained = np.array([config.retained for config in configs])
         penalty = env.penalty_scale * sensitivity_penalty(env.sensitivity, retained)
-        rewards = np.mean([lla_reward(drops, retained, env.budget.target, penalty, [], e.weights) for e in self.envs], 0)
+        rewards = np.mean([lla_reward(drops, retained, env.budget.target, penalty, [], own.weights)
+                           for own in self.envs], axis=0)
         numbers = {"consensus_drop": drops[0], "random_drop": drops[1:].mean(),
                    "consensus_reward": rewards[0], "random_reward": rewards[1:].mean()}
         return {key: float(value) if math.isfinite(value) else None for key, value in numbers.items()}

@@ -25,7 +25,8 @@ def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: T
     """s_i in [0, 1] of every block: the measure ``method`` (fisher, gradient, snip, grasp or hessian), divided by the
     largest (Eq. 15). images [N, 3, H, W], labels [N]; ``generator`` draws hessian's vectors.
 
-    A negative trace counts as none, and all are ones where no block has any. Raises FloatingPointError when a value is not finite.
+    A negative trace counts as none, and all are ones where no block has any. Raises FloatingPointError when a value is
+    not finite.
     """
     if method == "fisher":
         return fisher_sensitivity(model, blocks, images, labels)

@@ -40,7 +40,8 @@ def found(six, method, seed=0, **changes):
 
 def space(limits=LIMITS, target=0.2, channels=(2, 16, 4), whole=(), drops=None, budget=100, inputs=8):
     """Blocks of one kernel each."""
-    blocks = [SimpleNamespace(name=str(i), kernels={f"k{i}": nn.Linear(inputs, n)}, whole=[f"k{i}"] if i in whole else [])
+    blocks = [SimpleNamespace(name=str(i), kernels={f"k{i}": nn.Linear(inputs, n)},
+                              whole=[f"k{i}"] if i in whole else [])
               for i, n in enumerate(channels)]
     return Space(Problem(blocks, [0.5] * len(blocks), limits, target, drops, budget))
 

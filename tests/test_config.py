@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings  # noqa: E402
-from config import PRESETS, EXPERIMENTS, Config, InputError, fields_of, flatten, from_flat, get, override  # noqa: E402
+from config import EXPERIMENTS, PRESETS, Config, InputError, fields_of, flatten, from_flat, get, override  # noqa: E402
 
 
 def changed(*assignments):
@@ -163,7 +163,8 @@ def test_ranges_include_their_ends(key, allowed, forbidden):
     ("compress.granularity", ["uniform", "log", "per-channel", "learned", "log-script", "any"]),
     ("search.method", ["hirelc", "no-hla", "null", "uniform", "random", "greedy", "evolution", "sequential"]),
     ("sensitivity.method", ["fisher", "none", "gradient", "snip", "grasp", "hessian"]),
-    ("vote", ["uniform", "confidence", "mode"]), ("carry", ["none", "rest", "all"]), ("device", ["auto", "cpu", "cuda"])])
+    ("vote", ["uniform", "confidence", "mode"]),
+    ("carry", ["none", "rest", "all"]), ("device", ["auto", "cpu", "cuda"])])
 def test_choices(key, choices):
     for choice in choices:
         assert get(changed(f"{key}={choice}"), key) == choice

@@ -1570,7 +1570,7 @@ def test_a_refined_action_changes_a_candidate_near_the_budget():
         refined = env.visited.refined(action, env)
         different = refined != parent
         changes.append(different.sum())
-        # bits 7 + 14 and keep 7 - 14, cut to the ends; 3 + 0 and 0 + 0 are no change; type and granularity as in the action
+        # bits 7 + 14 and keep 7 - 14, cut to the ends; 3 + 0 and 0 + 0 are no change; type, granularity: the action's
         allowed = np.array([[14, 0, 1, 3], [3, 0, 0, 0]])
         assert (refined[different] == allowed[different]).all()
     assert 0.5 < np.mean(changes) < 2.0 and max(changes) >= 2
