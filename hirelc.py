@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import baselines
 import data
 import models
 import pack
@@ -36,7 +37,7 @@ from blocks import Survey
 from checkpoints import read_checkpoint
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
-from config import EXPERIMENTS, Config, InputError, flatten, override
+from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
 from files import read_json
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
@@ -46,7 +47,8 @@ from report import results_table, survive_ascii, write_json
 from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
                   stop_at_once, stoppable)
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
-                    block_features, compliance, derive_seed, null_controller, random_config, train_together)
+                    block_features, compliance, derive_seed, least_drop, null_controller, random_config, train_together)
+from sensitivity import sensitivity
 from state import Progress, SaveError, Stopped, Store, random_states, set_random_states
 from stats import mcnemar, paired_interval, wilson
 from target import enforce, give_back, max_give_back, parse_goal, retained_weights
@@ -126,6 +128,7 @@ class HiReLC:
         self.timings: dict[str, float] = {}
         self.updates: list[dict] = []
         self.cycles: list[Cycle] = []
+        self.searches: list[dict] = []
         self.best: Cycle | None = None
         self.baseline_acc, self.sensitivity, self.budgets, self.voted = 0.0, [], (), None
         self.skipped_steps, self.resumed = 0, None
@@ -211,7 +214,7 @@ class HiReLC:
                       f"{'test' if self.choice_set is self.test_set else 'held-out'} images")
 
     def estimate_sensitivity(self) -> None:
-        """s_i of every block on calibration images from the training set (Eq. 14-15)."""
+        """s_i of every block on calibration images from the training set (Eq. 14-15, or another measure)."""
         c = self.config
         with self._timed("sensitivity"):
             if c.sensitivity.method == "none":
@@ -220,14 +223,15 @@ class HiReLC:
                 count = min(c.sensitivity.images, len(self.train_set))
                 order = torch.randperm(len(self.train_set), generator=self._generator("sensitivity"))
                 images, labels = self.train_set.batch(order[:count], self.device)
-                self.sensitivity = fisher_sensitivity(self.model, self.blocks, images, labels)
+                self.sensitivity = sensitivity(c.sensitivity.method, self.model, self.blocks, images, labels,
+                                               self._generator("sensitivity", "vectors"))
         self.sensitivity = self.ranks.same(self.sensitivity)
         self.log.info("sensitivity " + " ".join(f"{s:.3f}" for s in self.sensitivity))
 
     def make_agents(self) -> None:
         """Drop estimator, high-level ensemble, and one low-level ensemble per block."""
         c = self.config
-        if c.search.method != "no-hla" and c.compress.bits_max < max(TIER_MIN_BITS):
+        if c.search.method in ("hirelc", "null") and c.compress.bits_max < max(TIER_MIN_BITS):
             self.log.note(f"budgets that ask for more bits than compress.bits_max={c.compress.bits_max} are cut to it")
         batches, wanted = [], c.search.proxy_batches
         for images, _ in self.train_set.batches(c.data.batch_size, self.device, generator=self._generator("proxy"),
@@ -276,54 +280,102 @@ class HiReLC:
 
     def train_hla(self, timesteps: int) -> None:
         """Steps 1-2: train the high-level agents under the last feedback."""
+        before = self.hla.entropy()
         with self._timed("hla"):
             self._log_updates(self.hla.train(timesteps))
+        if self.config.search.method == "hirelc":
+            self.searches.append({"level": "HLA", "cycle": len(self.cycles), "entropy": [before, self.hla.entropy()]})
 
     def search_blocks(self, cycle: int) -> None:
         """Steps 4-5: train each block's low-level agents under its budget and vote, with theta_0 in the network.
 
-        Blocks are independent of one another, so that several ranks divide them.
+        Blocks are independent of one another, so that several ranks divide them. With lla.choose=visited the candidates
+        of the least sum of drops win (``search.least_drop``), and with lla.rounds this is repeated.
         """
         if self.given:
             self.voted = self.given[0]
             return
         budgets = self.budgets
         self.model.load_state_dict(self.theta0)
+        if self.config.search.method in BASELINES:
+            return self.search_baseline(cycle)
+        before = self.estimator.evaluations
         done, mine = 0, [i for i, owner in enumerate(self.owners) if owner == self.ranks.rank]
-        total = len(mine) * len(self.config.lla.algorithms)
+        steps = rounds(self.config.lla)
+        total = len(mine) * len(self.config.lla.algorithms) * len(steps)
 
         def progress():
             nonlocal done
             done += 1
             self.log.progress(f"cycle {cycle}, search", done, total)
 
-        found = {}
+        rows, best, entropy, compared = [[] for _ in self.blocks], None, {}, {}
         self.log.progress(f"cycle {cycle}, search", 0, total)
         with self._timed("search"):
-            # The surrogate predicts for all blocks at once; the proxy keeps one block's activations at a time.
-            for part in [mine] if self.surrogate.active else [[i] for i in mine]:
-                ensembles = [self.lla[i] for i in part]
-                updates = train_together(ensembles, [budgets[i] for i in part], progress)
-                found.update({i: (self.lla[i].consensus(), rows) for i, rows in zip(part, updates)})
-            found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
-        for i, (block, budget) in enumerate(zip(self.blocks, budgets)):
-            chosen, updates = found[i]
-            self._log_updates(updates)
+            for n, timesteps in enumerate(steps):
+                if best:  # lla.rounds: every block is searched on at the size that it has in the best network so far
+                    budgets = [dataclasses.replace(b, target=c.retained) for b, c in zip(budgets, best.blocks)]
+                found = {}
+                # The surrogate predicts for all blocks at once; the proxy keeps one block's activations at a time.
+                for part in [mine] if self.surrogate.active else [[i] for i in mine]:
+                    ensembles = [self.lla[i] for i in part]
+                    if n == 0:
+                        entropy.update({i: [self.lla[i].entropy(budgets[i])] for i in part})
+                    updates = train_together(ensembles, [budgets[i] for i in part], progress, timesteps, n == 0)
+                    evaluations = self.estimator.evaluations
+                    for i, own in zip(part, updates):
+                        config, last = self.lla[i].consensus(), n + 1 == len(steps)
+                        compared[i] = self.lla[i].compared(config) if last else {}
+                        found[i] = config, own, self.lla[i].visited()
+                        if last:
+                            entropy[i].append(self.lla[i].entropy(budgets[i]))
+                    self.estimator.evaluations = evaluations
+                found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
+                voted, updates, visited = zip(*(found[i] for i in range(len(self.blocks))))
+                rows = [before + own for before, own in zip(rows, updates)]
+                if self.config.lla.choose == "visited" and all(visited):
+                    best = least_drop(visited, self.config.search.target)
+        self._log_search(cycle, self.estimator.evaluations - before, entropy, compared)
+        if best and best.retained > self.config.search.target:
+            self.log.note(f"cycle {cycle}: nothing that was tried meets search.target, the smallest is taken")
+        chosen = best or NetworkConfig(voted)
+        for block, budget, config, own in zip(self.blocks, budgets, chosen.blocks, rows):
+            self._log_updates(own)
             self.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, "
-                          f"retained {chosen.retained:.3f}, bits {chosen.average_bits:.2f}, "
-                          f"keep {chosen.average_keep:.3f}")
-        self.voted = NetworkConfig(tuple(found[i][0] for i in range(len(self.blocks))))
+                          f"retained {config.retained:.3f}, bits {config.average_bits:.2f}, "
+                          f"keep {config.average_keep:.3f}")
+        self.voted = chosen
+
+    def search_baseline(self, cycle: int) -> None:
+        """The same step by a method of ``baselines``, with the evaluations that the agents would have made. Every rank
+        goes through it, so that none waits, and takes rank 0's choice."""
+        c, method = self.config, self.config.search.method
+        allowed = baselines.budget(len(self.blocks), len(c.lla.algorithms), c.lla)
+        problem = baselines.Problem(self.blocks, self.sensitivity, c.compress, c.search.target, self.estimator.drops,
+                                    allowed)
+        with self._timed("search"):
+            found = self.ranks.same(baselines.find(method, problem, derive_seed(c.seed, "baseline", method, cycle)))
+        for note in filter(None, (found.note, found.bad and f"{found.bad} drops were not finite and became 50")):
+            self.log.note(note)
+        self.searches.append({"level": "LLA", "cycle": cycle, "evaluations": found.evaluations, "drop": found.drop})
+        self.log.info(f"  cycle {cycle}, {method} search: {found.evaluations} of {allowed} evaluations, sum of the "
+                      f"estimated drops {found.drop:.3f}, retained {found.config.retained:.4f}")
+        self.voted = found.config
 
     def meet_target(self, voted: NetworkConfig) -> NetworkConfig:
         """Past the paper, where asked for: steps of bits and keep until the size is met (``target.enforce``)."""
         chosen, goal, sizes = voted, self.goal, []
-        if self.config.enforce_target or goal and goal.min_cr is not None:
+        if self.config.search.method not in BASELINES and (
+                self.config.enforce_target or goal and goal.min_cr is not None):
             sizes.append((self.config.search.target * voted.params, retained_weights))
         if goal and goal.max_bytes is not None:
             sizes.append((goal.max_bytes - self._fixed_bytes(voted), kernel_bytes))
         for n, (budget, cost) in enumerate(sizes):
             if n and _packed_kernels(chosen) <= budget:  # only the bytes come second
                 continue
+            visited = cost is retained_weights and self.config.lla.choose == "visited"
+            if visited and voted.retained * voted.params <= budget:
+                continue  # chosen for this target from candidates that were measured
             with self._timed("target"):
                 enforced = enforce(self.blocks, chosen, self.sensitivity, self.config.compress, budget, cost)
             if enforced.note:
@@ -496,7 +548,10 @@ class HiReLC:
             "sensitivity": self.sensitivity,
             "surrogate_mae": sum(errors) / len(errors) if errors else None,
             "mean_kl": {who: sum(values) / len(values) for who, values in moved.items()},
-            "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "skipped_steps": self.skipped_steps, "null_controller": null,
+            "search": c.search.method, "searches": self.searches,
+            "evaluations": sum(search.get("evaluations", 0) for search in self.searches),
+            "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "skipped_steps": self.skipped_steps,
+            "null_controller": null,
             "notes": self.log.notes, "timings": {k: round(v, 2) for k, v in self.timings.items()}}
 
     def policy(self) -> dict:
@@ -575,7 +630,7 @@ class HiReLC:
             "consensus": to_policy(self.blocks, NetworkConfig(tuple(consensus))) if all(consensus) else None,
             "surrogate": self.surrogate.state_dict() if agents else None,
             "hla": self.hla.state_dict() if agents else None, "lla": self._lla_states() if agents else [],
-            "best": best, "updates": self.updates, "timings": dict(self.timings), "notes": list(self.log.notes),
+            "best": best, "updates": self.updates, "searches": self.searches, "timings": dict(self.timings), "notes": list(self.log.notes),
             "skipped_steps": self.skipped_steps, "elapsed": self.elapsed + time.monotonic() - self.started,
             "random": random_states()}
 
@@ -601,7 +656,7 @@ class HiReLC:
             self.best_packed = Path(parts["packed.pt"]).read_bytes()
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
         self.log.notes, self.skipped_steps = list(state["notes"]), state["skipped_steps"]
-        self.elapsed = state["elapsed"]
+        self.elapsed, self.searches = state["elapsed"], list(state["searches"])
         self.resumed = state
         set_random_states(state["random"])
 
@@ -631,7 +686,7 @@ class HiReLC:
         smallest = NetworkConfig(tuple(BlockConfig(tuple(KernelConfig(
             limits.bits_min, 1 - limits.max_pruning if shape.prunable else 1.0) for shape in block), block)
             for block in self.shapes))
-        if self.config.enforce_target or goal and goal.min_cr is not None:
+        if self.config.enforce_target or self.config.search.method in BASELINES or goal and goal.min_cr is not None:
             if smallest.retained > self.config.search.target:
                 target = self.config.search.target
                 raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with "
@@ -707,6 +762,21 @@ class HiReLC:
     def _timed(self, phase: str):
         return _Timed(self.timings, phase)
 
+    def _log_search(self, cycle, evaluations, entropy, compared) -> None:
+        """How far the low-level policies moved, and what their consensus is worth: means over the blocks."""
+        parts = self.ranks.gather((evaluations, entropy, compared))
+        entropy = [pair for part in parts for pair in part[1].values()]
+        row = {"level": "LLA", "cycle": cycle, "evaluations": sum(part[0] for part in parts),
+               "entropy": [float(value) for value in np.mean(entropy, axis=0)]}
+        blocks = [numbers for part in parts for numbers in part[2].values()]
+        for key in blocks[0]:
+            values = [numbers[key] for numbers in blocks]
+            row[key] = None if None in values else math.fsum(values) / len(values)
+        self.searches.append(row)
+        self.log.info(f"  cycle {cycle}: {row['evaluations']} evaluations, entropy {row['entropy'][0]:.4f} -> "
+                      f"{row['entropy'][1]:.4f} of a uniform policy's; mean reward of the consensus "
+                      f"{_number(row['consensus_reward'])}, of random actions {_number(row['random_reward'])}")
+
     def _log_updates(self, rows) -> None:
         self.updates += [{"cycle": len(self.cycles), **row} for row in rows]
 
@@ -716,6 +786,17 @@ def _paired(before, after) -> dict:
     lost, won = int((before & ~after).sum()), int((after & ~before).sum())
     return {"drop": 100 * (lost - won) / len(before), "interval": list(paired_interval(lost, won, len(before))),
             "p": mcnemar(lost, won)}
+
+
+def _number(value) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def rounds(lla) -> list[int]:
+    """lla.timesteps, rounded up to whole steps of the environments, in lla.rounds parts; none is empty."""
+    steps = math.ceil(lla.timesteps / lla.envs)
+    parts = [steps * (n + 1) // lla.rounds - steps * n // lla.rounds for n in range(lla.rounds)]
+    return [part * lla.envs for part in parts if part]
 
 
 def _packed_kernels(config: NetworkConfig) -> int:
@@ -1107,6 +1188,7 @@ def _parser() -> argparse.ArgumentParser:
                         "the weights that the function gives it unless this says otherwise")
     parser.add_argument("--weights-dir", help="folder for downloaded weights")
     parser.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
+    parser.add_argument("--preset", help="plus: the settings that make the hierarchy win under the same budget")
     parser.add_argument("--name", help="name of a variant, part of the run directory")
     parser.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: "
                         "one cycle of compression and fine-tuning")
@@ -1123,7 +1205,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 FLAGS = {"smoke": "smoke", "seed": "seed", "device": "device", "data_dir": "data.dir", "weights": "model.weights",
-         "weights_dir": "model.weights_dir", "out": "out", "name": "name", "policy": "policy"}
+         "weights_dir": "model.weights_dir", "out": "out", "name": "name", "policy": "policy", "preset": "preset"}
 
 
 def list_experiments() -> str:

@@ -25,12 +25,12 @@ import pack
 import policies
 import sources
 from compress import compress_network, kernel_shapes, model_bytes, snap_to_grid
-from config import EXPERIMENTS, Config, InputError
+from config import BASELINES, EXPERIMENTS, Config, InputError
 from log import duration
 from own import own_network, try_network
 from qat import GridTraining
 from runs import check_settings, run_directory
-from search import HLAEnsemble, Proxy, Surrogate, hla_nvec, lla_nvec, random_config
+from search import COMPARED, HLAEnsemble, Proxy, Surrogate, hla_nvec, lla_nvec, random_config
 from target import parse_goal
 from train import Trainer, correct, fisher_sensitivity
 
@@ -322,12 +322,13 @@ def _search_rows(c, model, blocks, shapes, sample, train, n, epoch, train_count,
     if c.search.method == "hirelc":
         rows.append(("hla", "agent steps, updates included", len(c.hla.algorithms) * (
             c.hla.timesteps + (cycles - 1) * c.hla.burst), per_agent_step))
-    if c.search.method != "null":
-        predicted = sum(s.enabled and s.warmup + cycle >= s.min_samples for cycle in range(cycles))
-        each = len(c.lla.algorithms) * c.lla.timesteps
-        # A candidate of another block goes through another part of the network than one of the middle block.
-        rows.append(("search", f"candidates by the proxy, as in {blocks[middle].name}"[:43],
-                     (cycles - predicted) * each * sum(stages) / stages[middle], per_candidate))
+    predicted = sum(s.enabled and s.warmup + cycle >= s.min_samples for cycle in range(cycles))
+    each = len(c.lla.algorithms) * c.lla.timesteps if c.search.method != "null" else 0
+    compared = 0 if c.search.method in BASELINES else 1 + COMPARED
+    # A candidate of another block goes through another part of the network than one of the middle block.
+    rows.append(("search", f"candidates by the proxy, as in {blocks[middle].name}"[:43],
+                 (cycles - predicted) * (each + compared) * sum(stages) / stages[middle], per_candidate))
+    if each and c.search.method not in BASELINES:
         rows.append(("search", "agent steps, updates included", cycles * each * len(blocks), per_agent_step))
     if s.enabled:
         rows.append(("surrogate", "epochs of its own", cycles * s.epochs, per_fit))
