@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from config import InputError
+from files import shown
 
 MAX_TEXT = 16 << 20   # bytes of a pickle or a JSON header; those of published networks take less than one million
 MAX_STEPS = 1_000_000  # of a pickle
@@ -61,13 +62,6 @@ def is_torchscript(path: str) -> bool:
             return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
     except Exception:  # what is wrong with it, read_checkpoint says
         return False
-
-
-def shown(name) -> str:
-    """A name from a file, fit for a one-line message."""
-    name = str(name)
-    name = name if len(name) <= 200 else name[:200] + "…"
-    return name if name.isprintable() else ascii(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------

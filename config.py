@@ -27,6 +27,7 @@ DATASETS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "synth
 NETWORKS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "vit_base_patch32_clip_224",
             "resnet18", "resnet50", "mobilenetv2_100")
 ALGORITHMS = ("PPO", "A2C")
+BASELINES = ("uniform", "random", "greedy", "evolution", "sequential")
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ class Compress:
 
 @dataclass(frozen=True)
 class Search:
-    method: str = setting("hirelc", "hirelc, no-hla (uniform budgets) or null (uniform draws, same votes)",
-                          choices=("hirelc", "no-hla", "null"))
+    method: str = setting("hirelc", "hirelc, no-hla (uniform budgets), null (uniform draws, same votes), or one of the "
+                                    "baselines that meet search.target with as many evaluations (baselines.py)",
+                          choices=("hirelc", "no-hla", "null", *BASELINES))
     cycles: int = setting(4, "C, number of cycles", low=1)
     target: float = setting(0.25, "rho_target, retained fraction to reach", low=0.01, high=1.0)
     max_drop: float = setting(1.0, "delta_max, allowed accuracy drop in points", low=0.0)
@@ -135,6 +137,21 @@ class LLA:
     alpha: tuple[float, ...] = setting((30.0, 30.0, 30.0), "weight of R_acc, per agent")
     beta: tuple[float, ...] = setting((1.5, 5.0, 8.0), "weight of R_comp, per agent")
     gamma_s: tuple[float, ...] = setting((1.0, 1.0, 1.0), "weight of R_stab, per agent")
+    reward: str = setting("paper", "paper (Eq. 9), or relative: the drop in standard deviations below the mean of the "
+                                   "agent's drops so far, with a price on exceeding the budget",
+                          choices=("paper", "relative"))
+    project: bool = setting(False, "candidates are moved into their block's budget, all kernels by as many steps")
+    choose: str = setting("vote", "a block's configuration: the vote (Eq. 16), or visited: of all candidates tried, "
+                                  "those of the least sum of drops over the blocks that meets search.target",
+                          choices=("vote", "visited"))
+    rounds: int = setting(1, "into how many rounds a cycle's steps are divided with choose=visited; after each, every "
+                             "block's budget is what the best network so far gives it", low=1)
+    refine: float = setting(0.0, "how many numbers of an action change a good candidate of before, on average, the "
+                                 "rest stays; 0 = an action is a whole candidate", low=0.0)
+    gamma: float = setting(0.99, "discount of the agents", low=0.0, high=1.0)
+    rollout: int = setting(0, "steps of an environment between two updates; 0 = the paper's 128 (PPO) and 64 (A2C)",
+                           low=0)
+    lr_factor: float = setting(1.0, "factor on the agents' learning rates", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -146,11 +163,15 @@ class HLA:
     alpha: tuple[float, ...] = setting((30.0, 30.0, 30.0), "scales R_sens + R_dyn by alpha/30, per agent")
     beta: tuple[float, ...] = setting((6.0, 10.0, 4.0), "scales R_glob by beta/6, per agent")
     gamma: tuple[float, ...] = setting((1.0, 1.0, 1.0), "scales R_bal by gamma/1, per agent")
+    tiers: str = setting("paper", "budgets of the tiers: the paper's, or relative: rho* times search.target / 0.25, "
+                                  "and the global bounds on bits and pruning", choices=("paper", "relative"))
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    method: str = setting("fisher", "fisher, or none (s_i = 0.5 everywhere, P_sens = 0)", choices=("fisher", "none"))
+    method: str = setting("fisher", "fisher, gradient (mean |g|), snip, grasp, hessian (trace), or none (s_i = 0.5 "
+                                    "everywhere, P_sens = 0)",
+                          choices=("fisher", "none", "gradient", "snip", "grasp", "hessian"))
     images: int = setting(64, "calibration images", low=1)
 
 
@@ -169,6 +190,9 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Eval:
+    protocol: str = setting("paper", "what chooses epoch and cycle: paper = the first eval.images test images (ledger "
+                                     "D15), holdout = a fixed 5 % of the training images, which are not trained on",
+                            choices=("paper", "holdout"))
     images: int = setting(1280, "first test images that choose epoch and cycle, and that the paper scores", low=1)
     batch_size: int = setting(256, "images per evaluation batch", low=1)
     full: bool = setting(True, "score the whole test split too, once per reported network")
@@ -176,6 +200,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Config:
+    preset: str = setting("none", "settings that go together (config.PRESETS); --preset", choices=("none", "plus"))
     exp: int = setting(0, "number of the experiment, 0 for a network of one's own", low=0)
     name: str = setting("", "name of a variant, part of the run directory; --name")
     smoke: bool = setting(False, "narrow network, synthetic images, small budgets; --smoke")
@@ -185,8 +210,8 @@ class Config:
                              choices=("auto", "float32", "bfloat16"))
     threads: int = setting(0, "CPU threads; 0 = as many as torch takes by itself", low=0, high=1024)
     out: str = setting("runs", "folder that receives the run directories; --out")
-    vote: str = setting("uniform", "weights of the LLA vote: uniform (Eq. 16) or confidence (Eq. 17)",
-                        choices=("uniform", "confidence"))
+    vote: str = setting("uniform", "the LLA vote: uniform (Eq. 16) or confidence (Eq. 17) weights, or mode (as "
+                                   "uniform, types and granularities by majority)", choices=("uniform", "confidence", "mode"))
     carry: str = setting("none", "what a cycle takes over from the last: none (theta_0), rest (all but the kernels) "
                                  "or all", choices=("none", "rest", "all"))
     enforce_target: bool = setting(False, "after the vote, move bits and keep until rho is within 1 % of search.target")
@@ -208,6 +233,14 @@ class Config:
     sensitivity: Sensitivity = Sensitivity()
     surrogate: Surrogate = Surrogate()
     eval: Eval = Eval()
+
+
+PRESETS = {
+    "none": {},
+    # The hierarchy with what makes it win under the same number of evaluations (README, "Baselines and plus").
+    "plus": {"lla.choose": "visited", "lla.rounds": 8, "lla.refine": 2.0, "hla.tiers": "relative",
+             "enforce_target": True, "finetune.mode": "qat"},
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -246,7 +279,8 @@ def override(config: Config, assignments) -> Config:
     """Apply settings in order and check the result.
 
     ``assignments``: strings ``key=value`` as on the command line, or a mapping key → value. A section's first
-    field may be set by the section's name alone: ``search=no-hla`` is ``search.method=no-hla``.
+    field may be set by the section's name alone: ``search=no-hla`` is ``search.method=no-hla``. ``preset`` sets what
+    PRESETS lists, which later assignments may change again.
     Raises InputError for an unknown key (listing the known ones), a wrong type, or a value out of range.
     """
     if hasattr(assignments, "items"):
@@ -266,12 +300,16 @@ def override(config: Config, assignments) -> Config:
         if key not in known:
             raise InputError(f"unknown setting '{key}'; known settings: {', '.join(known)}")
         config = _replace(config, key, _typed(key, known[key], value))
+        if key == "preset":
+            config = override(config, PRESETS[config.preset])
     _check_together(config)
     return config
 
 
 def from_flat(values) -> Config:
     """The inverse of :func:`flatten`; raises InputError as :func:`override` does."""
+    if not isinstance(values, dict):
+        raise InputError(f"settings are a dictionary, not a {type(values).__name__}")
     return override(Config(), values)
 
 
@@ -345,6 +383,9 @@ def _check_together(config):
                                  "give one per agent")
     if config.policy_sha256 and not config.policy:
         raise InputError("policy_sha256 is of a policy, and there is none; give it with --policy FILE")
+    if config.lla.rounds > 1 and config.lla.choose != "visited":
+        raise InputError(f"lla.rounds={config.lla.rounds} needs lla.choose=visited: a round's budgets come from the "
+                         "candidates that were tried")
     if any(sign in config.name for sign in "/\\") or config.name in (".", ".."):
         raise InputError(f"name={config.name}: becomes part of a folder's name and cannot hold a path")
 

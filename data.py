@@ -247,13 +247,15 @@ def _order(n, generator, limit):
 @dataclass(frozen=True, eq=False)
 class Splits:
     """A data set. ``notes``: one line for everything that was substituted, converted, skipped or cut (for the log
-    and result.json); ``skipped``: how many files data.skip_corrupt left out."""
+    and result.json); ``skipped``: how many files data.skip_corrupt left out; ``asked``: how many images of each split
+    the settings ask for."""
     train: Images | Stream
     test: Images | Stream
     num_classes: int
     class_names: tuple[str, ...]
     notes: tuple[str, ...]
     skipped: int = 0
+    asked: tuple[int, int] = (0, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -355,7 +357,8 @@ def _load_files(settings, progress):
         else:
             encoded = np.array([os.fsencode(name) for name in part.files.names])
             splits.append(Stream(str(part.files.folder), encoded, labels, *common, workers=settings.workers))
-    return Splits(*splits, len(names), tuple(names), tuple(notes), sum(part.skipped for part in parts))
+    asked = (settings.train_images or parts[0].available, settings.test_images or parts[1].available)
+    return Splits(*splits, len(names), tuple(names), tuple(notes), sum(part.skipped for part in parts), asked)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -492,6 +495,53 @@ class Loaded:
         return x.to(device, torch.float32), y.to(device, torch.int64)
 
 
+class Part:
+    """The images of ``whole`` at ``index`` (int64 [n]), for sets of any kind."""
+
+    def __init__(self, whole, index):
+        self.whole, self.index = whole, index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getattr__(self, name):
+        if name in ("mean", "std"):  # what a packed file says of the images
+            return getattr(self.whole, name)
+        raise AttributeError(name)
+
+    @property
+    def labels(self):
+        """Labels int64 [n], where the whole set knows them."""
+        return self.whole.labels[self.index]
+
+    def batch(self, index, device="cpu", generator=None):
+        """Images and labels at ``index``, as the whole set gives them."""
+        return self.whole.batch(self.index[torch.as_tensor(index, dtype=torch.int64)], device, generator)
+
+    def batches(self, batch_size, device="cpu", generator=None, limit=0):
+        """As :meth:`Images.batches`."""
+        for index in _order(len(self), generator, limit).split(batch_size):
+            yield self.batch(index, device, generator)
+
+
+HOLDOUT_SHARE, HOLDOUT_SEED = 0.05, 26002
+
+
+def hold_out(train):
+    """(images to train on, images that choose): a fixed pseudo-random 5 % of ``train``, the same for every seed of a run.
+
+    Raises InputError where nothing is left on one side.
+    """
+    count = round(HOLDOUT_SHARE * len(train))
+    if not 0 < count < len(train):
+        raise InputError(f"eval.protocol=holdout: 5 % of {len(train)} training images are none; give more images")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(HOLDOUT_SEED))
+    kept, chosen = order[count:].sort().values, order[:count]
+    if isinstance(train, Images):
+        return train.subset(kept), train.subset(chosen)
+    return Part(train, kept), Part(train, chosen)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Synthetic images
 
@@ -502,7 +552,7 @@ def _load_synthetic(settings):
     note = (f"synthetic: {len(train)} training and {len(test)} test images of drawn shapes, made for trying the "
             "code out; accuracies on them say nothing about real images")
     names = tuple(f"class{i}" for i in range(settings.classes))
-    return Splits(train, test, settings.classes, names, (note,))
+    return Splits(train, test, settings.classes, names, (note,), asked=(len(train), len(test)))
 
 
 def synthetic(num_classes, train, test, size, seed):

@@ -251,6 +251,13 @@ def member(owner, key, kinds, place):
     return value
 
 
+def shown(name) -> str:
+    """A name from a file, fit for a one-line message."""
+    name = str(name)
+    name = name if len(name) <= 200 else name[:200] + "…"
+    return name if name.isprintable() else ascii(name)
+
+
 def quoted(value) -> str:
     """A value from a file, fit for a one-line message."""
     if type(value) is int and value.bit_length() > 200:
@@ -318,8 +325,10 @@ def file_name(url: str) -> str:
 
 
 def write_bytes(file, data) -> None:
-    """Write all of ``data`` (bytes-like)."""
-    file.write(data)
+    """Write all of ``data`` (bytes-like); an unbuffered file may take less at a time."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left):]
 
 
 def flush(file) -> None:
@@ -339,20 +348,27 @@ def rename(old: pathlib.Path, new: pathlib.Path) -> None:
 
 
 class _Written:
-    """A file that counts and checks what goes into it; ``torch.save`` takes it for one."""
+    """A file that counts and checks what goes into it, and gathers small pieces; ``torch.save`` takes it for one."""
 
     def __init__(self, file):
-        self.file, self.bytes, self.crc = file, 0, 0
+        self.file, self.bytes, self.crc, self.gathered = file, 0, 0, bytearray()
 
     def write(self, data):
-        view = memoryview(data).cast("B") if not isinstance(data, bytes) else data
-        write_bytes(self.file, view)
+        view = memoryview(data).cast("B")
         self.bytes += len(view)
         self.crc = zlib.crc32(view, self.crc)
+        if len(self.gathered) + len(view) > BLOCK:
+            self.flush()
+        if len(view) > BLOCK:
+            write_bytes(self.file, view)
+        else:
+            self.gathered += view
         return len(view)
 
     def flush(self):
-        self.file.flush()
+        if self.gathered:
+            write_bytes(self.file, self.gathered)
+            self.gathered = bytearray()
 
 
 def replace_file(path, fill) -> tuple[int, int]:
@@ -364,6 +380,7 @@ def replace_file(path, fill) -> tuple[int, int]:
         with open(temporary, "wb", buffering=0) as file:
             written = _Written(file)
             fill(written)
+            written.flush()
             flush(file)
         rename(temporary, path)
     finally:

@@ -27,25 +27,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import baselines
 import data
 import models
 import pack
+import plan
 import policies
 from blocks import Survey
 from checkpoints import read_checkpoint
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
-from config import EXPERIMENTS, Config, InputError, flatten, override
+from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
+from files import read_json
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
 from qat import GridTraining
-from report import results_table, survive_ascii, wilson, write_json
+from report import results_table, survive_ascii, write_json
 from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
                   stop_at_once, stoppable)
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
-                    block_features, compliance, derive_seed, null_controller, random_config, train_together)
+                    block_features, compliance, derive_seed, least_drop, null_controller, random_config, train_together)
+from sensitivity import sensitivity
 from state import Progress, SaveError, Stopped, Store, random_states, set_random_states
+from stats import mcnemar, paired_interval, wilson
 from target import enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import TooLarge, Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
@@ -111,6 +116,10 @@ class HiReLC:
     def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None,
                  ranks: Ranks = Ranks(), given=None, progress: Progress | None = None):
         self.model, self.blocks, self.train_set, self.test_set = model, blocks, train, test
+        self.choice_set = test  # chooses epoch and cycle
+        if config.eval.protocol == "holdout":
+            self.train_set, self.choice_set = data.hold_out(train)
+            log.info(f"holdout: {len(self.choice_set)} of {len(train)} training images choose epoch and cycle")
         self.config, self.log, self.save, self.network = config, log, save, network or {}
         self.ranks, self.given, self.progress = ranks, given, progress or Progress()
         self.progress.note = log.note
@@ -119,6 +128,7 @@ class HiReLC:
         self.timings: dict[str, float] = {}
         self.updates: list[dict] = []
         self.cycles: list[Cycle] = []
+        self.searches: list[dict] = []
         self.best: Cycle | None = None
         self.baseline_acc, self.sensitivity, self.budgets, self.voted = 0.0, [], (), None
         self.skipped_steps, self.resumed = 0, None
@@ -200,10 +210,11 @@ class HiReLC:
             self.baseline_acc = accuracy(self._correct("baseline"))
         self.cycles.append(Cycle(cycle=0, acc=self.baseline_acc, drop=0.0, deployed_acc=self.baseline_acc))
         self.carried = self.theta0
-        self.log.info(f"baseline accuracy {self.baseline_acc:.2f} on {self.eval_images} test images")
+        self.log.info(f"baseline accuracy {self.baseline_acc:.2f} on {self.eval_images} "
+                      f"{'test' if self.choice_set is self.test_set else 'held-out'} images")
 
     def estimate_sensitivity(self) -> None:
-        """s_i of every block on calibration images from the training set (Eq. 14-15)."""
+        """s_i of every block on calibration images from the training set (Eq. 14-15, or another measure)."""
         c = self.config
         with self._timed("sensitivity"):
             if c.sensitivity.method == "none":
@@ -212,14 +223,15 @@ class HiReLC:
                 count = min(c.sensitivity.images, len(self.train_set))
                 order = torch.randperm(len(self.train_set), generator=self._generator("sensitivity"))
                 images, labels = self.train_set.batch(order[:count], self.device)
-                self.sensitivity = fisher_sensitivity(self.model, self.blocks, images, labels)
+                self.sensitivity = sensitivity(c.sensitivity.method, self.model, self.blocks, images, labels,
+                                               self._generator("sensitivity", "vectors"))
         self.sensitivity = self.ranks.same(self.sensitivity)
         self.log.info("sensitivity " + " ".join(f"{s:.3f}" for s in self.sensitivity))
 
     def make_agents(self) -> None:
         """Drop estimator, high-level ensemble, and one low-level ensemble per block."""
         c = self.config
-        if c.search.method != "no-hla" and c.compress.bits_max < max(TIER_MIN_BITS):
+        if c.search.method in ("hirelc", "null") and c.compress.bits_max < max(TIER_MIN_BITS):
             self.log.note(f"budgets that ask for more bits than compress.bits_max={c.compress.bits_max} are cut to it")
         batches, wanted = [], c.search.proxy_batches
         for images, _ in self.train_set.batches(c.data.batch_size, self.device, generator=self._generator("proxy"),
@@ -268,54 +280,102 @@ class HiReLC:
 
     def train_hla(self, timesteps: int) -> None:
         """Steps 1-2: train the high-level agents under the last feedback."""
+        before = self.hla.entropy()
         with self._timed("hla"):
             self._log_updates(self.hla.train(timesteps))
+        if self.config.search.method == "hirelc":
+            self.searches.append({"level": "HLA", "cycle": len(self.cycles), "entropy": [before, self.hla.entropy()]})
 
     def search_blocks(self, cycle: int) -> None:
         """Steps 4-5: train each block's low-level agents under its budget and vote, with theta_0 in the network.
 
-        Blocks are independent of one another, so that several ranks divide them.
+        Blocks are independent of one another, so that several ranks divide them. With lla.choose=visited the candidates
+        of the least sum of drops win (``search.least_drop``), and with lla.rounds this is repeated.
         """
         if self.given:
             self.voted = self.given[0]
             return
         budgets = self.budgets
         self.model.load_state_dict(self.theta0)
+        if self.config.search.method in BASELINES:
+            return self.search_baseline(cycle)
+        before = self.estimator.evaluations
         done, mine = 0, [i for i, owner in enumerate(self.owners) if owner == self.ranks.rank]
-        total = len(mine) * len(self.config.lla.algorithms)
+        steps = rounds(self.config.lla)
+        total = len(mine) * len(self.config.lla.algorithms) * len(steps)
 
         def progress():
             nonlocal done
             done += 1
             self.log.progress(f"cycle {cycle}, search", done, total)
 
-        found = {}
+        rows, best, entropy, compared = [[] for _ in self.blocks], None, {}, {}
         self.log.progress(f"cycle {cycle}, search", 0, total)
         with self._timed("search"):
-            # The surrogate predicts for all blocks at once; the proxy keeps one block's activations at a time.
-            for part in [mine] if self.surrogate.active else [[i] for i in mine]:
-                ensembles = [self.lla[i] for i in part]
-                updates = train_together(ensembles, [budgets[i] for i in part], progress)
-                found.update({i: (self.lla[i].consensus(), rows) for i, rows in zip(part, updates)})
-            found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
-        for i, (block, budget) in enumerate(zip(self.blocks, budgets)):
-            chosen, updates = found[i]
-            self._log_updates(updates)
+            for n, timesteps in enumerate(steps):
+                if best:  # lla.rounds: every block is searched on at the size that it has in the best network so far
+                    budgets = [dataclasses.replace(b, target=c.retained) for b, c in zip(budgets, best.blocks)]
+                found = {}
+                # The surrogate predicts for all blocks at once; the proxy keeps one block's activations at a time.
+                for part in [mine] if self.surrogate.active else [[i] for i in mine]:
+                    ensembles = [self.lla[i] for i in part]
+                    if n == 0:
+                        entropy.update({i: [self.lla[i].entropy(budgets[i])] for i in part})
+                    updates = train_together(ensembles, [budgets[i] for i in part], progress, timesteps, n == 0)
+                    evaluations = self.estimator.evaluations
+                    for i, own in zip(part, updates):
+                        config, last = self.lla[i].consensus(), n + 1 == len(steps)
+                        compared[i] = self.lla[i].compared(config) if last else {}
+                        found[i] = config, own, self.lla[i].visited()
+                        if last:
+                            entropy[i].append(self.lla[i].entropy(budgets[i]))
+                    self.estimator.evaluations = evaluations
+                found = {i: result for part in self.ranks.gather(found) for i, result in part.items()}
+                voted, updates, visited = zip(*(found[i] for i in range(len(self.blocks))))
+                rows = [before + own for before, own in zip(rows, updates)]
+                if self.config.lla.choose == "visited" and all(visited):
+                    best = least_drop(visited, self.config.search.target)
+        self._log_search(cycle, self.estimator.evaluations - before, entropy, compared)
+        if best and best.retained > self.config.search.target:
+            self.log.note(f"cycle {cycle}: nothing that was tried meets search.target, the smallest is taken")
+        chosen = best or NetworkConfig(voted)
+        for block, budget, config, own in zip(self.blocks, budgets, chosen.blocks, rows):
+            self._log_updates(own)
             self.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, "
-                          f"retained {chosen.retained:.3f}, bits {chosen.average_bits:.2f}, "
-                          f"keep {chosen.average_keep:.3f}")
-        self.voted = NetworkConfig(tuple(found[i][0] for i in range(len(self.blocks))))
+                          f"retained {config.retained:.3f}, bits {config.average_bits:.2f}, "
+                          f"keep {config.average_keep:.3f}")
+        self.voted = chosen
+
+    def search_baseline(self, cycle: int) -> None:
+        """The same step by a method of ``baselines``, with the evaluations that the agents would have made. Every rank
+        goes through it, so that none waits, and takes rank 0's choice."""
+        c, method = self.config, self.config.search.method
+        allowed = baselines.budget(len(self.blocks), len(c.lla.algorithms), c.lla)
+        problem = baselines.Problem(self.blocks, self.sensitivity, c.compress, c.search.target, self.estimator.drops,
+                                    allowed)
+        with self._timed("search"):
+            found = self.ranks.same(baselines.find(method, problem, derive_seed(c.seed, "baseline", method, cycle)))
+        for note in filter(None, (found.note, found.bad and f"{found.bad} drops were not finite and became 50")):
+            self.log.note(note)
+        self.searches.append({"level": "LLA", "cycle": cycle, "evaluations": found.evaluations, "drop": found.drop})
+        self.log.info(f"  cycle {cycle}, {method} search: {found.evaluations} of {allowed} evaluations, sum of the "
+                      f"estimated drops {found.drop:.3f}, retained {found.config.retained:.4f}")
+        self.voted = found.config
 
     def meet_target(self, voted: NetworkConfig) -> NetworkConfig:
         """Past the paper, where asked for: steps of bits and keep until the size is met (``target.enforce``)."""
         chosen, goal, sizes = voted, self.goal, []
-        if self.config.enforce_target or goal and goal.min_cr is not None:
+        if self.config.search.method not in BASELINES and (
+                self.config.enforce_target or goal and goal.min_cr is not None):
             sizes.append((self.config.search.target * voted.params, retained_weights))
         if goal and goal.max_bytes is not None:
             sizes.append((goal.max_bytes - self._fixed_bytes(voted), kernel_bytes))
         for n, (budget, cost) in enumerate(sizes):
             if n and _packed_kernels(chosen) <= budget:  # only the bytes come second
                 continue
+            visited = cost is retained_weights and self.config.lla.choose == "visited"
+            if visited and voted.retained * voted.params <= budget:
+                continue  # chosen for this target from candidates that were measured
             with self._timed("target"):
                 enforced = enforce(self.blocks, chosen, self.sensitivity, self.config.compress, budget, cost)
             if enforced.note:
@@ -448,6 +508,8 @@ class HiReLC:
             self.model.load_state_dict(self.best_state)
             null = null_controller(self.shapes, self.sensitivity, c)
         interval = {k: v if v is None else list(wilson(int(v.sum()), count)) for k, v in full.items()}
+        drops = {which: None if full[which] is None else _paired(full["baseline"], full[which])
+                 for which in ("final", "deployed")}
         full = {k: v if v is None else accuracy(v) for k, v in full.items()}
         errors = [abs(r.surrogate_prediction - r.acc) for r in self.cycles if r.surrogate_prediction is not None]
         strategies = [budget.strategy for budget in self.best_budgets]
@@ -461,13 +523,18 @@ class HiReLC:
             "exp": c.exp, "name": c.name, "smoke": c.smoke, "seed": c.seed,
             "model": c.model.source.rpartition(":")[2] or c.model.name,
             "data": c.data.name, "device": str(self.device),
-            "protocol": f"epoch and cycle chosen on, and accuracies from, the first {self.eval_images} test images; "
-                        "*_full from the whole test split",
+            "protocol": c.eval.protocol,
             "eval_images": self.eval_images, "test_images": count,
             "baseline_acc": self.baseline_acc, "final_acc": best.acc, "drop": best.drop,
             "deployed_acc": best.deployed_acc, "baseline_acc_full": full["baseline"], "final_acc_full": full["final"],
             "deployed_acc_full": full["deployed"], "baseline_interval_full": interval["baseline"],
             "final_interval_full": interval["final"], "deployed_interval_full": interval["deployed"],
+            "drop_full": drops["final"] and drops["final"]["drop"],
+            "drop_interval_full": drops["final"] and drops["final"]["interval"],
+            "mcnemar_p_full": drops["final"] and drops["final"]["p"],
+            "deployed_drop_full": drops["deployed"] and drops["deployed"]["drop"],
+            "deployed_drop_interval_full": drops["deployed"] and drops["deployed"]["interval"],
+            "deployed_mcnemar_p_full": drops["deployed"] and drops["deployed"]["p"],
             "mode": c.finetune.mode, "scope": c.compress.scope,
             "cr": best.cr, "msr": best.msr, "cr_unweighted": best.cr_unweighted,
             "whole_model_ratio": best.whole_model_ratio, "fp32_bytes": model_bytes(self.model),
@@ -481,7 +548,10 @@ class HiReLC:
             "sensitivity": self.sensitivity,
             "surrogate_mae": sum(errors) / len(errors) if errors else None,
             "mean_kl": {who: sum(values) / len(values) for who, values in moved.items()},
-            "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "skipped_steps": self.skipped_steps, "null_controller": null,
+            "search": c.search.method, "searches": self.searches,
+            "evaluations": sum(search.get("evaluations", 0) for search in self.searches),
+            "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "skipped_steps": self.skipped_steps,
+            "null_controller": null,
             "notes": self.log.notes, "timings": {k: round(v, 2) for k, v in self.timings.items()}}
 
     def policy(self) -> dict:
@@ -560,7 +630,7 @@ class HiReLC:
             "consensus": to_policy(self.blocks, NetworkConfig(tuple(consensus))) if all(consensus) else None,
             "surrogate": self.surrogate.state_dict() if agents else None,
             "hla": self.hla.state_dict() if agents else None, "lla": self._lla_states() if agents else [],
-            "best": best, "updates": self.updates, "timings": dict(self.timings), "notes": list(self.log.notes),
+            "best": best, "updates": self.updates, "searches": self.searches, "timings": dict(self.timings), "notes": list(self.log.notes),
             "skipped_steps": self.skipped_steps, "elapsed": self.elapsed + time.monotonic() - self.started,
             "random": random_states()}
 
@@ -586,7 +656,7 @@ class HiReLC:
             self.best_packed = Path(parts["packed.pt"]).read_bytes()
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
         self.log.notes, self.skipped_steps = list(state["notes"]), state["skipped_steps"]
-        self.elapsed = state["elapsed"]
+        self.elapsed, self.searches = state["elapsed"], list(state["searches"])
         self.resumed = state
         set_random_states(state["random"])
 
@@ -616,7 +686,7 @@ class HiReLC:
         smallest = NetworkConfig(tuple(BlockConfig(tuple(KernelConfig(
             limits.bits_min, 1 - limits.max_pruning if shape.prunable else 1.0) for shape in block), block)
             for block in self.shapes))
-        if self.config.enforce_target or goal and goal.min_cr is not None:
+        if self.config.enforce_target or self.config.search.method in BASELINES or goal and goal.min_cr is not None:
             if smallest.retained > self.config.search.target:
                 target = self.config.search.target
                 raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with "
@@ -659,8 +729,9 @@ class HiReLC:
 
     @property
     def eval_images(self) -> int:
-        """Number of test images that choose epoch and cycle (ledger D15)."""
-        return min(self.config.eval.images, len(self.test_set))
+        """Number of images that choose epoch and cycle (ledger D15)."""
+        most = self.config.eval.images if self.config.eval.protocol == "paper" else len(self.choice_set)
+        return min(most, len(self.choice_set))
 
     def _generator(self, *phase) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self.config.seed, *phase))
@@ -669,7 +740,7 @@ class HiReLC:
         return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
     def _correct(self, what):
-        return correct(self.model, self.test_set, self.config.eval.batch_size, self.eval_images, ranks=self.ranks,
+        return correct(self.model, self.choice_set, self.config.eval.batch_size, self.eval_images, ranks=self.ranks,
                        state=self.progress, what=what)
 
     def _lla_states(self) -> list[dict]:
@@ -680,7 +751,7 @@ class HiReLC:
 
     def _trainer(self, phase, epochs, lr, weight_decay, patience, warmup_epochs=0.0, masks=None,
                  on_grid=None) -> Trainer:
-        trainer = Trainer(self.model, self.train_set, self.test_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
+        trainer = Trainer(self.model, self.train_set, self.choice_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
                        patience=patience, batch_size=self.config.data.batch_size, eval_images=self.eval_images,
                        eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
                        blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
@@ -691,8 +762,41 @@ class HiReLC:
     def _timed(self, phase: str):
         return _Timed(self.timings, phase)
 
+    def _log_search(self, cycle, evaluations, entropy, compared) -> None:
+        """How far the low-level policies moved, and what their consensus is worth: means over the blocks."""
+        parts = self.ranks.gather((evaluations, entropy, compared))
+        entropy = [pair for part in parts for pair in part[1].values()]
+        row = {"level": "LLA", "cycle": cycle, "evaluations": sum(part[0] for part in parts),
+               "entropy": [float(value) for value in np.mean(entropy, axis=0)]}
+        blocks = [numbers for part in parts for numbers in part[2].values()]
+        for key in blocks[0]:
+            values = [numbers[key] for numbers in blocks]
+            row[key] = None if None in values else math.fsum(values) / len(values)
+        self.searches.append(row)
+        self.log.info(f"  cycle {cycle}: {row['evaluations']} evaluations, entropy {row['entropy'][0]:.4f} -> "
+                      f"{row['entropy'][1]:.4f} of a uniform policy's; mean reward of the consensus "
+                      f"{_number(row['consensus_reward'])}, of random actions {_number(row['random_reward'])}")
+
     def _log_updates(self, rows) -> None:
         self.updates += [{"cycle": len(self.cycles), **row} for row in rows]
+
+
+def _paired(before, after) -> dict:
+    """The drop from one network to another on the same images (bool [n] each): points, 95 % interval, McNemar's p."""
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    return {"drop": 100 * (lost - won) / len(before), "interval": list(paired_interval(lost, won, len(before))),
+            "p": mcnemar(lost, won)}
+
+
+def _number(value) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def rounds(lla) -> list[int]:
+    """lla.timesteps, rounded up to whole steps of the environments, in lla.rounds parts; none is empty."""
+    steps = math.ceil(lla.timesteps / lla.envs)
+    parts = [steps * (n + 1) // lla.rounds - steps * n // lla.rounds for n in range(lla.rounds)]
+    return [part * lla.envs for part in parts if part]
 
 
 def _packed_kernels(config: NetworkConfig) -> int:
@@ -802,6 +906,17 @@ def _describe(network, config: Config, train) -> dict:
             "std": list(getattr(train, "std", ())), "data": config.data.name}
 
 
+def _finished(path: Path) -> dict:
+    """The result of a finished run, as far as the table needs it."""
+    try:
+        result, _ = read_json(path)
+        results_table([result])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a result of this program ({type(error).__name__}); remove it or run again without "
+                         "--resume") from None
+    return result
+
+
 def _account(run: HiReLC, survey: Survey) -> dict:
     """What result.json says of the kernels one by one, and where the network's parameters and bytes are."""
     kernels, known = {}, {kernel.name: kernel for kernel in survey.compressed}
@@ -882,9 +997,9 @@ def _run_experiment(config, log, resume, restart, owner):
         owner.take(path)
     if resume and (path / "result.json").exists() and not store.exists:
         log.info(f"{path}: finished already")
-        return json.loads((path / "result.json").read_text(encoding="utf-8"))
+        return _finished(path / "result.json")
     if store.exists and not (resume or restart):
-        raise InputError(f"{path}: holds a run that was broken off; --resume goes on with it, --restart begins anew")
+        raise _begun(path)
     resume = resume and store.exists
     title = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
     log.info(f"{title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}"
@@ -939,6 +1054,8 @@ def _run_experiment(config, log, resume, restart, owner):
         if resume:
             for note in moved(path, device, ranks.size):
                 log.note(note)
+            if "run" in parts:
+                save(run, path)  # the process before may have ended between the state and these
         else:
             write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size,
                                               **provenance(device)})
@@ -962,6 +1079,24 @@ def _run_experiment(config, log, resume, restart, owner):
              f"{result['fp32_file_bytes']:,}, whole model {result['whole_model_ratio']:.2f}, best cycle "
              f"{result['best_cycle']}, {duration(result['timings']['total'])} → {path}")
     return result
+
+
+def dry_run(config: Config, resume: bool = False, restart: bool = False) -> str:
+    """The plan of :func:`run_experiment`, which is not begun. Raises InputError where that would."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("--dry-run plans for one process; run it without torchrun")
+
+    path = run_directory(config)
+    if Store(path / "state", {}).exists and not (resume or restart):
+        raise _begun(path)
+
+    def check(model, blocks, train, test):
+        HiReLC(model, blocks, train, test, config, Log(open(os.devnull, "w")))  # refuses sizes that cannot be met
+    return plan.plan(config, _device(config), check)
+
+
+def _begun(path) -> InputError:
+    return InputError(f"{path}: holds a run that was broken off; --resume goes on with it, --restart begins anew")
 
 
 def evaluate_packed(config: Config, path: str, log: Log | None = None) -> dict:
@@ -1053,9 +1188,12 @@ def _parser() -> argparse.ArgumentParser:
                         "the weights that the function gives it unless this says otherwise")
     parser.add_argument("--weights-dir", help="folder for downloaded weights")
     parser.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
+    parser.add_argument("--preset", help="plus: the settings that make the hierarchy win under the same budget")
     parser.add_argument("--name", help="name of a variant, part of the run directory")
     parser.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: "
                         "one cycle of compression and fine-tuning")
+    parser.add_argument("--dry-run", action="store_true", help="only check data, weights, disks, memory and device, "
+                        "and print the plan with an estimated time")
     parser.add_argument("--resume", action="store_true", help="go on with a run that was broken off; one that is "
                         "finished is left as it is")
     parser.add_argument("--restart", action="store_true", help="begin anew where a run was broken off")
@@ -1067,7 +1205,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 FLAGS = {"smoke": "smoke", "seed": "seed", "device": "device", "data_dir": "data.dir", "weights": "model.weights",
-         "weights_dir": "model.weights_dir", "out": "out", "name": "name", "policy": "policy"}
+         "weights_dir": "model.weights_dir", "out": "out", "name": "name", "policy": "policy", "preset": "preset"}
 
 
 def list_experiments() -> str:
@@ -1112,7 +1250,9 @@ def main(argv=None) -> int:
         log = Log()
         try:
             with stop_at_once():
-                if args.load:
+                if args.dry_run:
+                    print(dry_run(config, args.resume, args.restart))
+                elif args.load:
                     evaluate_packed(config, args.load, log)
                 else:
                     done.append(run_experiment(config, log, args.resume, args.restart))
@@ -1124,7 +1264,7 @@ def main(argv=None) -> int:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
             again = shlex.join(["python", "hirelc.py", *(a for a in argv or sys.argv[1:] if a != "--restart"),
                                 *([] if args.resume else ["--resume"])])
-            return _fail(str(stopped) if args.load else f"{stopped}; go on with: {again}", stopped.code)
+            return _fail(str(stopped) if args.load or args.dry_run else f"{stopped}; go on with: {again}", stopped.code)
         finally:
             log.close()
     if done and not args.no_table and first:

@@ -18,19 +18,6 @@ from figures import escape
 from files import read_json, replace_file
 from tables import Run, Table
 
-Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion, in percentage points. Raises ValueError unless 0 <= hits <= n > 0."""
-    if not 0 <= hits <= n or n == 0:
-        raise ValueError(f"{hits} hits of {n}")
-    p, z2 = hits / n, Z95 * Z95
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
-
-
 def write_text(path, text: str) -> None:
     """Write a whole file or nothing."""
     replace_file(path, lambda file: file.write(text.encode()))

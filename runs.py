@@ -24,9 +24,8 @@ import torch
 import torchvision
 
 import pack
-from checkpoints import shown
 from config import Config, InputError, flatten, from_flat
-from files import read_json
+from files import read_json, shown
 from report import write_text
 from state import SaveError, Stopped, publish
 
@@ -37,7 +36,7 @@ except ImportError:  # not on Windows, where nothing then keeps two processes of
     fcntl = None
 
 # where things lie, and how they are read, does not change the result
-PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir"}
+PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
 
 
 def keep_freed_memory() -> None:
@@ -72,8 +71,6 @@ def check_settings(path: Path, config: Config) -> None:
             raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away or "
                              "choose another --out or --name") from None
         now = flatten(config)
-        # where things lie, and how they are read, does not change the result
-        places = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
         differing = [f"{key} (there {shown(before[key])}, now {shown(now[key])})" for key in now
                      if key not in PLACES and before[key] != now[key]]
         if differing:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig, PreparedKernel,
                       compress_kernel, eval_mode, kernel_retained, kernel_shapes)
-from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO, learn_together, threads
+from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO, categorical_stats, learn_together, threads
 from stages import Chain, Entering, Staged, concatenated, folded, run, split, whole
 
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
@@ -32,6 +32,8 @@ TIER_MIN_BITS = (6, 6, 5, 4, 4)
 STRATEGIES = ("quantization", "pruning", "auto")
 STRATEGY_CODE = {"quantization": 0.0, "pruning": 0.5, "auto": 1.0}
 STABILITY_WINDOW = 5
+COMPARED = 4  # random actions per block beside which the consensus is put
+WORST = 50.0  # points, where the proxy ends
 BAD_REWARD = -10.0  # what a reward that is not finite becomes
 
 
@@ -96,19 +98,27 @@ def corrected_tier(tier: int, sensitivity: float) -> int:
     return min(max(tier + shift, 0), len(TIERS) - 1)
 
 
-def layer_budget(tier: int, strategy: int, sensitivity: float, limits) -> LayerBudget:
-    """Budget of one block from the HLA's tier and strategy index, corrected by sensitivity (ledger D7)."""
-    tier = corrected_tier(tier, sensitivity)
-    return LayerBudget(target=TIERS[tier], max_pruning=min(TIER_MAX_PRUNING[tier], limits.max_pruning),
-                       min_bits=max(TIER_MIN_BITS[tier], limits.bits_min),
+def tier_scale(config) -> float | None:
+    """With hla.tiers=relative the factor on the tiers' targets that makes the middle one search.target, else None."""
+    return config.search.target / TIERS[2] if config.hla.tiers == "relative" else None
+
+
+def layer_budget(tier: int, strategy: int, sensitivity: float, limits, scale: float | None = None) -> LayerBudget:
+    """Budget of one block from the HLA's tier and strategy index, corrected by sensitivity (ledger D7). ``scale``: of
+    the tiers' targets, with the global bounds instead of the tiers' (hla.tiers=relative)."""
+    tier, relative = corrected_tier(tier, sensitivity), scale is not None
+    return LayerBudget(target=min(TIERS[tier] * scale, 1.0) if relative else TIERS[tier],
+                       max_pruning=limits.max_pruning if relative else min(TIER_MAX_PRUNING[tier], limits.max_pruning),
+                       min_bits=limits.bits_min if relative else max(TIER_MIN_BITS[tier], limits.bits_min),
                        max_drop=0.5 if sensitivity > 0.7 else 1.0 if sensitivity > 0.5 else 2.0,
                        strategy=STRATEGIES[strategy])
 
 
-def decode_hla(action, sensitivity, limits) -> tuple[LayerBudget, ...]:
+def decode_hla(action, sensitivity, limits, scale: float | None = None) -> tuple[LayerBudget, ...]:
     """HLA action, int [2 B], → one budget per block (Eq. 8). Raises ValueError outside the range."""
     pairs = _hla_pairs(action, len(sensitivity))
-    return tuple(layer_budget(tier, strategy, s, limits) for (tier, strategy), s in zip(pairs.tolist(), sensitivity))
+    return tuple(layer_budget(tier, strategy, s, limits, scale)
+                 for (tier, strategy), s in zip(pairs.tolist(), sensitivity))
 
 
 def _hla_pairs(action, blocks: int) -> np.ndarray:
@@ -133,6 +143,18 @@ def vote_actions(actions, weights=None) -> np.ndarray:
     weights = np.full(len(actions), 1 / len(actions)) if weights is None else np.asarray(weights)
     # Six decimals undo the binary rounding of thirds before the tie rule (half to even) looks at the sum.
     return np.rint(np.round(weights @ actions, 6)).astype(np.int64)
+
+
+def mode_votes(actions) -> np.ndarray:
+    """Consensus with bits and keep as in Eq. 16, type and granularity by majority: the mean of two indices may be a
+    third that nobody chose. Ties: the first agent's of the options that have most. int [agents, 4 K] → [4 K]."""
+    actions = np.asarray(actions)
+    result = vote_actions(actions)
+    for head in range(actions.shape[1]):
+        if head % 4 >= 2:
+            votes = actions[:, head].tolist()
+            result[head] = max(votes, key=votes.count)  # max takes the first of equals
+    return result
 
 
 def confidence_weights(rewards, temperature: float = 1.0) -> np.ndarray:
@@ -209,6 +231,21 @@ def lla_reward(drop, retained, target, penalty, history, weights):
             + gamma_s * stability_reward(history) - penalty)
 
 
+def overshoot_cost(retained, target):
+    """What a candidate above its budget is charged, in points of drop: 50 at twice the budget (lla.reward=relative)."""
+    return 50.0 * np.maximum(retained / target - 1, 0.0)
+
+
+def relative_rewards(costs, seen: list) -> np.ndarray:
+    """How far costs [n] lie below the mean of all costs so far, in their standard deviations, within ±5; they join
+    ``seen``. Independent of the scale of the drops, which differs a hundredfold between blocks."""
+    seen += [cost for cost in costs.tolist() if math.isfinite(cost)]
+    spread = float(np.std(seen)) if seen else 0.0
+    if spread == 0:
+        return np.where(np.isfinite(costs), 0.0, np.nan)
+    return np.clip((np.mean(seen) - costs) / spread, -5.0, 5.0)
+
+
 def balance_reward(targets) -> float:
     """R_bal = -10 var_i(rho*_i), unweighted population variance (Eq. 11)."""
     mean = math.fsum(targets) / len(targets)
@@ -244,7 +281,7 @@ def dynamic_reward(mean_target, last_retained, last_drop, wanted, max_drop) -> f
 
 def proxy_drop(mse: float) -> float:
     """Drop in points from the logit MSE: min(20 MSE, 50) (Eq. 23); not finite where the MSE is not."""
-    return min(20.0 * mse, 50.0) if math.isfinite(mse) else mse
+    return min(20.0 * mse, WORST) if math.isfinite(mse) else mse
 
 
 class Proxy:
@@ -491,6 +528,7 @@ class DropEstimator:
     def __init__(self, proxy: Proxy, surrogate: Surrogate, baseline_acc: float, once=lambda what, compute: compute()):
         self.proxy, self.surrogate, self.baseline_acc, self.once = proxy, surrogate, baseline_acc, once
         self.consensus: list[BlockConfig | None] = [None] * len(proxy.blocks)
+        self.evaluations = 0  # candidates estimated so far
 
     @property
     def surrogate_active(self) -> bool:
@@ -500,6 +538,7 @@ class DropEstimator:
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drops in points of candidate configurations of block ``index``."""
         if not self.surrogate_active:
+            self.evaluations += len(configs)
             return self.once("proxy", lambda: self.proxy.drops(index, configs))
         return self.predicted_drops([(index, np.array([block_features(config) for config in configs]))])[0]
 
@@ -511,6 +550,7 @@ class DropEstimator:
         parts = [block_features(known) if known else UNKNOWN_KERNEL * len(block.kernels)
                  for known, block in zip(self.consensus, self.proxy.blocks)]
         starts, ends = [0], list(np.cumsum([len(features) for _, features in requests]))
+        self.evaluations += int(ends[-1])
         starts += ends
         rows = np.tile(np.concatenate(parts), (ends[-1], 1))
         for (index, features), start, end in zip(requests, starts, ends):
@@ -522,6 +562,46 @@ class DropEstimator:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Environments (§3.1.3)
+
+
+class Visited:
+    """The candidates of one search of a block that no other beats in both size and drop: action [K, 4], retained
+    fraction, drop in points; the smallest first."""
+
+    STEP = 14  # of bits and keep, at most
+    WINDOW = 1.3  # candidates to refine are within this factor of the budget, where there are any
+
+    def __init__(self):
+        self.front: list[tuple[np.ndarray, float, float]] = []
+
+    def add(self, action, retained: float, drop: float) -> None:
+        """Add a candidate; one that is beaten, or whose drop is not finite, is forgotten."""
+        if not math.isfinite(drop) or any(r <= retained and d <= drop < WORST for _, r, d in self.front):
+            return
+        if drop >= WORST:  # says nothing but that it is bad; the largest of these stands in until there is a better one
+            if not self.front or self.front[0][2] >= WORST and retained > self.front[0][1]:
+                self.front = [(np.array(action), retained, drop)]
+            return
+        kept = [entry for entry in self.front if (entry[1] < retained or entry[2] < drop) and entry[2] < WORST]
+        self.front = sorted([*kept, (np.array(action), retained, drop)], key=lambda entry: entry[1])
+
+    def refined(self, action, env) -> np.ndarray:
+        """An action [K, 4] of ``env`` as a change of a candidate on the front near the budget, drawn uniformly: each of
+        its numbers is changed with probability refine / count, one at least: bits and keep by up to STEP steps up or
+        down, type and granularity to the action's. The action itself while there is no candidate."""
+        if not self.front or self.front[0][2] >= WORST:
+            return action
+        target = env.budget.target
+        near = [a for a, r, _ in self.front if target / self.WINDOW <= r <= target * self.WINDOW]
+        near = near or [min(self.front, key=lambda entry: abs(entry[1] - target))[0]]
+        free = np.array([True, True, env.limits.qtype == "any", env.limits.granularity == "any"])
+        taken = env.rng.random(action.shape) < env.settings.refine / (free.sum() * len(action))
+        taken[env.rng.integers(len(action)), env.rng.choice(np.flatnonzero(free))] = True
+        parent = near[env.rng.integers(len(near))]
+        half = LEVELS // 2
+        moved = parent + np.rint((action - half) / half * self.STEP).astype(np.int64)
+        changed = np.concatenate([moved[:, :2].clip(0, LEVELS - 1), action[:, 2:]], axis=1)
+        return np.where(taken, changed, parent)
 
 
 class LLAEnv:
@@ -540,6 +620,9 @@ class LLAEnv:
         self.num_envs, self.obs_dim = settings.envs, 12 + len(shapes)
         self.budget: LayerBudget | None = None
         self.bad_rewards = 0
+        self.visited = Visited()  # of this search; one for all agents of a block
+        self.rng = np.random.default_rng(0)
+        self.costs: list[float] = []  # of every candidate of this search, with lla.reward=relative
         self.steps, self.history = 0, np.zeros((self.num_envs, settings.episode))  # rewards of the episode
         self._alone: Lockstep | None = None
 
@@ -585,6 +668,27 @@ def action_numbers(min_bits: int, max_pruning: float, limits, shapes) -> np.ndar
     return numbers
 
 
+def projected(actions, numbers, params, target) -> np.ndarray:
+    """Low-level actions moved into a budget, so that they say how a block shares its budget, not how large it is.
+
+    actions int [n, 4 K]; ``numbers``: :func:`action_numbers` of the block; ``params`` [K]; ``target``: rho*_i. All bit
+    indices go up and all keep indices down by the same number of steps, kernel by kernel within a step: the largest
+    move whose retained fraction is at most the target; the smallest configuration where none is.
+    """
+    kernels = numbers.shape[0]
+    steps = np.arange(-LEVELS + 1, LEVELS)[:, None, None]  # [29, 1, 1]
+    within = np.arange(2 * kernels) < np.arange(2 * kernels)[:, None]  # [2 K, 2 K]: the first m go a step further
+    moves = (steps + within).reshape(-1, kernels, 2)  # [29 * 2 K, K, 2]
+    result = np.array(actions).reshape(len(actions), kernels, 4)
+    bits = (result[:, None, :, 0] + moves[..., 0]).clip(0, LEVELS - 1)  # [n, moves, K]
+    keep = (result[:, None, :, 1] - moves[..., 1]).clip(0, LEVELS - 1)
+    sizes = numbers[np.arange(kernels), bits, keep, 0] @ (params / params.sum())  # [n, moves], never falling
+    chosen = np.maximum((sizes <= target + 1e-12).sum(axis=1) - 1, 0)
+    rows = np.arange(len(result))
+    result[..., 0], result[..., 1] = bits[rows, chosen], keep[rows, chosen]
+    return result.reshape(len(result), -1)
+
+
 class Lockstep:
     """Low-level environments that step together: what each would do alone, computed for all at once.
 
@@ -615,6 +719,7 @@ class _Group:
 
         self.envs, first = envs, envs[0]
         self.estimator, self.episode = first.estimator, first.settings.episode
+        self.project, self.relative = first.settings.project, first.settings.reward == "relative"
         self.sizes = np.array(lla_nvec(1))
         self.indices = np.arange(len(envs))[:, None, None], np.arange(len(first.shapes))
         self.numbers = np.stack([action_numbers(env.budget.min_bits, env.budget.max_pruning, env.limits, env.shapes)
@@ -635,6 +740,13 @@ class _Group:
         actions = actions.reshape(*actions.shape[:2], -1, 4)  # [E, N, K, 4]
         if (actions < 0).any() or (actions >= self.sizes).any():
             raise ValueError(f"LLA actions outside {self.sizes.tolist()} per kernel: {actions.tolist()}")
+        if self.envs[0].settings.refine:
+            actions = np.stack([np.stack([env.visited.refined(action, env) for action in own])
+                                for env, own in zip(self.envs, actions)])
+        if self.project:
+            moved = [projected(own.reshape(len(own), -1), *budget)
+                     for own, *budget in zip(actions, self.numbers, self.params, self.target[:, 0])]
+            actions = np.stack(moved).reshape(actions.shape)
         steps, = {env.steps for env in self.envs}
         numbers = self.numbers[(*self.indices, actions[..., 0], actions[..., 1])]  # [E, N, K, 4]
         per_kernel, retained = numbers[..., 0], 0.0
@@ -646,18 +758,24 @@ class _Group:
         penalty = self.penalty_scale * sensitivity_penalty(self.sensitivity, retained)
         with np.errstate(invalid="ignore", over="ignore"):
             rewards = lla_reward(drops, retained, self.target, penalty, history, self.weights)
+            if self.relative:
+                costs = drops + overshoot_cost(retained, self.target)
+                rewards = np.stack([relative_rewards(own, env.costs) for own, env in zip(costs, self.envs)])
         bad = ~(np.isfinite(rewards) & np.isfinite(drops))
-        rewards, known = np.where(bad, BAD_REWARD, rewards), np.where(bad, 50.0, drops)
+        rewards, known = np.where(bad, BAD_REWARD, rewards), np.where(bad, WORST, drops)
         obs = self.start.copy()
         done = steps + 1 >= self.episode
         if not done:
             obs[..., 2], obs[..., 3] = retained, np.abs(retained - self.target)
             obs[..., 4], obs[..., 11], obs[..., 12:] = known / 10, rewards / 100, per_kernel
         dones = np.full(rewards.shape[1], done)
-        for env, reward, wrong in zip(self.envs, rewards, bad.sum(axis=1)):
+        for env, reward, wrong, own, sizes, found in zip(self.envs, rewards, bad.sum(axis=1), actions, retained, drops):
             env.history[:, steps] = reward
             env.steps = 0 if done else steps + 1
             env.bad_rewards += int(wrong)
+            if env.settings.choose == "visited" or env.settings.refine:
+                for action, size, drop in zip(own, sizes, found):
+                    env.visited.add(action, float(size), float(drop))
         return [(o, r, dones, {"drops": d}) for o, r, d in zip(obs, rewards, drops.tolist())]
 
     def _drops(self, actions, numbers):
@@ -689,7 +807,8 @@ class HLAEnv:
 
     num_envs = 1
 
-    def __init__(self, params, sensitivity, limits, search, settings, weights):
+    def __init__(self, params, sensitivity, limits, search, settings, weights, scale: float | None = None):
+        self.scale = 1.0 if scale is None else scale
         self.params, self.sensitivity = np.asarray(params, dtype=np.float64), list(sensitivity)
         self.limits, self.search, self.settings, self.weights = limits, search, settings, weights
         self.obs_dim, self.total = 5 + 2 * len(self.sensitivity), self.params.sum()
@@ -716,7 +835,7 @@ class HLAEnv:
         """Propose budgets for all blocks; returns the observation, reward and done, each with a leading 1."""
         pairs = _hla_pairs(actions[0], len(self.sensitivity))
         targets = self.tiers[np.arange(len(pairs)), pairs[:, 0]]  # those of decode_hla
-        mean = float(self.params @ targets / self.total)
+        mean = float(self.params @ targets / self.total) * self.scale
         targets = targets.tolist()
         alpha, beta, gamma = self.weights
         r_bal, r_sens = balance_reward(targets), sensitivity_reward(targets, self.sensitivity)
@@ -725,7 +844,8 @@ class HLAEnv:
         reward = gamma * r_bal + alpha / 30 * (r_sens + r_dyn) + beta / 6 * r_glob
         self.steps += 1
         done = self.steps >= self.settings.episode
-        obs = self.reset() if done else self.observation(targets, abs(mean - self.search.target),
+        scaled = [target * self.scale for target in targets]
+        obs = self.reset() if done else self.observation(scaled, abs(mean - self.search.target),
                                                          (r_bal + r_sens + r_dyn) / 20)
         return obs, np.array([reward]), np.array([done]), {}
 
@@ -744,7 +864,7 @@ class LLAEnsemble:
         self.envs = [LLAEnv(index, shapes, sensitivity, estimator, config.compress, s, weights, blocks=blocks,
                             penalty_scale=penalty) for weights in zip(s.alpha, s.beta, s.gamma_s)]
         self.agents = [_agent(name, f"block {index}, agent {n}", env, lla_nvec(len(shapes)),
-                              derive_seed(config.seed, "lla", index, n), LLA_PPO, LLA_A2C)
+                              derive_seed(config.seed, "lla", index, n), *lla_hyper(s))
                        for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
         self.rng = np.random.default_rng(derive_seed(config.seed, "null", index))
 
@@ -763,8 +883,48 @@ class LLAEnsemble:
             weights = None
             if self.config.vote == "confidence":
                 weights = confidence_weights([agent.recent_rewards for agent in self.agents])
-        action = vote_actions(actions, weights)
-        return BlockConfig(decode_lla(action, self.envs[0].budget, self.config.compress, self.shapes), self.shapes)
+        action = mode_votes(actions) if self.config.vote == "mode" else vote_actions(actions, weights)
+        return self.decoded(action)
+
+    def decoded(self, action) -> BlockConfig:
+        """What an action says under the block's budget; moved into it where lla.project says so."""
+        budget = self.envs[0].budget
+        if self.config.lla.project:
+            numbers = action_numbers(budget.min_bits, budget.max_pruning, self.config.compress, self.shapes)
+            params = np.array([shape.params for shape in self.shapes], dtype=np.float64)
+            action = projected([action], numbers, params, budget.target)[0]
+        return BlockConfig(decode_lla(action, budget, self.config.compress, self.shapes), self.shapes)
+
+    def entropy(self, budget: LayerBudget) -> float:
+        """Mean of the agents' entropies in the reset state under ``budget``, 1 = uniform (:func:`relative_entropy`)."""
+        for env in self.envs:
+            env.budget = budget
+        return float(np.mean([relative_entropy(agent, env.first_observation()[None])
+                              for agent, env in zip(self.agents, self.envs)]))
+
+    def compared(self, consensus: BlockConfig, draws: int = COMPARED) -> dict:
+        """Estimated drop in points and reward of the consensus, and their means over ``draws`` uniformly drawn actions:
+        what the policies have learnt. Rewards are the agents' mean of Eq. 9 without R_stab; not evaluations of the
+        search. None where a drop is not finite."""
+        rng = np.random.default_rng(derive_seed(self.config.seed, "compare", self.index, self.agents[0].timesteps))
+        nvec, env = np.array(lla_nvec(len(self.shapes))), self.envs[0]
+        configs = [consensus, *(self.decoded(rng.integers(nvec)) for _ in range(draws))]
+        drops = np.array(env.estimator.drops(self.index, configs))
+        retained = np.array([config.retained for config in configs])
+        penalty = env.penalty_scale * sensitivity_penalty(env.sensitivity, retained)
+        rewards = np.mean([lla_reward(drops, retained, env.budget.target, penalty, [], own.weights)
+                           for own in self.envs], axis=0)
+        numbers = {"consensus_drop": drops[0], "random_drop": drops[1:].mean(),
+                   "consensus_reward": rewards[0], "random_reward": rewards[1:].mean()}
+        return {key: float(value) if math.isfinite(value) else None for key, value in numbers.items()}
+
+    def visited(self) -> list[tuple[BlockConfig, float]]:
+        """The front of the last search with the drops, the smallest first; empty unless lla.choose=visited."""
+        if self.config.lla.choose != "visited":
+            return []
+        budget, limits = self.envs[0].budget, self.config.compress
+        return [(BlockConfig(decode_lla(action.ravel(), budget, limits, self.shapes), self.shapes), drop)
+                for action, _, drop in self.envs[0].visited.front]
 
     @property
     def bad_rewards(self) -> int:
@@ -786,22 +946,28 @@ class LLAEnsemble:
         self.rng.bit_generator.state = state["rng"]
 
 
-def train_together(ensembles, budgets, progress=None) -> list[list[dict]]:
+def train_together(ensembles, budgets, progress=None, timesteps=None, anew=True) -> list[list[dict]]:
     """Train the agents of several blocks in lockstep, each ensemble under its budget; returns what each
     :meth:`LLAEnsemble.train` would, to the last bit, whichever blocks are trained together.
 
     That pays with the surrogate active: all candidates of a step are one prediction. The proxy is asked block by block
-    in any case. ``progress()`` is called once per agent, after the training.
+    in any case. ``progress()`` is called once per agent, after the training. ``timesteps``: lla.timesteps unless given;
+    ``anew``: whether what was visited before is forgotten.
     """
     for ensemble, budget in zip(ensembles, budgets):
-        for env in ensemble.envs:
+        shared = Visited()
+        for n, (agent, env) in enumerate(zip(ensemble.agents, ensemble.envs)):
             env.budget = budget
+            if anew:
+                env.visited, env.costs = shared, []
+            env.rng = np.random.default_rng(
+                derive_seed(ensemble.config.seed, "refine", ensemble.index, n, agent.timesteps))
     learning = [ensemble for ensemble in ensembles if ensemble.config.search.method != "null"]
     agents = [agent for ensemble in learning for agent in ensemble.agents]
     updates: dict[int, list[dict]] = {}
     if agents:
         step = Lockstep([agent.env for agent in agents]).step
-        learnt = learn_together(agents, learning[0].config.lla.timesteps, step)
+        learnt = learn_together(agents, timesteps or learning[0].config.lla.timesteps, step)
         updates = dict(zip(map(id, agents), learnt))
     if progress:
         for _ in (agent for ensemble in ensembles for agent in ensemble.agents):
@@ -811,13 +977,42 @@ def train_together(ensembles, budgets, progress=None) -> list[list[dict]]:
             for ensemble in ensembles]
 
 
+def least_drop(options, target: float, slots: int = 10_000) -> NetworkConfig:
+    """One configuration per block, of those whose retained fraction over the network is at most ``target`` the one of
+    the least sum of drops; the smallest there is where none meets it.
+
+    options: per block a list of (BlockConfig, drop). By dynamic programming over the blocks; sizes are rounded up to
+    ``slots`` parts of what is allowed, so that the target always holds and up to a part per block may be lost.
+    """
+    allowed = target * sum(block[0][0].params for block in options)
+    best, paths = np.zeros(slots + 1), []  # the least drop of the blocks so far within so many parts
+    for block in options:
+        following, path = np.full(slots + 1, math.inf), np.zeros(slots + 1, dtype=np.int64)
+        for n, (config, drop) in enumerate(block):
+            parts = math.ceil(config.params * config.retained / allowed * slots - 1e-9)
+            if parts <= slots:
+                drops = best[:slots + 1 - parts] + drop
+                better = drops < following[parts:]
+                following[parts:][better], path[parts:][better] = drops[better], n
+        best = following
+        paths.append(path)
+    if not math.isfinite(best[slots]):
+        return NetworkConfig(tuple(min(block, key=lambda item: item[0].retained)[0] for block in options))
+    chosen, left = [], slots
+    for block, path in zip(reversed(options), reversed(paths)):
+        config = block[path[left]][0]
+        chosen.append(config)
+        left -= math.ceil(config.params * config.retained / allowed * slots - 1e-9)
+    return NetworkConfig(tuple(chosen[::-1]))
+
+
 class HLAEnsemble:
     """High-level agents and their vote (§3.4.2)."""
 
     def __init__(self, params, sensitivity, config):
         s = config.hla
         self.config, self.sensitivity = config, list(sensitivity)
-        self.envs = [HLAEnv(params, sensitivity, config.compress, config.search, s, weights)
+        self.envs = [HLAEnv(params, sensitivity, config.compress, config.search, s, weights, tier_scale(config))
                      for weights in zip(s.alpha, s.beta, s.gamma)]
         self.agents = [_agent(name, f"high-level agent {n}", env, hla_nvec(len(self.sensitivity)), config.seed + n,
                               HLA_PPO, HLA_A2C) for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
@@ -835,10 +1030,14 @@ class HLAEnsemble:
         return [row for n, (agent, updates) in enumerate(zip(self.agents, learn_together(self.agents, timesteps)))
                 for row in _labelled(updates, "HLA", n, agent, "")]
 
+    def entropy(self) -> float:
+        """Mean of the agents' entropies in the start state, 1 = uniform (:func:`relative_entropy`)."""
+        return float(np.mean([relative_entropy(agent, env.reset()) for agent, env in zip(self.agents, self.envs)]))
+
     def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
         """Voted budgets from the start state; greedy proposals in the last cycle, drawn ones before (§3.7 step 3)."""
         method, blocks = self.config.search.method, len(self.sensitivity)
-        if method == "no-hla":
+        if method not in ("hirelc", "null"):
             return uniform_budgets(blocks, self.config.search, self.config.compress)
         if method == "null":
             nvec = np.array(hla_nvec(blocks))
@@ -846,7 +1045,8 @@ class HLAEnsemble:
         else:
             actions = [agent.predict(env.reset(), deterministic=deterministic)[0]
                        for agent, env in zip(self.agents, self.envs)]
-        return vote_budgets([decode_hla(a, self.sensitivity, self.config.compress) for a in actions])
+        return vote_budgets([decode_hla(a, self.sensitivity, self.config.compress, tier_scale(self.config))
+                             for a in actions])
 
     def state_dict(self) -> dict:
         """Agents, feedback and the null controller's random state."""
@@ -862,6 +1062,12 @@ class HLAEnsemble:
         self.rng.bit_generator.state = state["rng"]
 
 
+def lla_hyper(settings) -> tuple[dict, dict]:
+    """Hyperparameters of the low level's PPO and A2C under ``settings`` (config.LLA)."""
+    changes = {"gamma": settings.gamma} | ({"n_steps": settings.rollout} if settings.rollout else {})
+    return tuple({**hyper, **changes, "lr": hyper["lr"] * settings.lr_factor} for hyper in (LLA_PPO, LLA_A2C))
+
+
 def _agent(algorithm, name, env, nvec, seed, ppo, a2c):
     kind, hyper = (PPO, ppo) if algorithm == "PPO" else (A2C, a2c)
     return kind(env, nvec, seed=seed, name=f"{algorithm} ({name})", **hyper)
@@ -875,6 +1081,14 @@ def _labelled(updates, level, agent_index, agent, block):
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is reported about a search
+
+
+def relative_entropy(agent, obs) -> float:
+    """Entropy of an agent's policy at one observation [1, d] ÷ that of the uniform policy, in [0, 1]."""
+    with torch.no_grad():
+        logits = agent.actor(torch.as_tensor(obs, dtype=torch.float32))
+    actions = torch.zeros(1, len(agent.nvec), dtype=torch.int64)
+    return categorical_stats(logits, agent.nvec, actions)[1].item() / math.fsum(map(math.log, agent.nvec))
 
 
 def compliance(config: NetworkConfig, budgets) -> float:
@@ -911,10 +1125,10 @@ def null_controller(shapes, sensitivity, config, draws: int = 200) -> dict:
     blocks, crs, compliances = len(shapes), [], []
     agents, nvec = len(config.lla.algorithms), np.array(hla_nvec(blocks))
     for _ in range(draws):
-        if config.search.method == "no-hla":
+        if config.search.method not in ("hirelc", "null"):
             budgets = uniform_budgets(blocks, config.search, config.compress)
         else:
-            budgets = vote_budgets([decode_hla(rng.integers(nvec), sensitivity, config.compress)
+            budgets = vote_budgets([decode_hla(rng.integers(nvec), sensitivity, config.compress, tier_scale(config))
                                     for _ in config.hla.algorithms])
         drawn = NetworkConfig(tuple(
             BlockConfig(decode_lla(vote_actions(rng.integers(lla_nvec(len(block)), size=(agents, 4 * len(block)))),

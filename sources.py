@@ -12,11 +12,11 @@ class turns up early (in name order the first 1,280 test images would be of a cl
 sorted class names; for tiny-imagenet, line of wnids.txt.
 
 **Cache.** DIR/.hirelc-cache/ keeps one file per data set, split and side: the decoded images of a prefix of the split
-in its order, then one byte of flags per file, then a JSON header with checksums, its length and its checksum. The file's name ends in a key over
-names, sizes and modification times of the *whole* split, in order, and how it was decoded. A run that asks for no more
-images than the file covers maps it into memory; one that asks for more decodes all that it asks for and replaces it.
-It is written under another name, synced and renamed: a run sees a whole cache or none. A lock makes a second run wait
-for the first and then use its cache.
+in its order, then one byte of flags per file, then a JSON header with checksums, its length and its checksum. The
+file's name ends in a key over names, sizes and modification times of the *whole* split, in order, and how it was
+decoded. A run that asks for no more images than the file covers maps it into memory, once its checksums are seen to
+be right; one that asks for more decodes all that it asks for and replaces it. It is written under another name, synced
+and renamed: a run sees a whole cache or none. A lock makes a second run wait for the first and then use its cache.
 
 **Decoding.** Few images are read by threads, many by processes that share the memory which receives the pixels: Pillow
 holds the interpreter lock for about half of a small image's time. The processes run this file as a script, which needs
@@ -29,6 +29,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import logging
 import mmap
 import os
 import pathlib
@@ -46,8 +47,8 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from config import InputError
-from files import extract, fetch, parse_json, read_json
+from config import Data, InputError
+from files import extract, fetch, parse_json, read_json, shown
 
 try:
     import fcntl
@@ -66,9 +67,12 @@ CHUNK = 100                        # images per request to a thread or process
 CACHE = ".hirelc-cache"
 FORMAT = 2                         # of the cache files, part of their key
 MAGIC = b"HiReLCu8"
+MAX_PIXELS, MAX_LENGTH = 64 << 20, 1 << 16                  # of an image; one that claims more may take minutes
 CHECKED = 1000                     # images under one checksum of the cache
 MAX_HEADER = 64 << 20              # bytes of the cache's header
 RESIZED, RECOLOURED, UNREADABLE = 1, 2, 4                   # flags of an image
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it prints what is wrong with a file by itself, too
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -111,6 +115,49 @@ class Listing:
         return Listing(self.folder, [self.names[i] for i in order], [self.labels[i] for i in order], self.strays)
 
 
+@dataclass(frozen=True)
+class Sample(Data):
+    """Settings under which at most ``at_most`` images of a split are read; how many were asked for is checked all the
+    same."""
+    at_most: int = 0
+
+
+@dataclass(frozen=True)
+class Absent:
+    """``what`` would be done to get a data set, and the ``bytes`` that it takes on the disk then."""
+    what: str
+    bytes: float
+
+
+# Bytes of the published archives, and of what is in them.
+ARCHIVES = {"cifar10": (170e6, 186e6), "cifar100": (169e6, 186e6), "tiny-imagenet": (248e6, 500e6)}
+
+
+def absent(settings) -> Absent | None:
+    """What :func:`read` would download or unpack first; None where the data set lies there, or is never fetched."""
+    base, name = pathlib.Path(settings.dir), settings.name
+    if name not in ARCHIVES or (base / name).exists():
+        return None
+    if name == "tiny-imagenet":
+        url, archive, folder = TINY_IMAGENET_URL, base / "tiny-imagenet-200.zip", base / "tiny-imagenet-200"
+    else:
+        import torchvision
+        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        url, archive, folder = kind.url, base / kind.filename, base / kind.base_folder
+    packed, unpacked = ARCHIVES[name]
+    if folder.exists():
+        return None
+    if archive.is_file():
+        return Absent(f"would be unpacked from {archive}", unpacked)
+    return Absent(f"would be downloaded from {url} to {archive} (about {packed / 1e6:.0f} MB)", packed + unpacked)
+
+
+def has_cache(settings, split, side, size) -> bool:
+    """Whether a cache of at least ``size`` bytes lies there for a split; one that is out of date makes room."""
+    pattern = f"{settings.name}-{split}-{side}-*.u8"
+    return any(path.stat().st_size >= size for path in (pathlib.Path(settings.dir) / CACHE).glob(pattern))
+
+
 def read(settings, progress=silent):
     """→ (train Part, test Part, class names, notes) of the data set that ``settings`` (config.Data) name.
 
@@ -147,7 +194,7 @@ def _asked(settings, split, available, where):
     if wanted > available:
         raise InputError(f"data.{split}_images={wanted}: {where} holds {available}; give at most {available}, "
                          "or 0 for all")
-    return wanted or available
+    return min(wanted or available, getattr(settings, "at_most", available))
 
 
 def _read_part(settings, split, listing, side, progress, notes, may_stream=False) -> Part:
@@ -265,6 +312,9 @@ def read_images(paths, pixels, side, skip):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")             # of odd metadata; what matters is whether it decodes
                 with Image.open(path) as image:
+                    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_LENGTH:
+                        raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}, or than "
+                                         f"{MAX_LENGTH} along a side")
                     if not side:
                         image.load()
                         continue
@@ -662,7 +712,7 @@ def _tiny_imagenet(settings, progress, notes):
                  "class index = line of wnids.txt")
     names = [line.strip() for line in _lines(tree / "wnids.txt", mend) if line.strip()]
     classes = {name: i for i, name in enumerate(names)}
-    if not names or len(classes) < len(names) or not all(re.fullmatch(r"\w[\w.-]*", name) for name in names):
+    if not names or len(classes) < len(names) or not all(re.fullmatch(r"\w[\w.-]{,99}", name) for name in names):
         raise InputError(f"{tree / 'wnids.txt'} is empty, names a class twice or what is no folder's name; {mend}")
 
     train = Listing(tree / "train", [], [])
@@ -680,10 +730,11 @@ def _tiny_imagenet(settings, progress, notes):
             continue
         file, label = (line.split("\t") + ["", ""])[:2]
         if label.strip() not in classes:
-            raise InputError(f"{annotations}, line {number}: '{label.strip()}' is not a class of wnids.txt; {mend}")
+            raise InputError(f"{annotations}, line {number}: '{shown(label.strip())}' is not a class of wnids.txt; "
+                             f"{mend}")
         present = present or {entry.name for entry in _entries(images, mend)}
         if file not in present:
-            raise InputError(f"{images / file} is missing ({annotations.name}, line {number}, names it); {mend}")
+            raise InputError(f"{images / shown(file)} is missing ({annotations.name}, line {number}, names it); {mend}")
         test.names.append(file)
         test.labels.append(classes[label.strip()])
     if not test.names:

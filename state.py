@@ -28,14 +28,14 @@ import torch
 
 import files
 from config import InputError
-from files import replace_file
+from files import replace_file, shown
 from parallel import Ranks
 
 FORMAT = 1
 INTERVAL = 20.0  # seconds between two saves within a phase
 SHARE = 0.02  # of a run's time that saving within phases may take
 MAGIC = b"HiReLC state\n"
-MAX_HEADER, MAX_MANIFEST = 256 << 20, 1 << 20
+MAX_HEADER, MAX_MANIFEST = 32 << 20, 1 << 20
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool)}
@@ -196,15 +196,16 @@ class Store:
                 raise ValueError("too long")
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["format"] != FORMAT:
-                raise InputError(f"{self.folder}: a state of format {manifest['format']}, this program reads {FORMAT}; "
-                                 "go on with the version that wrote it, or start anew with --restart")
-            there, parts = dict(manifest["identity"]), {str(k): list(v) for k, v in manifest["parts"].items()}
+                raise InputError(f"{self.folder}: a state of format {shown(manifest['format'])}, this program reads "
+                                 f"{FORMAT}; go on with the version that wrote it, or start anew with --restart")
+            there = {str(k): v for k, v in dict(manifest["identity"]).items()}
+            parts = {str(k): list(v) for k, v in manifest["parts"].items()}
             self.number = int(manifest["number"])
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise self._damaged(path, error) from None
-        differing = [f"{key} (there {there.get(key)}, now {self.identity.get(key)})"
+        differing = [f"{key} (there {shown(there.get(key))}, now {shown(self.identity.get(key))})"
                      for key in sorted({*there, *self.identity}) if there.get(key) != self.identity.get(key)]
         if differing:
             raise InputError(f"{self.folder}: a state with other settings or versions: {'; '.join(differing)}; give "

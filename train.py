@@ -83,7 +83,7 @@ class TooLarge(RuntimeError):
     """A GPU's memory does not hold what a setting asks for."""
 
 
-SCALE_LR_FACTOR = 4.0  # a learned scale's logarithm moves by up to this many learning rates per step
+SCALE_LR_FACTOR = 20.0  # a learned scale's logarithm moves by up to this many learning rates per step
 
 
 @dataclass(frozen=True)

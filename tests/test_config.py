@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings  # noqa: E402
-from config import EXPERIMENTS, Config, InputError, fields_of, flatten, from_flat, get, override  # noqa: E402
+from config import EXPERIMENTS, PRESETS, Config, InputError, fields_of, flatten, from_flat, get, override  # noqa: E402
 
 
 def changed(*assignments):
@@ -161,8 +161,10 @@ def test_ranges_include_their_ends(key, allowed, forbidden):
                     "vit_base_patch32_clip_224", "resnet18", "resnet50", "mobilenetv2_100"]),
     ("compress.qtype", ["INT", "FLOAT", "any"]),
     ("compress.granularity", ["uniform", "log", "per-channel", "learned", "log-script", "any"]),
-    ("search.method", ["hirelc", "no-hla", "null"]), ("sensitivity.method", ["fisher", "none"]),
-    ("vote", ["uniform", "confidence"]), ("carry", ["none", "rest", "all"]), ("device", ["auto", "cpu", "cuda"])])
+    ("search.method", ["hirelc", "no-hla", "null", "uniform", "random", "greedy", "evolution", "sequential"]),
+    ("sensitivity.method", ["fisher", "none", "gradient", "snip", "grasp", "hessian"]),
+    ("vote", ["uniform", "confidence", "mode"]),
+    ("carry", ["none", "rest", "all"]), ("device", ["auto", "cpu", "cuda"])])
 def test_choices(key, choices):
     for choice in choices:
         assert get(changed(f"{key}={choice}"), key) == choice
@@ -346,3 +348,16 @@ def test_accuracies_are_multiples_of_one_in_1280():  # ledger D15
 def test_names_of_networks_and_data_sets():
     assert {e.settings["model.name"] for e in EXPERIMENTS.values()} <= set(settings.NETWORKS)
     assert {e.settings["data.name"] for e in EXPERIMENTS.values()} <= set(settings.DATASETS)
+
+
+def test_a_preset_is_its_settings_and_gives_way_to_later_ones():
+    plus = changed("preset=plus")
+    assert {key: get(plus, key) for key in PRESETS["plus"]} == PRESETS["plus"]
+    assert get(changed("preset=plus", "lla.rounds=2"), "lla.rounds") == 2
+    assert changed("preset=none") == Config()
+    assert from_flat(flatten(changed("preset=plus", "lla.rounds=2"))) == changed("preset=plus", "lla.rounds=2")
+
+
+def test_rounds_need_the_candidates_that_were_tried():
+    refused("lla.rounds=2", "lla.choose=visited")
+    assert changed("lla.choose=visited", "lla.rounds=2").lla.rounds == 2

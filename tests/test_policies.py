@@ -143,8 +143,9 @@ def files(folder):
 def test_a_policy_of_a_run_is_applied_without_a_search(tmp_path, monkeypatch, capsys):
     assert command(tmp_path) == 0
     searched = tmp_path / "runs" / "exp4-seed42"
-    for name in ("search_blocks", "train_hla", "warm_up_surrogate"):
+    for name in ("train_hla", "warm_up_surrogate"):
         monkeypatch.setattr(hirelc.HiReLC, name, lambda *_: pytest.fail("a search"))
+    monkeypatch.setattr(hirelc, "train_together", lambda *_: pytest.fail("a search"))
     policy = ("--policy", str(searched / "policy.json"))
     assert command(tmp_path, *policy, "--name", "applied") == 0
     applied = tmp_path / "runs" / "exp4-applied-seed42"

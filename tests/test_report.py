@@ -14,7 +14,8 @@ import log as log_module
 import report
 from config import EXPERIMENTS, InputError
 from log import Log, duration
-from report import read_results, results_table, wilson, write_json, write_text
+from report import read_results, results_table, write_json, write_text
+from stats import wilson
 
 # Statistics
 

@@ -3,6 +3,7 @@ the drop estimators on a network of six layers, and ensembles that go on bit for
 
 import copy
 import io
+import itertools
 import math
 
 import numpy as np
@@ -188,6 +189,13 @@ def test_vote_of_equal_actions_is_that_action():
     every = np.arange(15)
     assert search.vote_actions([every] * 3).tolist() == list(range(15))
     assert search.vote_actions([every]).tolist() == list(range(15))
+
+
+def test_mode_votes_take_the_majority_of_types_and_granularities():
+    actions = [[0, 14, 0, 0, 3, 3, 1, 3], [1, 0, 1, 3, 4, 3, 1, 2], [4, 2, 1, 0, 9, 3, 0, 1]]
+    # bits and keep round the means 5/3, 16/3, 16/3, 3; three different granularities: the first agent's
+    assert search.mode_votes(actions).tolist() == [2, 5, 1, 0, 5, 3, 1, 3]
+    assert search.vote_actions(actions).tolist() == [2, 5, 1, 1, 5, 3, 1, 2]
 
 
 def test_vote_with_weights():
@@ -1018,6 +1026,17 @@ def test_lla_consensus_is_the_vote_on_greedy_actions_from_the_reset_observation(
         assert obs[0] == pytest.approx([0.5, 0.4, 1, 0, 0, 1, 0.25, 1.0, 0.2, 1, 0, 0, 0.5])
 
 
+def test_lla_consensus_can_take_the_mode(net):
+    names = {}
+    for vote in ("uniform", "mode"):
+        ensemble = lla_ensemble(net, settings(vote=vote, compress__qtype="any", compress__granularity="any"), index=1)
+        for env in ensemble.envs:
+            env.budget = FREE
+        scripted_agents(ensemble, [[0, 0, 1, 3], [0, 0, 1, 0], [0, 0, 0, 0]])
+        names[vote] = {(k.qtype, k.granularity) for k in ensemble.consensus().kernels}
+    assert names == {"uniform": {("FLOAT", "log")}, "mode": {("FLOAT", "uniform")}}
+
+
 @pytest.mark.parametrize("vote, bits", [("uniform", 4), ("confidence", 6)])
 def test_lla_consensus_can_weight_by_confidence(net, vote, bits):
     ensemble = lla_ensemble(net, settings(vote=vote), index=1)
@@ -1468,3 +1487,152 @@ def test_hla_targets_are_those_of_the_decoded_budgets():
         assert env.step(action[None])[0][0, 6::2].tolist() == np.array(targets, dtype=np.float32).tolist()
     with pytest.raises(ValueError, match="outside"):
         env.step(np.array([[5, 0] * 7]))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Past the paper: settings that are off by default
+
+
+def test_relative_tiers_scale_the_targets_and_open_the_bounds():
+    config = settings(hla__tiers="relative", search__target=0.1)
+    scale = search.tier_scale(config)
+    assert scale == pytest.approx(0.4) and search.tier_scale(settings()) is None
+    budgets = search.decode_hla([0, 0, 4, 1, 2, 2], [0.5, 0.5, 0.9], config.compress, scale)
+    assert [b.target for b in budgets] == pytest.approx([0.14, 0.06, 0.12])  # the third is a tier lighter
+    assert {(b.min_bits, b.max_pruning) for b in budgets} == {(3, 0.6)}
+    assert [b.max_drop for b in budgets] == [2.0, 2.0, 0.5]
+
+
+def test_the_high_level_env_sees_scaled_targets():
+    config = settings(hla__tiers="relative", search__target=0.1)
+    ensemble = HLAEnsemble([300, 100], [0.5, 0.5], config)
+    env = ensemble.envs[0]
+    obs, reward, _, _ = env.step(np.array([[0, 0, 4, 0]]))
+    mean = (300 * 0.14 + 100 * 0.06) / 400
+    assert obs[0, [6, 8]] == pytest.approx([0.14, 0.06]) and obs[0, 3] == pytest.approx(abs(mean - 0.1))
+    # unscaled targets in R_bal; last_retained 1 > target and mean below it: +20
+    assert reward == pytest.approx([-10 * 0.1 ** 2 + 20.0 - 50 * abs(mean - 0.1)])
+
+
+def test_projected_actions_are_the_largest_within_the_budget():
+    shapes = (KernelShape(16, 300), KernelShape(16, 100))
+    numbers = search.action_numbers(3, 0.6, LIMITS, shapes)
+    params = np.array([300.0, 100.0])
+
+    def size(action):
+        return search.BlockConfig(search.decode_lla(action, FREE, LIMITS, shapes), shapes).retained
+
+    rng = np.random.default_rng(0)
+    actions = rng.integers(search.lla_nvec(2), size=(50, 8))
+    moved = search.projected(actions, numbers, params, 0.12)
+    for before, after in zip(actions, moved):
+        assert size(after) <= 0.12 + 1e-9
+        assert after[[2, 3, 6, 7]].tolist() == before[[2, 3, 6, 7]].tolist()
+        further = search.projected([before], numbers, params, size(after) + 1e-4)[0]
+        assert size(further) <= size(after) + 1e-4
+        grown = after.reshape(2, 4) + [[1, -1, 0, 0]]
+        grown[:, :2] = grown[:, :2].clip(0, 14)
+        assert size(grown.ravel()) > 0.12 or (grown.ravel() == after).all()
+    assert search.projected(actions[:1], numbers, params, 1e-6)[0][[0, 1, 4, 5]].tolist() == [0, 14, 0, 14]
+    assert search.projected(actions[:1], numbers, params, 1.0)[0][[0, 1, 4, 5]].tolist() == [14, 0, 14, 0]
+
+
+def test_relative_rewards_by_hand():
+    seen = []
+    assert search.relative_rewards(np.array([3.0, 3.0]), seen).tolist() == [0.0, 0.0]
+    # 3, 3, 1, 5: mean 3, population variance 2
+    assert search.relative_rewards(np.array([1.0, 5.0]), seen) == pytest.approx([2 ** 0.5, -(2 ** 0.5)])
+    rewards = search.relative_rewards(np.array([math.nan, 3.0]), seen)
+    assert math.isnan(rewards[0]) and rewards[1] == 0.0 and len(seen) == 5
+    assert search.overshoot_cost(np.array([0.1, 0.2, 0.3]), 0.2) == pytest.approx([0.0, 0.0, 25.0])
+
+
+def test_the_front_holds_what_nothing_beats():
+    front = search.Visited()
+    for n, (size, drop) in enumerate([(0.2, 60.0), (0.3, 50.0), (0.1, 50.0)]):
+        front.add([[n, 0, 0, 0]], size, drop)
+    assert [r for _, r, _ in front.front] == [0.3]  # nothing but that all are bad: the largest
+    for size, drop in [(0.2, 5.0), (0.3, 6.0), (0.1, 9.0), (0.15, 9.0), (0.05, 50.0), (0.2, math.nan), (0.12, 4.0)]:
+        front.add([[0, 0, 0, 0]], size, drop)
+    assert [(r, d) for _, r, d in front.front] == [(0.1, 9.0), (0.12, 4.0)]
+
+
+def test_a_refined_action_changes_a_candidate_near_the_budget():
+    env = lla_env(Scripted([[1.0, 1.0]] * 9), budget(target=0.2))
+    env.settings = LLASettings(refine=1.0)
+    parent = np.array([[7, 7, 0, 2], [3, 0, 1, 1]])
+    action = np.array([[14, 0, 1, 3], [7, 7, 0, 0]])
+    assert (env.visited.refined(action, env) == action).all()
+    env.visited.add(parent, 0.2, 3.0)
+    env.visited.add(parent * 0, 0.05, 9.0)  # not near
+    changes = []
+    for _ in range(300):
+        refined = env.visited.refined(action, env)
+        different = refined != parent
+        changes.append(different.sum())
+        # bits 7 + 14 and keep 7 - 14, cut to the ends; 3 + 0 and 0 + 0 are no change; type, granularity: the action's
+        allowed = np.array([[14, 0, 1, 3], [3, 0, 0, 0]])
+        assert (refined[different] == allowed[different]).all()
+    assert 0.5 < np.mean(changes) < 2.0 and max(changes) >= 2
+
+
+def options(*blocks):
+    """Candidates (weights that stay, drop) of blocks of one kernel with 32 weights."""
+    return [[(search.BlockConfig((KernelConfig(bits),), (KernelShape(4, 32),)), drop) for bits, drop in block]
+            for block in blocks]
+
+
+def test_least_drop_against_every_combination():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        blocks = options(*[[(bits, float(rng.random() * 10)) for bits in rng.permutation(range(3, 9))[:4].tolist()]
+                           for _ in range(4)])
+        target = rng.uniform(4.5, 7.5) / 32
+        best = math.inf
+        for combination in itertools.product(*blocks):
+            if NetworkConfig(tuple(c for c, _ in combination)).retained <= target:
+                best = min(best, sum(drop for _, drop in combination))
+        found = search.least_drop(blocks, target)
+        drops = [dict(block)[config] for block, config in zip(blocks, found.blocks)]
+        if math.isfinite(best):
+            assert found.retained <= target and sum(drops) == pytest.approx(best)
+        else:
+            assert [c.kernels[0].bits for c in found.blocks] == [min(c.kernels[0].bits for c, _ in b) for b in blocks]
+
+
+def test_least_drop_takes_a_target_that_is_just_met():
+    found = search.least_drop(options([(4, 2.0), (8, 1.0)], [(4, 2.0), (6, 0.0)]), 5 / 32)
+    assert [c.kernels[0].bits for c in found.blocks] == [4, 6]
+
+
+def test_agents_take_the_settings_of_their_learning(net):
+    ensemble = lla_ensemble(net, settings(lla__gamma=0.5, lla__rollout=4, lla__lr_factor=2.0))
+    plain = lla_ensemble(net, settings())
+    for agent, other in zip(ensemble.agents, plain.agents):
+        assert agent.hyper == {**other.hyper, "gamma": 0.5, "n_steps": 4, "lr": 2 * other.hyper["lr"]}
+
+
+def test_entropy_is_one_for_uniform_policies_and_falls(net):
+    ensemble = lla_ensemble(net)
+    assert ensemble.entropy(FREE) == pytest.approx(1.0, abs=1e-3)
+    for agent in ensemble.agents:
+        with torch.no_grad():
+            agent.actor[-1].weight.zero_()
+            agent.actor[-1].bias.zero_()
+            agent.actor[-1].bias[0] = 50.0  # one head of 16 is certain
+    heads = ensemble.agents[0].nvec
+    assert ensemble.entropy(FREE) == pytest.approx(1 - math.log(heads[0]) / sum(map(math.log, heads)), abs=1e-6)
+
+
+def test_the_consensus_is_compared_with_random_actions(net):
+    ensemble = lla_ensemble(net, settings(lla__alpha="1,2,3"), index=1)
+    ensemble.entropy(FREE)
+    asked = []
+    ensemble.envs[0].estimator.drops = lambda i, configs: asked.extend(configs) or [0.5] + [2.5] * 4
+    consensus = ensemble.consensus()
+    row = ensemble.compared(consensus)
+    assert asked[0] == consensus and len(asked) == 5 and len(set(asked)) > 2
+    assert row["consensus_drop"] == 0.5 and row["random_drop"] == 2.5
+    expected = np.mean([search.lla_reward(0.5, consensus.retained, 0.25, 12 * 0.4 * (1 - consensus.retained), [],
+                                          (alpha, beta, 1.0)) for alpha, beta in zip((1, 2, 3), (1.5, 5.0, 8.0))])
+    assert row["consensus_reward"] == pytest.approx(expected) and row["random_reward"] < row["consensus_reward"]

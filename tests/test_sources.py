@@ -45,6 +45,16 @@ def by(request, monkeypatch):
     return request.param
 
 
+def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    from PIL import Image
+    Image.new("RGB", (10, 8)).save(tmp_path / "large.png")
+    for pixels, side, refused in ((80, 10, False), (79, 10, True), (80, 9, True)):
+        monkeypatch.setattr(sources, "MAX_PIXELS", pixels)
+        monkeypatch.setattr(sources, "MAX_LENGTH", side)
+        reasons = sources.decode([str(tmp_path / "large.png")], 4, skip=True)[2]
+        assert bool(reasons) == refused and all("10 x 8 pixels" in reason for reason in reasons.values())
+
+
 def test_decode_keeps_the_order_and_reports_progress(tmp_path, by):
     paths = [tmp_path / f"{i}.png" for i in range(600)]                 # more than two chunks
     for i, path in enumerate(paths):

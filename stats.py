@@ -1,0 +1,49 @@
+"""Intervals and tests for accuracies, in percentage points."""
+
+from __future__ import annotations
+
+import math
+
+Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion, in percentage points. Raises ValueError unless 0 <= hits <= n > 0."""
+    if not 0 <= hits <= n or n == 0:
+        raise ValueError(f"{hits} hits of {n}")
+    p, z2 = hits / n, Z95 * Z95
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
+    """95 % interval of a drop in accuracy on the same ``n`` images, in percentage points: ``lost`` were right before and
+    are wrong after, ``won`` the other way round; the drop itself is 100 (lost - won) / n.
+
+    Agresti and Min (2005): half an image is added to each of the four cells, then
+    (b - c) / n ± z sqrt(b + c - (b - c)^2 / n) / n. Raises ValueError for impossible counts.
+    """
+    if min(lost, won) < 0 or lost + won > n or n == 0:
+        raise ValueError(f"{lost} lost and {won} won of {n}")
+    b, c, total = lost + 0.5, won + 0.5, n + 2
+    half = Z95 * math.sqrt(b + c - (b - c) ** 2 / total) / total
+    return 100 * ((b - c) / total - half), 100 * ((b - c) / total + half)
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Exact two-sided p of McNemar's test: how likely so uneven a split of the images on which the two networks differ
+    is if each falls to either side with probability 1/2; 1 where they differ on none."""
+    if min(lost, won) < 0:
+        raise ValueError(f"{lost} lost and {won} won")
+    n, term, total = lost + won, 1, 0
+    for k in range(min(lost, won) + 1):
+        total += term  # binomial(n, k)
+        term = term * (n - k) // (k + 1)
+    return min(1.0, float(2 * total / 2**n) if n < 1000 else 2 * math.exp(_log(total) - n * math.log(2)))
+
+
+def _log(number: int) -> float:
+    """Natural logarithm of a whole number beyond the range of floats."""
+    shift = max(number.bit_length() - 64, 0)
+    return math.log(number >> shift) + shift * math.log(2)

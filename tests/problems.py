@@ -1,0 +1,70 @@
+"""A problem for every search method that is small enough to know its optimum: six kernels in two blocks, 46,656
+configurations."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress import BlockConfig, KernelConfig, channels_kept, compress_kernel, kernel_shapes
+from config import Compress
+
+LIMITS = Compress(bits_min=3, bits_max=5, max_pruning=0.5)  # with two channels: 3, 4 or 5 bits, one channel or both
+CURVATURE = (1.0, 0.3)
+TARGET = 0.12
+
+
+class SixKernels:
+    """Two blocks of three kernels of two channels, and an estimator that counts.
+
+    The drop of a block is its curvature times the squared errors of its kernels, and a term that couples the first two.
+    ``optimum``: the least sum of drops of all configurations that meet the target; ``mean``: of those, the mean.
+    """
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        sizes = ((30, 1.0), (24, 0.7), (36, 0.9), (20, 0.8), (40, 1.1), (28, 0.75))
+        kernels = [nn.Linear(inputs, 2, bias=False) for inputs, _ in sizes]
+        for kernel, (inputs, scale) in zip(kernels, sizes):
+            kernel.weight.data = torch.randn(2, inputs) * scale * torch.tensor([[1.0], [0.5]])
+        self.blocks = [SimpleNamespace(name=f"b{i}", kernels={f"k{i}{j}": kernels[3 * i + j] for j in range(3)})
+                       for i in range(2)]
+        self.errors, self.asked = {}, []
+        self.params = sum(kernel.weight.numel() for kernel in kernels)
+        tables = []
+        for i, block in enumerate(self.blocks):
+            shapes = kernel_shapes(block)
+            choices = itertools.product([KernelConfig(b, k) for b in (3, 4, 5) for k in (1.0, 0.5)], repeat=3)
+            configs = [BlockConfig(choice, shapes) for choice in choices]
+            tables.append((np.array([config.retained * config.params for config in configs]),
+                           np.array([self.drop(i, config) for config in configs])))
+        (sizes_a, drops_a), (sizes_b, drops_b) = tables
+        meets = sizes_a[:, None] + sizes_b <= TARGET * self.params
+        drops = (drops_a[:, None] + drops_b)[meets]
+        self.configurations, self.optimum, self.mean = meets.size, drops.min(), drops.mean()
+
+    def drop(self, index, config) -> float:
+        """Drop of one candidate."""
+        def error(j):
+            kernel = config.kernels[j]
+            key = index, j, kernel.bits, channels_kept(kernel.keep, 2)
+            if key not in self.errors:
+                weight = list(self.blocks[index].kernels.values())[j].weight.detach()
+                self.errors[key] = (compress_kernel(weight, kernel)[0] - weight).square().sum().item()
+            return self.errors[key]
+
+        errors = [error(j) for j in range(3)]
+        return CURVATURE[index] * (sum(errors) + 0.3 * math.sqrt(errors[0] * errors[1]))
+
+    def drops(self, index, configs) -> list[float]:
+        """What the proxy would be; every candidate is counted."""
+        self.asked += [(index, config) for config in configs]
+        return [self.drop(index, config) for config in configs]
+
+    def gain(self, config) -> float:
+        """How much of the way from the mean of all configurations that meet the target to the optimum was gone."""
+        drop = sum(self.drop(i, block) for i, block in enumerate(config.blocks))
+        return (self.mean - drop) / (self.mean - self.optimum)
