@@ -103,7 +103,8 @@ def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, log=False, 
 
 def _mark(k, x, y, size, row=None) -> str:
     """Marker number ``k`` with its values."""
-    shape, colour = MARKERS[k % len(MARKERS)], COLOURS[k % len(COLOURS)]
+    turn = k // len(COLOURS)  # after a round of the colours, each has the next one's marker
+    shape, colour = MARKERS[(k + turn) % len(MARKERS)], COLOURS[k % len(COLOURS)]
     s = round(size, 2)
     drawn = {
         "circle": f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{s:.2f}" fill="{colour}"',

@@ -56,6 +56,7 @@ RESULT = {
     "sensitivity?": [float], "mean_kl?": {str: float}, "notes?": [str], "timings?": {str: float},
     "kernels?": {str: {"block": str}}, "null_controller": {"cr_mean": float, "cr_std": float, "compliance_mean": float,
                                                            "compliance_std": float},
+    "searches?": [{"level": str, "cycle": int, "entropy?": [float], "consensus_drop?": float, "random_drop?": float}],
     "cycle_budgets?": [{"cycle": int, "blocks": [BLOCK_BUDGET]}]}
 POLICY = {"blocks": [{"name": str, "retained": float, "cr": float,
                       "kernels": [{"name": str, "bits": int, "keep": float, "keep_actual?": float, "qtype": str,
@@ -246,14 +247,16 @@ def _interval(group: Group, key: str, interval: str, p: str = "") -> str:
     return text + (f", p = {r[p]:.2g}" if r.get(p) is not None else "")
 
 
-def drop_full(result: dict) -> float | None:
+def drop_full(result: dict, key: str = "final_acc_full") -> float | None:
     """The drop on the whole test split."""
-    known = result.get("baseline_acc_full") is not None and result.get("final_acc_full") is not None
-    return result["baseline_acc_full"] - result["final_acc_full"] if known else None
+    known = result.get("baseline_acc_full") is not None and result.get(key) is not None
+    return result["baseline_acc_full"] - result[key] if known else None
 
 
 def with_derived(result: dict) -> dict:
-    return {**result, "drop_full": drop_full(result), "msr_percent": 100 * (1 - 1 / result["cr"]) if result["cr"] else None}
+    """A result with what older ones leave to be computed."""
+    return {**result, "drop_full": drop_full(result), "deployed_drop_full": drop_full(result, "deployed_acc_full"),
+            "msr_percent": 100 * (1 - 1 / result["cr"]) if result["cr"] else None}
 
 
 def _null_runs(fam: Family) -> list[Group]:
@@ -428,18 +431,43 @@ def variants_table(found: list[Family]) -> Table:
                 told = LOST if change is None else " ".join(f"{k}={_plain(v)}" for k, v in sorted(change.items())) or LOST
             difference, what = ([], "") if plain is None or plain is g else _pairs(g, plain)
             rows.append([str(fam.exp) if fam.exp else LOST, g.name or LOST, told, g.seeds, spread(g.values("drop")),
-                         _interval(g, "drop_full", "drop_interval_full", "mcnemar_p_full"),
+                         _interval(g, "deployed_drop_full", "deployed_drop_interval_full", "deployed_mcnemar_p_full"),
                          _interval(g, "deployed_acc_full", "deployed_interval_full")
                          if g.runs[0].result.get("deployed_acc_full") is not None else spread(g.values("deployed_acc")),
                          spread([v / 1000 for v in g.values("packed_bytes")], "{:.1f}"), spread(g.values("cr")),
                          spread(g.values("compliance"), "{:.1f}"), spread(g.values("evaluations"), "{:.0f}"),
                          f"{spread(difference, '{:+.2f}')} ({what})" if difference else LOST])
     return Table("variants", "All methods and ablations", (
-        "exp", "name", "what differs", "seeds", "drop", "whole split: drop", "packed file", "packed KB", "CR",
+        "exp", "name", "what differs", "seeds", "drop", "packed file: drop on the whole split", "packed file", "packed KB", "CR",
         "compliance %", "evaluations", "accuracy minus the experiment's, same seeds"), rows, (
         "evaluations: candidates that the search had judged, over all cycles (– where the run does not say). KB are 1000 "
         "bytes. ± as in Table 2.",)) if rows else Table("variants", "All methods and ablations", ("exp",), [], (
             "No experiment has a variant here: run_all.sh --paper runs them.",))
+
+
+def moved_table(found: list[Family]) -> Table:
+    """How far the trained agents are from the null controller."""
+    rows = []
+    for g in (g for fam in found for g in fam.groups):
+        steps = [step for run in g.runs for step in run.result.get("searches") or ()
+                 if step["level"] == "LLA" and None not in (step.get("consensus_drop"), step.get("random_drop"))]
+        if not steps:
+            continue
+        entropies = [step["entropy"] for step in steps if len(step.get("entropy") or ()) == 2]
+        gaps = [step["consensus_drop"] - step["random_drop"] for step in steps]
+        rows.append([
+            str(g.exp) if g.exp else LOST, g.name or LOST, g.seeds,
+            f"{spread([e[0] for e in entropies], '{:.4f}')} → {spread([e[1] for e in entropies], '{:.4f}')}",
+            spread([step["consensus_drop"] for step in steps]), spread([step["random_drop"] for step in steps]),
+            spread(gaps, "{:+.2f}"), spread(g.values("cr")), _drawn(g, "cr", "{:.2f}"),
+            spread(g.values("compliance"), "{:.1f}"), _drawn(g, "compliance", "{:.1f}")])
+    return Table("moved", "How far the agents are from the null controller", (
+        "exp", "name", "seeds", "LLA entropy, before → after", "proxy drop: consensus", "of random actions", "difference", "CR",
+        "null: CR", "compliance %", "null: compliance %"), rows, (
+        "Entropy is a share of a uniform policy's; it and the drops are means over the blocks, ± over seeds and cycles. A "
+        "negative difference means that the vote of the trained agents is better than actions drawn uniformly. null: drawn, "
+        "as in Table 2; a run with search=null has accuracies too and is among the variants.",) if rows else (
+        "No run here tells how its agents compare with random actions.",))
 
 
 def _plain(value) -> str:
@@ -447,9 +475,9 @@ def _plain(value) -> str:
 
 
 def all_tables(runs) -> list[Table]:
-    """Tables 2-5 and the one of all variants."""
+    """Tables 2-5, all variants, and how far the agents moved."""
     found = families(runs)
-    return [table2(found), table3(found), table4(found), table5(found), variants_table(found)]
+    return [table2(found), table3(found), table4(found), table5(found), variants_table(found), moved_table(found)]
 
 
 def raw_rows(runs) -> list[dict]:

@@ -8,14 +8,18 @@ import sys
 import traceback
 
 import hirelc
-from config import InputError
+from config import BASELINES, InputError
 from parallel import leave
 
+TARGET = "search.target=0.15"  # with bits <= 8 the paper's 0.25 constrains nothing, so that every method would keep it all
 # name → what it adds to the experiment's command line
 VARIANTS = {
     "no-hla": "--set search=no-hla", "a2c": "--set lla.algorithms=A2C,A2C,A2C", "no-sens": "--set sensitivity=none",
-    "conf": "--set vote=confidence", "proxy": "--set surrogate=off", "carry-rest": "--set carry=rest",
-    "carry-all": "--set carry=all", "null": "--set search=null"}
+    **{name: f"--set sensitivity={name}" for name in ("gradient", "snip", "grasp", "hessian")},
+    "conf": "--set vote=confidence", "mode": "--set vote=mode", "proxy": "--set surrogate=off",
+    "carry-rest": "--set carry=rest", "carry-all": "--set carry=all", "null": "--set search=null",
+    "enforced": f"--set enforce_target=true {TARGET}", "plus": f"--preset plus --set {TARGET}",
+    **{name: f"--set search={name} {TARGET}" for name in BASELINES}}
 
 
 class _Parser(argparse.ArgumentParser):

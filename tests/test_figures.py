@@ -72,7 +72,11 @@ CYCLES = [cycle(0, 87.0, 1.0), cycle(1, 80.0, 6.25, deployed_acc=79.5, surrogate
           cycle(2, 84.0, 6.75, deployed_acc=83.5, surrogate_prediction=85.25, surrogate_active=True)]
 MORE = {"cycles": CYCLES, "best_cycle": 2, "strategies": {"auto": 0.5, "pruning": 0.5}, "sensitivity": [1.0, 0.5],
         "kernels": {f"k{i}": {"block": "first"} for i in range(8)}, "surrogate_mae": 5.375, "mean_kl": {"HLA PPO": 0.0015},
-        "notes": ["one note", "another"], "timings": {"search": 12.34, "total": 56.78}, "protocol": "as in the paper"}
+        "notes": ["one note", "another"], "searches": [
+            {"level": "HLA", "cycle": 1, "entropy": [0.9, 0.8]},
+            {"level": "LLA", "cycle": 1, "entropy": [1.0, 0.75], "consensus_drop": 4.0, "random_drop": 5.0},
+            {"level": "LLA", "cycle": 2, "entropy": [0.75, 0.5], "consensus_drop": 3.0, "random_drop": 6.0}],
+        "timings": {"search": 12.34, "total": 56.78}, "protocol": "as in the paper"}
 HOSTILE = '<script>alert(1)</script>&"\']]>|`'
 
 
@@ -163,7 +167,7 @@ def test_text_from_a_run_stays_text(written):
 
 def test_the_page_s_tables_are_those_of_the_csv_files(written):
     root = tree(written)
-    for key in ("table2", "table3", "table4", "table5", "variants"):
+    for key in ("table2", "table3", "table4", "table5", "variants", "moved"):
         section = next(e for e in root.iter(HTML + "section") if e.get("id") == key)
         cells = [["".join(c.itertext()) for c in tr] for tr in section.iter(HTML + "tr")]
         titles, rows = table(written, key)
@@ -291,6 +295,7 @@ def test_no_two_series_share_marker_or_dashes_and_colour():
         looks.setdefault(m.get("data-series"), set()).add((shape, m.get("fill"), m.get("stroke")))
     lines = [(e.get("stroke"), e.get("stroke-dasharray")) for e in svg.iter(SVG + "polyline")]
     assert all(len(look) == 1 for look in looks.values()) and len(lines) == len(set(lines)) == 20
+    assert len({frozenset(look) for look in looks.values()}) == 20
     assert len({shape for i in range(7) for shape, *_ in looks[f"s{i}"]}) == 7  # told apart without any colour
     texts = [t.text for t in svg.iter(SVG + "text")]
     assert [t for t in texts if t in looks] == list(looks)  # every series is named in the legend
@@ -414,6 +419,13 @@ def test_variants_are_compared_with_the_experiment_by_seed(written):
     assert told["guess"][titles[-1]] == "-0.25 ± 0.00 (packed, whole split)"
     assert told["x"][titles[-1]] == "+0.00 (packed)" and told["y"]["what differs"] == "lla.algorithms=A2C,A2C,A2C"
     assert told["null"]["what differs"] == "carry=all search.method=null" and told["null"][titles[-1]] == "–"
+
+
+def test_the_agents_are_compared_with_random_actions_and_the_null_controller(written):
+    _, rows = table(written, "moved")
+    assert next(row for row in rows if row[0] == "4") == [
+        "4", "–", "42", "0.8750 ± 0.1768 → 0.6250 ± 0.1768", "3.50 ± 0.71", "5.50 ± 0.71", "-2.00 ± 1.41", "6.54",
+        "6.70 ± 0.21", "61.2", "61.0 ± 2.1"]
 
 
 def test_what_was_not_measured_in_every_run_says_so():

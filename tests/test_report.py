@@ -288,7 +288,7 @@ def test_main_prints_the_table_and_writes_it(tmp_path, capsys):
     assert [line for line in written.splitlines() if line.startswith("## ")] == [
         "## Table 2: the experiments", "## Table 3: uncertainty over seeds",
         "## Table 4: kernels, surrogate, strategies, budget compliance", "## Table 5: ablations",
-        "## All methods and ablations"]
+        "## All methods and ablations", "## How far the agents are from the null controller"]
     assert "95 % Wilson" in out and "95 % Wilson" in written
     assert report.main([str(tmp_path)]) == 0  # the table beside the runs does not disturb a second call
 
