@@ -1,9 +1,9 @@
 """Figures of the report: rows of plain data in, one SVG out, which is well-formed XML without scripts or references.
 
 A figure is drawn 360 units wide, so that its letters stay readable on a phone. Text and axes take the page's colour
-(``currentColor``, so also in the dark); series have colours of Okabe and Ito and, for whoever cannot tell those apart, a
-marker and a dash pattern each. Every mark carries the values of its row as ``data-series``, ``data-x`` and ``data-y``, as
-they stand in the CSV, and says them in its ``<title>``.
+(``currentColor``, so also in the dark); series have colours of Okabe and Ito and, for whoever cannot tell those apart,
+a marker and a dash pattern each. Every mark carries the values of its row as ``data-series``, ``data-x`` and
+``data-y``, as they stand in the CSV, and says them in its ``<title>``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from xml.sax.saxutils import escape as _escape
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "plus", "down")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4")
-STRATEGIES = {"pruning": ("P", "#0072B2", 0.45), "quantization": ("Q", "#E69F00", 0.55), "auto": ("A", "currentColor", 0.1)}
+STRATEGIES = {"pruning": ("P", "#0072B2", 0.45), "quantization": ("Q", "#E69F00", 0.55),
+              "auto": ("A", "currentColor", 0.1)}
 WIDTH = 360
 LETTER = 6.1  # width of a letter of 11 units, on average
 
@@ -78,7 +79,8 @@ def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, log=False, 
     for tick in ticks(x0, x1):
         if not whole or tick == round(tick):
             parts += [f'<line class="grid" x1="{px(tick):.2f}" x2="{px(tick):.2f}" y1="{top}" y2="{bottom}"/>',
-                      f'<text class="x tick" x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>']
+                      f'<text class="x tick" x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}'
+                      '</text>']
     parts += [f'<text x="{(left + right) / 2}" y="{bottom + 30}" text-anchor="middle">{escape(x_label)}</text>',
               f'<text x="12" y="{(top + bottom) / 2}" text-anchor="middle" '
               f'transform="rotate(-90 12 {(top + bottom) / 2})">{escape(y_label)}</text>']
@@ -110,12 +112,12 @@ def _mark(k, x, y, size, row=None) -> str:
         "circle": f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{s:.2f}" fill="{colour}"',
         "square": f'<path d="M{x - s:.2f} {y - s:.2f}h{2 * s:.2f}v{2 * s:.2f}h-{2 * s:.2f}z" fill="{colour}"',
         "triangle": f'<path d="M{x:.2f} {y - s:.2f}l{s:.2f} {2 * s:.2f}h-{2 * s:.2f}z" fill="{colour}"',
-        "diamond": f'<path d="M{x:.2f} {y - 1.3 * s:.2f}l{s:.2f} {1.3 * s:.2f}l-{s:.2f} {1.3 * s:.2f}l-{s:.2f} -{1.3 * s:.2f}z" '
-                   f'fill="{colour}"',
-        "cross": f'<path d="M{x - s:.2f} {y - s:.2f}l{2 * s:.2f} {2 * s:.2f}m0 -{2 * s:.2f}l-{2 * s:.2f} {2 * s:.2f}" stroke="{colour}" '
-                 'stroke-width="2" fill="none"',
-        "plus": f'<path d="M{x - s:.2f} {y:.2f}h{2 * s:.2f}m-{s:.2f} -{s:.2f}v{2 * s:.2f}" stroke="{colour}" stroke-width="2" '
-                'fill="none"',
+        "diamond": f'<path d="M{x:.2f} {y - 1.3 * s:.2f}l{s:.2f} {1.3 * s:.2f}l-{s:.2f} {1.3 * s:.2f}'
+                   f'l-{s:.2f} -{1.3 * s:.2f}z" fill="{colour}"',
+        "cross": f'<path d="M{x - s:.2f} {y - s:.2f}l{2 * s:.2f} {2 * s:.2f}m0 -{2 * s:.2f}l-{2 * s:.2f} {2 * s:.2f}" '
+                 f'stroke="{colour}" stroke-width="2" fill="none"',
+        "plus": f'<path d="M{x - s:.2f} {y:.2f}h{2 * s:.2f}m-{s:.2f} -{s:.2f}v{2 * s:.2f}" stroke="{colour}" '
+                'stroke-width="2" fill="none"',
         "down": f'<path d="M{x:.2f} {y + s:.2f}l{s:.2f} -{2 * s:.2f}h-{2 * s:.2f}z" fill="{colour}"'}[shape]
     if row is None:
         return drawn + "/>"
@@ -174,8 +176,8 @@ def _kernel_label(kernel: str) -> str:
 def allocation(figure, rows) -> str:
     """Fig. 4: a cell per kernel, one line per block, or more where a block has more than four kernels.
 
-    ``rows``: block, kernel, bits, keep, keep_actual, qtype, granularity, retained. The deeper the colour, the more bits;
-    the bar below is the kept share of the channels.
+    ``rows``: block, kernel, bits, keep, keep_actual, qtype, granularity, retained. The deeper the colour, the more
+    bits; the bar below is the kept share of the channels.
     """
     wide, high, left = 74.0, 46, 62
     parts, y, most = [], 4.0, max(row["bits"] for row in rows)
@@ -187,8 +189,8 @@ def allocation(figure, rows) -> str:
                 y += high
             x = left + wide * (k % 4)
             keep = row["keep"] if row["keep_actual"] is None else row["keep_actual"]
-            say = (f"{row['kernel']}: {row['bits']} bits, {row['qtype']}, {row['granularity']}, channels kept {keep:.3f} "
-                   f"(asked for {row['keep']:.3f}), retained {row['retained']:.4f}")
+            say = (f"{row['kernel']}: {row['bits']} bits, {row['qtype']}, {row['granularity']}, channels kept "
+                   f"{keep:.3f} (asked for {row['keep']:.3f}), retained {row['retained']:.4f}")
             data = "".join(f' data-{key.replace("_", "-")}="{escape(row[key])}"' for key in
                            ("block", "kernel", "bits", "keep", "qtype", "granularity", "retained"))
             parts.append(
@@ -197,8 +199,8 @@ def allocation(figure, rows) -> str:
                 f'fill-opacity="{0.05 + 0.4 * row["bits"] / most:.3f}"/>'
                 f'<text class="small" x="{x + 3:.1f}" y="{y + 11:.1f}">{escape(_kernel_label(row["kernel"]))}</text>'
                 f'<text x="{x + 3:.1f}" y="{y + 23:.1f}">{row["bits"]} bit {escape(_short(row["qtype"], 5))}</text>'
-                f'<text class="small" x="{x + 3:.1f}" y="{y + 34:.1f}">{keep:.2f} {escape(_short(row["granularity"], 8))}'
-                f'</text><rect class="track" x="{x:.1f}" y="{y + high - 8:.1f}" width="{wide - 3}" height="4"/>'
+                f'<text class="small" x="{x + 3:.1f}" y="{y + 34:.1f}">{keep:.2f} '
+                f'{escape(_short(row["granularity"], 8))}</text><rect class="track" x="{x:.1f}" y="{y + high - 8:.1f}" width="{wide - 3}" height="4"/>'
                 f'<rect x="{x:.1f}" y="{y + high - 8:.1f}" width="{(wide - 3) * min(max(keep, 0), 1):.2f}" height="4" '
                 'fill="#D55E00"/></g>')
         y += high
@@ -214,19 +216,20 @@ def strategies(figure, rows) -> str:
     blocks = list(dict.fromkeys(row["block"] for row in rows))
     left, high = 62, 20
     wide = min(70.0, (WIDTH - left - 2) / len(cycles))
-    parts = [f'<text x="{left + wide * (k + 0.5):.1f}" y="12" text-anchor="middle">{"cycle " if wide > 50 else ""}{cycle}'
-             '</text>' for k, cycle in enumerate(cycles)]
+    parts = [f'<text x="{left + wide * (k + 0.5):.1f}" y="12" text-anchor="middle">'
+             f'{"cycle " if wide > 50 else ""}{cycle}</text>' for k, cycle in enumerate(cycles)]
     for i, block in enumerate(blocks):
-        parts.append(f'<text x="{left - 5}" y="{18 + high * (i + 0.7):.1f}" text-anchor="end">{escape(_short(block, 9))}</text>')
+        parts.append(f'<text x="{left - 5}" y="{18 + high * (i + 0.7):.1f}" text-anchor="end">'
+                     f'{escape(_short(block, 9))}</text>')
     for row in rows:
         letter, colour, opacity = STRATEGIES.get(row["strategy"], ("?", "currentColor", 0.3))
         x, y = left + wide * cycles.index(row["cycle"]), 18 + high * blocks.index(row["block"])
         text = f"{letter} {row['target']:.2f}" if wide > 40 else letter
         data = "".join(f' data-{key}="{escape(row[key])}"' for key in ("cycle", "block", "strategy", "target"))
         parts.append(
-            f'<g class="strategy"{data}><title>cycle {row["cycle"]}, {escape(row["block"])}: {escape(row["strategy"])}, '
-            f'budget {row["target"]:.4f}</title><rect x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{high - 2}" '
-            f'fill="{colour}" fill-opacity="{opacity}"/><text x="{x + wide / 2 - 1:.1f}" y="{y + 13:.1f}" '
+            f'<g class="strategy"{data}><title>cycle {row["cycle"]}, {escape(row["block"])}: {escape(row["strategy"])}'
+            f', budget {row["target"]:.4f}</title>'
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{high - 2}" fill="{colour}" fill-opacity="{opacity}"/><text x="{x + wide / 2 - 1:.1f}" y="{y + 13:.1f}" '
             f'text-anchor="middle">{text}</text></g>')
     y = 18 + high * len(blocks) + 14
     parts.append(f'<text x="4" y="{y}">P pruning, Q quantization, A auto; the number is ρ*</text>')
@@ -244,7 +247,8 @@ def dumbbells(figure, rows, x_label) -> str:
     parts = []
     for tick in ticks(x0, x1):
         parts += [f'<line class="grid" x1="{px(tick):.2f}" x2="{px(tick):.2f}" y1="6" y2="{bottom}"/>',
-                  f'<text class="x tick" x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}</text>']
+                  f'<text class="x tick" x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}'
+                      '</text>']
     for i, block in enumerate(blocks):
         y, mine = 6 + high * (i + 0.5), [row for row in rows if row["y"] == block]
         parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(_short(block, 9))}</text>')

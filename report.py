@@ -279,7 +279,7 @@ def run_figures(run: Run) -> list[Figure]:
     drawn = [
         Figure("allocation", "Allocation per kernel (Fig. 4)", tables.allocation_rows(run), figures.allocation),
         Figure("strategies", "Strategy and budget of every block, by cycle (Fig. 5)" if told else
-               "Strategy and budget of every block in the best cycle (Fig. 5; the run does not hold those of the others)",
+               "Strategy and budget of every block in the best cycle (Fig. 5; the run does not tell the others)",
                tables.strategy_rows(run), figures.strategies),
         Figure("budgets", "Budget and what was realised, by block", tables.budget_rows(run),
                lambda figure, rows: figures.dumbbells(figure, rows, "retained fraction ρ"))]
@@ -307,8 +307,8 @@ def family_figures(fam: tables.Family) -> list[Figure]:
                _plot("seed", "final accuracy, %", whole=True, line=False)),
         Figure("guidance-blocks", "Sensitivity guidance on and off: CR by block, mean and range over seeds (Fig. 8)",
                tables.guidance_block_rows(fam), _plot("block", "CR of the block", whole=True)),
-        Figure("surrogate", "Surrogate: prediction before fine-tuning and accuracy measured", tables.surrogate_rows(fam),
-               _plot("measured, %", "predicted, %", line=False, diagonal=True)),
+        Figure("surrogate", "Surrogate: prediction before fine-tuning and accuracy measured",
+               tables.surrogate_rows(fam), _plot("measured, %", "predicted, %", line=False, diagonal=True)),
         Figure("size", "Accuracy of the packed file and its size, with 95 % intervals where the whole split was scored",
                tables.size_rows(fam), _plot("packed file, KB", "accuracy, %", line=False))]
 
@@ -320,7 +320,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 0.8rem; max-width: 76rem; background: var(--bg); color: var(--fg);
  font: 1rem/1.45 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; } h3 { font-size: 1rem; margin: 1rem 0 0.3rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem; }
 a { color: inherit; } nav ul { padding: 0; display: flex; flex-wrap: wrap; gap: 0.3rem 1rem; list-style: none; }
 nav a { display: inline-block; padding: 0.3rem 0; }
 .note { color: var(--soft); font-size: 0.85rem; margin: 0.3rem 0; }
@@ -329,7 +329,8 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 th, td { padding: 0.25rem 0.5rem; text-align: left; border-top: 1px solid var(--rule); white-space: nowrap; }
 td.free { white-space: normal; min-width: 9.5rem; }
 thead th { vertical-align: bottom; } tbody th { position: sticky; left: 0; background: var(--bg); }
-tr.paper td { font-style: italic; } tr.paper > * { border-top: 2px solid var(--soft); } tr.null td { background: var(--tint); }
+tr.paper td { font-style: italic; } tr.paper > * { border-top: 2px solid var(--soft); }
+tr.null td { background: var(--tint); }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
  align-items: start; }
 figure { margin: 0; break-inside: avoid; } figcaption { font-size: 0.85rem; color: var(--soft); }
@@ -337,24 +338,26 @@ svg { display: block; width: 100%; max-width: 30rem; height: auto; color: var(--
 svg text { fill: currentColor; } svg .small { font-size: 9.5px; }
 svg .grid { stroke: var(--rule); stroke-width: 0.6; } svg .axis { stroke: currentColor; stroke-width: 1; }
 svg .track { fill: currentColor; fill-opacity: 0.12; }
-details { border: 1px solid var(--rule); margin: 0.6rem 0; padding: 0 0.7rem; } details[open] { padding-bottom: 0.7rem; }
+details { border: 1px solid var(--rule); margin: 0.6rem 0; padding: 0 0.7rem; }
+details[open] { padding-bottom: 0.7rem; }
 summary { cursor: pointer; padding: 0.5rem 0; font-weight: 600; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.2rem 0.8rem; margin: 0.5rem 0;
- font-size: 0.85rem; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) minmax(0, 1fr); gap: 0.2rem 0.8rem;
+ margin: 0.5rem 0; font-size: 0.85rem; }
 dt { color: var(--soft); } dd { margin: 0; }
 @media (max-width: 40rem) { dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: 0.4rem; } }
 @media print {
  :root { color-scheme: light; --bg: #fff; --fg: #000; --soft: #333; --rule: #999; --tint: #eee; }
- body { max-width: none; padding: 0; font-size: 9pt; } nav { display: none; }
+ @page { margin: 10mm; }
+ html { font-size: 11px; } body { max-width: none; padding: 0; } #all table { font-size: 4.8pt; } nav { display: none; }
  .wide { overflow: visible; border: 0; } table { font-size: 6.5pt; } th, td { white-space: normal; padding: 1pt 2pt; }
  td.free { min-width: 0; } tbody th { position: static; } tr { break-inside: avoid; }
- .figures { grid-template-columns: 1fr 1fr; } h2, h3, summary { break-after: avoid; }
+ .figures { grid-template-columns: 1fr 1fr; } h2, summary { break-after: avoid; }
  details { border: 0; padding: 0; } details::details-content { content-visibility: visible; block-size: auto; } }
 """
 
 
 def page(runs: list[Run]) -> str:
-    """The whole report as one file: HTML that is well-formed XML, without scripts and without anything from elsewhere."""
+    """The whole report as one file: HTML that is well-formed XML, without scripts or anything from elsewhere."""
     found = tables.families(runs)
     shown = tables.all_tables(runs)
     results = [run.result for run in runs]
@@ -366,11 +369,10 @@ def page(runs: list[Run]) -> str:
         f"<title>HiReLC: report on {len(runs)} runs</title><style>{STYLE}</style></head><body>",
         f"<header><h1>HiReLC: report on {len(runs)} run{'s' if len(runs) > 1 else ''}</h1>",
         "<p>What runs of this implementation measured, beside what the paper (arXiv 2606.26002) reports. Every number "
-        "comes from the run directories beside this file; those of the tables and figures lie in <code>csv/</code> as well."
-        "</p>"]
+        "comes from the run directories beside this file; those of the tables and figures lie in <code>csv/</code> too.</p>"]
     if any(r["smoke"] for r in results):
-        parts.append("<p><strong>Runs marked smoke are of narrow networks on drawn images with tiny budgets: only the code "
-                     "path is that of the paper, not the numbers.</strong></p>")
+        parts.append("<p><strong>Runs marked smoke are of narrow networks on drawn images with tiny budgets: only the "
+                     "code path is that of the paper, not the numbers.</strong></p>")
     parts.append("</header><nav aria-label=\"Sections\"><ul>" + "".join(
         f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title in sections) + "</ul></nav><main>")
     parts += [html_table(table) for table in shown]
@@ -406,7 +408,8 @@ def _run_section(run: Run, fam: tables.Family, number: int, first: bool) -> str:
     change = tables.differing(run.settings, tables.experiment_settings(fam.exp))
     hardware = config.get("hardware")
     facts = [
-        ("command", " ".join(config.get("command") or ()) or None), ("date", config.get("started")), ("seed", str(r["seed"])),
+        ("command", " ".join(config.get("command") or ()) or None), ("date", config.get("started")),
+        ("seed", str(r["seed"])),
         ("hardware", hardware and f"{hardware['device']}, {hardware['threads']} threads"),
         ("versions", ", ".join(f"{k} {v}" for k, v in (config.get("versions") or {}).items()) or None),
         ("git", config.get("git")), ("protocol", r.get("protocol")),

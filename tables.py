@@ -14,8 +14,8 @@ from pathlib import Path
 
 from config import EXPERIMENTS, Config, flatten, override
 
-# What the paper prints beside the numbers in config.EXPERIMENTS. Table 3 (three seeds), where the published text has lost
-# drop and CR; the strategies of Table 4; Table 5; and §7 on sensitivity guidance.
+# What the paper prints beside the numbers in config.EXPERIMENTS. Table 3 (three seeds), where the published text has
+# lost drop and CR; the strategies of Table 4; Table 5; and §7 on sensitivity guidance.
 PAPER_SEEDS = {1: ("87.86", "85.65")}
 PAPER_STRATEGIES = {
     1: "auto 75.0, pruning 16.7, quantization 8.3", 2: "pruning 50.0, auto 25.0, quantization 25.0",
@@ -69,8 +69,8 @@ UPDATE = {"level": str, "algorithm": str, "block": str, "agent": str, "cycle": s
 
 
 def check_shape(value, shape, where: str = "it") -> None:
-    """Raise ValueError, one line, unless ``value`` is built like ``shape``: a type (float: any finite number below 1e15),
-    a list of one shape, or a dictionary of them, in which a key with a question mark may be missing or null and
+    """Raise ValueError, one line, unless ``value`` is built like ``shape``: a type (float: any number below
+    1e15), a list of one shape, or a dictionary of them, in which a key with a question mark may be missing or null and
     {str: shape} takes any keys."""
     if isinstance(shape, list):
         check_shape(value, list, where)
@@ -197,7 +197,7 @@ class Family:
     @property
     def plain(self) -> list[Group]:
         """The experiment as it is, without a name."""
-        return [g for g in self.groups if not g.name and self.exp and ABLATIONS["null"]["search.method"] != g.runs[0].method]
+        return [g for g in self.groups if not g.name and self.exp and g.runs[0].method != "null"]
 
     def of(self, kind: str) -> list[Group]:
         return [g for g in self.groups if role(g, self.plain) == kind]
@@ -286,11 +286,11 @@ def _shown(found: list[Family]) -> list[int]:
     return list(range(1, 8)) + [f.exp for f in found if f.exp > 7 and (f.plain or f.of("null"))]
 
 
-NULL_NOTE = ("null, run: a run with search=null, whose actions are drawn uniformly and voted on in the same way; null, drawn: "
-             "the same controller's configurations alone, mean ± standard deviation over the draws in result.json, so "
+NULL_NOTE = ("null, run: a run with search=null, whose actions are drawn uniformly and voted on in the same way; null, "
+             "drawn: the same controller's configurations alone, mean ± standard deviation over the draws in result.json, so "
              "without accuracies.")
-SEEDS_NOTE = ("± is the standard deviation over the seeds named (n − 1); [low, high] is the 95 % interval of a single run "
-              "and p is McNemar's, baseline against final. Runs whose settings differ have rows of their own.")
+SEEDS_NOTE = ("± is the standard deviation over the seeds named (n − 1); [low, high] is the 95 % interval of a single "
+              "run and p is McNemar's, baseline against final. Runs whose settings differ have rows of their own.")
 
 
 def table2(found: list[Family]) -> Table:
@@ -338,8 +338,8 @@ def table3(found: list[Family]) -> Table:
                              _drawn(g, "cr", "{:.2f}"), _drawn(g, "compliance", "{:.1f}")])
     return Table("table3", "Table 3: uncertainty over seeds", (
         "exp", "whose", "network, data", "seeds", "baseline", "final", "drop", "CR", "compliance %"), rows, (
-        "The paper has three seeds of experiment 1; its drop and CR are missing from the published text. One seed has no "
-        "standard deviation. Null rows as in Table 2.",))
+        "The paper has three seeds of experiment 1; its drop and CR are missing from the published text. One seed has "
+        "no standard deviation. Null rows as in Table 2.",))
 
 
 def _strategies(group: Group) -> str:
@@ -367,11 +367,12 @@ def table4(found: list[Family]) -> Table:
                          spread(g.values("compliance"), "{:.1f}")])
         if not _null_runs(fam):
             for g in fam.plain:
-                rows.append([str(exp), "null, drawn", g.seeds, LOST, LOST, LOST, LOST, _drawn(g, "compliance", "{:.1f}")])
+                rows.append([str(exp), "null, drawn", g.seeds] + [LOST] * 4 + [_drawn(g, "compliance", "{:.1f}")])
     return Table("table4", "Table 4: kernels, surrogate, strategies, budget compliance", (
-        "exp", "whose", "seeds", "kernels", "blocks", "surrogate MAE", "strategies of the blocks, %", "compliance %"), rows, (
-        "Surrogate MAE: |prediction before fine-tuning − accuracy measured| over the cycles in which it was active; – where "
-        "it never was. Compliance: 1 − |ρ − ρ*| / ρ*, mean over the blocks. Null rows as in Table 2.",))
+        "exp", "whose", "seeds", "kernels", "blocks", "surrogate MAE", "strategies of the blocks, %",
+        "compliance %"), rows, (
+        "Surrogate MAE: |prediction before fine-tuning − accuracy measured| over the cycles in which it was active; – "
+        "where it never was. Compliance: 1 − |ρ − ρ*| / ρ*, mean over the blocks. Null rows as in Table 2.",))
 
 
 def _cycle_values(group: Group, cycle: int, key: str) -> list:
@@ -402,15 +403,16 @@ def table5(found: list[Family]) -> Table:
                 rows.append([str(exp), "null, drawn", g.seeds, LOST, _drawn(g, "cr", "{:.2f}"), LOST, LOST])
     return Table("table5", "Table 5: ablations", (
         "exp", "configuration", "seeds", "drop", "CR", "paper: drop", "paper: CR"), rows, (
-        "The paper's ablations are of experiment 1. A run belongs to a row by its settings, not by its name: it differs from "
-        "the experiment's own run in that one setting. Null rows as in Table 2.",))
+        "The paper's ablations are of experiment 1. A run belongs to a row by its settings, not by its name: it differs "
+        "from the experiment's own run in that one setting. Null rows as in Table 2.",))
 
 
 def _pairs(group: Group, plain: Group) -> tuple[list[float], str]:
     """Accuracy of a group minus that of the experiment itself, by seed, and of what."""
     mine, other = group.by_seed(), plain.by_seed()
     seeds = sorted(mine.keys() & other.keys())
-    for key, what in (("deployed_acc_full", "packed, whole split"), ("deployed_acc", "packed"), ("final_acc", "scored")):
+    for key, what in (("deployed_acc_full", "packed, whole split"), ("deployed_acc", "packed"),
+                      ("final_acc", "scored")):
         if seeds and all(side[s].get(key) is not None for side in (mine, other) for s in seeds):
             return [mine[s][key] - other[s][key] for s in seeds], what
     return [], ""
@@ -428,7 +430,7 @@ def variants_table(found: list[Family]) -> Table:
             if plain is g:
                 told = "the experiment itself"
             else:
-                told = LOST if change is None else " ".join(f"{k}={_plain(v)}" for k, v in sorted(change.items())) or LOST
+                told = " ".join(f"{k}={_plain(v)}" for k, v in sorted((change or {}).items())) or LOST
             difference, what = ([], "") if plain is None or plain is g else _pairs(g, plain)
             rows.append([str(fam.exp) if fam.exp else LOST, g.name or LOST, told, g.seeds, spread(g.values("drop")),
                          _interval(g, "deployed_drop_full", "deployed_drop_interval_full", "deployed_mcnemar_p_full"),
@@ -438,10 +440,10 @@ def variants_table(found: list[Family]) -> Table:
                          spread(g.values("compliance"), "{:.1f}"), spread(g.values("evaluations"), "{:.0f}"),
                          f"{spread(difference, '{:+.2f}')} ({what})" if difference else LOST])
     return Table("variants", "All methods and ablations", (
-        "exp", "name", "what differs", "seeds", "drop", "packed file: drop on the whole split", "packed file", "packed KB", "CR",
-        "compliance %", "evaluations", "accuracy minus the experiment's, same seeds"), rows, (
-        "evaluations: candidates that the search had judged, over all cycles (– where the run does not say). KB are 1000 "
-        "bytes. ± as in Table 2.",)) if rows else Table("variants", "All methods and ablations", ("exp",), [], (
+        "exp", "name", "what differs", "seeds", "drop", "packed file: drop on the whole split", "packed file", "packed KB",
+        "CR", "compliance %", "evaluations", "accuracy minus the experiment's, same seeds"), rows, (
+        "evaluations: candidates that the search had judged, over all cycles (– where the run does not say). KB are "
+        "1000 bytes. ± as in Table 2.",)) if rows else Table("variants", "All methods and ablations", ("exp",), [], (
             "No experiment has a variant here: run_all.sh --paper runs them.",))
 
 
@@ -462,11 +464,11 @@ def moved_table(found: list[Family]) -> Table:
             spread(gaps, "{:+.2f}"), spread(g.values("cr")), _drawn(g, "cr", "{:.2f}"),
             spread(g.values("compliance"), "{:.1f}"), _drawn(g, "compliance", "{:.1f}")])
     return Table("moved", "How far the agents are from the null controller", (
-        "exp", "name", "seeds", "LLA entropy, before → after", "proxy drop: consensus", "of random actions", "difference", "CR",
-        "null: CR", "compliance %", "null: compliance %"), rows, (
-        "Entropy is a share of a uniform policy's; it and the drops are means over the blocks, ± over seeds and cycles. A "
-        "negative difference means that the vote of the trained agents is better than actions drawn uniformly. null: drawn, "
-        "as in Table 2; a run with search=null has accuracies too and is among the variants.",) if rows else (
+        "exp", "name", "seeds", "LLA entropy, before → after", "proxy drop: consensus", "of random actions", "difference",
+        "CR", "null: CR", "compliance %", "null: compliance %"), rows, (
+        "Entropy is a share of a uniform policy's; it and the drops are means over the blocks, ± over seeds and cycles. "
+        "A negative difference means that the vote of the trained agents is better than actions drawn uniformly. null: "
+        "drawn, as in Table 2; a run with search=null has accuracies too and is among the variants.",) if rows else (
         "No run here tells how its agents compare with random actions.",))
 
 
@@ -537,7 +539,7 @@ def learning_rows(run: Run, most: int = 120) -> list[dict]:
 
 
 def cycle_rows(fam: Family) -> list[dict]:
-    """Accuracy, drop and CR of every cycle: the experiment's own runs (of all runs, where it has none) and the paper."""
+    """Accuracy, drop and CR of every cycle: the experiment's own runs (all runs, where it has none) and the paper."""
     rows = []
     for g in fam.plain or fam.groups:
         for run in g.runs:
@@ -582,8 +584,14 @@ def guidance_block_rows(fam: Family) -> list[dict]:
     return rows
 
 
+def _series(group: Group) -> str:
+    """The name of a group in a figure of all groups of its experiment."""
+    return group.name or (EXPERIMENTS[group.exp].title if group.exp in EXPERIMENTS else group.runs[0].result["model"])
+
+
 def surrogate_rows(fam: Family) -> list[dict]:
-    return [{"exp": fam.exp, "series": run.label, "x": row["acc"], "y": row["surrogate_prediction"], "cycle": row["cycle"]}
+    return [{"exp": fam.exp, "series": _series(g), "x": row["acc"], "y": row["surrogate_prediction"],
+             "seed": run.result["seed"], "cycle": row["cycle"]}
             for g in fam.groups for run in g.runs for row in run.result.get("cycles") or ()
             if row.get("surrogate_prediction") is not None]
 
@@ -599,8 +607,6 @@ def size_rows(fam: Family) -> list[dict]:
                 r.get("deployed_acc"), None)
             if value is not None:
                 low, high = interval if interval and len(interval) == 2 else (None, None)
-                rows.append({"exp": fam.exp, "series": g.name or (EXPERIMENTS[fam.exp].title if fam.exp in EXPERIMENTS
-                                                                  else r["model"]),
-                             "seed": r["seed"], "x": r["packed_bytes"] / 1000, "y": value, "low": low, "high": high,
+                rows.append({"exp": fam.exp, "series": _series(g), "seed": r["seed"], "x": r["packed_bytes"] / 1000, "y": value, "low": low, "high": high,
                              "images": r.get("test_images") if full else r["eval_images"]})
     return rows

@@ -11,7 +11,7 @@ import hirelc
 from config import BASELINES, InputError
 from parallel import leave
 
-TARGET = "search.target=0.15"  # with bits <= 8 the paper's 0.25 constrains nothing, so that every method would keep it all
+TARGET = "search.target=0.15"  # with bits <= 8 the paper's 0.25 constrains nothing
 # name → what it adds to the experiment's command line
 VARIANTS = {
     "no-hla": "--set search=no-hla", "a2c": "--set lla.algorithms=A2C,A2C,A2C", "no-sens": "--set sensitivity=none",
@@ -30,8 +30,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv=None) -> int:
     """Run every variant with every seed; one that fails does not stop the others. Returns the exit code: 0, 1 where one
     failed, 2 for bad input, 130 or 143 where it was stopped."""
-    parser = _Parser(prog="variants.py", description="The ablations and baselines of one experiment. Every other flag goes to "
-                     "hirelc.py.", allow_abbrev=False)
+    parser = _Parser(prog="variants.py", description="The ablations and baselines of one experiment. Every other flag "
+                     "goes to hirelc.py.", allow_abbrev=False)
     parser.add_argument("--exp", type=int, required=True, metavar="N", help="experiment of the paper")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",

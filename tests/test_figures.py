@@ -37,8 +37,8 @@ def cycle(number, acc, cr, **more):
 def policy(shift=0):
     """Two blocks, the second of six kernels; every number is another one."""
     def kernel(i):
-        return {"name": f"net.{i}.weight", "bits": 3 + (i + shift) % 6, "keep": 0.41 + 0.05 * i, "qtype": "INT" if i % 2 else
-                "FLOAT", "granularity": "log" if i % 3 else "per-channel", "channels": 20,
+        return {"name": f"net.{i}.weight", "bits": 3 + (i + shift) % 6, "keep": 0.41 + 0.05 * i,
+                "qtype": "INT" if i % 2 else "FLOAT", "granularity": "log" if i % 3 else "per-channel", "channels": 20,
                 "keep_actual": 0.4 + 0.05 * i, "retained": 0.05 + 0.01 * i}
     return {"format": 1, "blocks": [
         {"name": "first", "retained": 0.11 + 0.01 * shift, "cr": 9.09 + shift, "kernels": [kernel(0), kernel(1)],
@@ -47,7 +47,8 @@ def policy(shift=0):
          "budget": {"target": 0.3, "strategy": "auto"}}]}
 
 
-UPDATES = """cycle,level,block,agent,algorithm,policy_loss,value_loss,entropy,approx_kl,clip_fraction,explained_variance,timesteps
+UPDATES = "cycle,level,block,agent,algorithm,policy_loss,value_loss,entropy,approx_kl,clip_fraction,explained_variance," \
+    """timesteps
 1,HLA,,0,PPO,-0.03,8000.5,13.5,0.001,0.0,nan,64
 2,HLA,,0,PPO,-0.03,20.25,13.25,0.002,0.0,0.1,64
 1,LLA,0,0,A2C,1.0,100.0,9.0,0.5,0.0,0.1,8
@@ -68,10 +69,12 @@ def put(out, folder, value, changed=None, rules=None, updates=UPDATES):
     (out / folder / "updates.csv").write_text(updates)
 
 
-CYCLES = [cycle(0, 87.0, 1.0), cycle(1, 80.0, 6.25, deployed_acc=79.5, surrogate_prediction=70.5, surrogate_active=True),
+CYCLES = [cycle(0, 87.0, 1.0), cycle(1, 80.0, 6.25, deployed_acc=79.5, surrogate_prediction=70.5,
+                                          surrogate_active=True),
           cycle(2, 84.0, 6.75, deployed_acc=83.5, surrogate_prediction=85.25, surrogate_active=True)]
 MORE = {"cycles": CYCLES, "best_cycle": 2, "strategies": {"auto": 0.5, "pruning": 0.5}, "sensitivity": [1.0, 0.5],
-        "kernels": {f"k{i}": {"block": "first"} for i in range(8)}, "surrogate_mae": 5.375, "mean_kl": {"HLA PPO": 0.0015},
+        "kernels": {f"k{i}": {"block": "first"} for i in range(8)}, "surrogate_mae": 5.375,
+        "mean_kl": {"HLA PPO": 0.0015},
         "notes": ["one note", "another"], "searches": [
             {"level": "HLA", "cycle": 1, "entropy": [0.9, 0.8]},
             {"level": "LLA", "cycle": 1, "entropy": [1.0, 0.75], "consensus_drop": 4.0, "random_drop": 5.0},
@@ -85,9 +88,11 @@ def out(tmp_path):
     """Experiment 1 on two seeds with four ablations, experiment 4 once with search=null, and a network of one's own."""
     for seed, acc, cr in ((42, 85.0, 6.5), (43, 83.0, 7.5)):
         common = {**MORE, "seed": seed, "baseline_acc": 87.0}
-        put(tmp_path, f"exp1-seed{seed}", full(**common, final_acc=acc, drop=87 - acc, cr=cr, deployed_acc_full=acc - 1))
+        put(tmp_path, f"exp1-seed{seed}", full(**common, final_acc=acc, drop=87 - acc, cr=cr,
+                                               deployed_acc_full=acc - 1))
         put(tmp_path, f"exp1-guess-seed{seed}", full(**common, name="guess", final_acc=acc - 4, drop=91 - acc, cr=6.0,
-                                                     deployed_acc_full=acc - 1.25), {"sensitivity.method": "none"}, policy(2))
+                                                     deployed_acc_full=acc - 1.25),
+            {"sensitivity.method": "none"}, policy(2))
     put(tmp_path, "exp1-x-seed42", result(**MORE, name="x", final_acc=70.0, drop=17.0, cr=9.25),
         {"search.method": "no-hla"})
     put(tmp_path, "exp1-y-seed42", result(**{**MORE, "cycles": [cycle(1, 79.0, 6.125)]}, name="y"),
@@ -130,7 +135,8 @@ def test_the_page_is_xml_without_scripts_or_anything_from_elsewhere(written):
     ids = [e.get("id") for e in root.iter() if e.get("id")]
     assert len(ids) == len(set(ids))
     for element in root.iter():
-        assert element.tag.partition("}")[2] not in ("script", "link", "img", "iframe", "object", "image", "use", "foreignObject")
+        assert element.tag.partition("}")[2] not in (
+            "script", "link", "img", "iframe", "object", "image", "use", "foreignObject")
         for key, value in element.attrib.items():
             assert not key.startswith("on") and "style" != key
             if "href" in key or "src" in key:
@@ -180,8 +186,8 @@ def test_a_run_s_section_says_where_it_came_from(written):
             for d in root.iter(HTML + "details")}
     assert len(told) == 11
     text = next(v for k, v in told.items() if k.startswith("exp 1-guess seed 43"))
-    for part in ("hirelc.py --exp 1", "2026-01-02", "a machine, 3 threads", "one note", "12.3", "sensitivity.method=none",
-                 "as in the paper"):
+    for part in ("hirelc.py --exp 1", "2026-01-02", "a machine, 3 threads", "one note", "12.3",
+                 "sensitivity.method=none", "as in the paper"):
         assert part in text
     assert "vote" not in text  # only what differs
 
@@ -232,7 +238,8 @@ def test_a_kernel_s_cell_says_its_bits_and_its_bar_is_as_long_as_what_it_keeps(w
     for cell in cells:
         row, (_, track, bar) = rows[cell.get("data-kernel")], cell.findall(SVG + "rect")
         texts = [t.text for t in cell.findall(SVG + "text")]
-        assert texts[1] == f"{row['bits']} bit {row['qtype']}" and texts[2].startswith(f"{float(row['keep_actual']):.2f} ")
+        assert texts[1] == f"{row['bits']} bit {row['qtype']}"
+        assert texts[2].startswith(f"{float(row['keep_actual']):.2f} ")
         assert float(bar.get("width")) / float(track.get("width")) == pytest.approx(float(row["keep_actual"]), abs=1e-3)
     places = {(c.find(SVG + "rect").get("x"), c.find(SVG + "rect").get("y")) for c in cells}
     assert len(places) == 8
@@ -253,7 +260,8 @@ def test_marks_and_tick_labels_lie_on_one_scale(written):
     for name, _, column, svg in plots(tree(written)):
         if name in ("allocation", "strategies", "budgets"):
             continue
-        at = [(float(m.get("data-x")), float(m.get("data-y")), *map(float, m.get("data-at").split())) for m in marks(svg)]
+        at = [(float(m.get("data-x")), float(m.get("data-y")), *map(float, m.get("data-at").split()))
+              for m in marks(svg)]
         labels = {axis: [(float(t.text), float(t.get("x")) if axis == "x" else float(t.get("y")) - 4)
                          for t in svg.iter(SVG + "text") if t.get("class") == f"{axis} tick"] for axis in "xy"}
         log = any("log" in (t.text or "") for t in svg.iter(SVG + "text") if t.get("transform"))
@@ -277,10 +285,12 @@ def test_budgets_lie_on_the_scale_of_their_axis(written):
 
 def test_a_whisker_reaches_from_low_to_high():
     svg = ET.fromstring(figures.xy(("a", "t", "d"), [
-        {"series": "s", "x": 1, "y": 5.0, "low": 2.0, "high": 6.0}, {"series": "s", "x": 3, "y": 4.0, "low": None}], "x", "y"))
+        {"series": "s", "x": 1, "y": 5.0, "low": 2.0, "high": 6.0}, {"series": "s", "x": 3, "y": 4.0, "low": None}],
+        "x", "y"))
     (x, y), (_, y4) = (map(float, m.get("data-at").split()) for m in marks(svg))
     scale = y4 - y  # one unit of y
-    whisker, = [e for e in svg.iter(SVG + "line") if e.get("stroke") == figures.COLOURS[0] and e.get("x1") == e.get("x2")]
+    whisker, = [e for e in svg.iter(SVG + "line")
+                if e.get("stroke") == figures.COLOURS[0] and e.get("x1") == e.get("x2")]
     assert float(whisker.get("x1")) == x
     assert float(whisker.get("y1")) == pytest.approx(y + 3 * scale, abs=0.05)
     assert float(whisker.get("y2")) == pytest.approx(y - scale, abs=0.05)
@@ -335,7 +345,8 @@ def test_a_long_history_is_drawn_in_steps_that_leave_nothing_out():
 
 
 def test_strategies_of_every_cycle_are_drawn_where_a_run_tells_them():
-    told = [{"cycle": c, "blocks": [{"name": "b", "strategy": s, "target": 0.2}]} for c, s in ((1, "auto"), (2, "pruning"))]
+    told = [{"cycle": c, "blocks": [{"name": "b", "strategy": s, "target": 0.2}]}
+            for c, s in ((1, "auto"), (2, "pruning"))]
     rows = tables.strategy_rows(tables.Run(None, result(cycle_budgets=told), policy=policy()))
     assert [(r["cycle"], r["strategy"]) for r in rows] == [(1, "auto"), (2, "pruning")]
     svg = ET.fromstring(figures.strategies(("a", "t", "d"), rows))
@@ -362,11 +373,12 @@ def test_table_2_has_paper_measured_and_null_or_says_what_is_missing(written):
     titles, rows = table(written, "table2")
     first = [dict(zip(titles, row)) for row in rows if row[0] == "1"]
     assert [r["whose"] for r in first] == ["paper", "here", "null, run"]
-    assert [first[0][k] for k in ("baseline", "final", "drop", "CR", "MSR %")] == ["86.88", "85.16", "1.72", "6.23", "83.9"]
+    assert [first[0][k] for k in ("baseline", "final", "drop", "CR", "MSR %")] == [
+        "86.88", "85.16", "1.72", "6.23", "83.9"]
     # by hand: 85 and 83 have the mean 84 and the standard deviation sqrt(2); 6.5 and 7.5 sqrt(0.5)
     assert [first[1][k] for k in ("seeds", "baseline", "final", "drop", "CR")] == [
         "42, 43", "87.00 ± 0.00", "84.00 ± 1.41", "3.00 ± 1.41", "7.00 ± 0.71"]
-    assert (first[2]["seeds"], first[2]["CR"]) == ("42", "6.62")  # not seed 7, and not the one that carries weights over
+    assert (first[2]["seeds"], first[2]["CR"]) == ("42", "6.62")  # neither seed 7 nor the one that carries over
     fourth = [dict(zip(titles, row)) for row in rows if row[0] == "4"]
     assert [r["whose"] for r in fourth] == ["paper", "here", "null, drawn"]
     assert fourth[2]["CR"] == "6.70 ± 0.21" and fourth[2]["final"] == "–"
@@ -398,7 +410,8 @@ def test_table_4_has_strategies_surrogate_and_compliance(written):
     here = dict(zip(titles, next(r for r in rows if r[:2] == ["1", "here"])))
     assert here["strategies of the blocks, %"] == "auto 50.0, pruning 50.0" and here["kernels"] == "8"
     assert (here["blocks"], here["surrogate MAE"], here["compliance %"]) == ("2", "5.38 ± 0.00", "61.2 ± 0.0")
-    assert next(r for r in rows if r[:2] == ["3", "paper"])[3:] == ["48", "12", "–", "auto 50.0, quantization 33.3, pruning 16.7", "–"]
+    assert next(r for r in rows if r[:2] == ["3", "paper"])[3:] == [
+        "48", "12", "–", "auto 50.0, quantization 33.3, pruning 16.7", "–"]
 
 
 def test_table_5_knows_ablations_by_their_settings(written):
@@ -408,7 +421,8 @@ def test_table_5_knows_ablations_by_their_settings(written):
         ["no HLA, uniform budgets", "42", "17.00", "9.25"],
         ["[PPO, A2C, PPO], first cycle", "42, 43", "7.00 ± 0.00", "6.25 ± 0.00"],
         ["[A2C, A2C, A2C], first cycle", "42", "8.00", "6.12"], ["null, run", "42", "1.64", "6.62"]]
-    assert [row[5:] for row in rows] == [["1.72", "6.23"], ["6.80", "8.87"], ["3.28", "6.38"], ["7.19", "6.63"], ["–", "–"]]
+    assert [row[5:] for row in rows] == [
+        ["1.72", "6.23"], ["6.80", "8.87"], ["3.28", "6.38"], ["7.19", "6.63"], ["–", "–"]]
 
 
 def test_variants_are_compared_with_the_experiment_by_seed(written):
@@ -450,8 +464,8 @@ def test_a_broken_file_is_named_in_one_line_and_nothing_is_written(out, capsys, 
 
 
 @pytest.mark.parametrize("changes", [
-    {"cycles": 3}, {"cycles": [{"cycle": 1}]}, {"cycles": [cycle("1", 2.0, 3.0)]}, {"cr": "6"}, {"cr": True}, {"cr": 1e300},
-    {"notes": [1]}, {"timings": {"a": "b"}}, {"strategies": [0.5]}, {"drop_interval_full": "x"}, {"evaluations": 1.5}])
+    {"cycles": 3}, {"cycles": [{"cycle": 1}]}, {"cycles": [cycle("1", 2.0, 3.0)]}, {"cr": "6"}, {"cr": True},
+    {"cr": 1e300}, {"notes": [1]}, {"timings": {"a": "b"}}, {"strategies": [0.5]}, {"drop_interval_full": "x"}, {"evaluations": 1.5}])
 def test_a_result_with_numbers_of_another_kind_is_named(tmp_path, capsys, changes):
     put(tmp_path, "a", result(**changes))
     assert report.main([str(tmp_path)]) == 2
@@ -464,7 +478,8 @@ def test_missing_files_are_left_out_and_said(tmp_path):
         (tmp_path / "a" / name).unlink()
     assert report.main([str(tmp_path)]) == 0
     text = "".join(tree(tmp_path).itertext())
-    assert "config.json, policy.json, updates.csv" in text and "Allocation per kernel (Fig. 4): exp 1 seed 42: nothing" in text
+    assert "config.json, policy.json, updates.csv" in text
+    assert "Allocation per kernel (Fig. 4): exp 1 seed 42: nothing" in text
     assert rows_of(tmp_path, "allocation.csv") == []
 
 
