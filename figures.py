@@ -200,7 +200,8 @@ def allocation(figure, rows) -> str:
                 f'<text class="small" x="{x + 3:.1f}" y="{y + 11:.1f}">{escape(_kernel_label(row["kernel"]))}</text>'
                 f'<text x="{x + 3:.1f}" y="{y + 23:.1f}">{row["bits"]} bit {escape(_short(row["qtype"], 5))}</text>'
                 f'<text class="small" x="{x + 3:.1f}" y="{y + 34:.1f}">{keep:.2f} '
-                f'{escape(_short(row["granularity"], 8))}</text><rect class="track" x="{x:.1f}" y="{y + high - 8:.1f}" width="{wide - 3}" height="4"/>'
+                f'{escape(_short(row["granularity"], 8))}</text>'
+                f'<rect class="track" x="{x:.1f}" y="{y + high - 8:.1f}" width="{wide - 3}" height="4"/>'
                 f'<rect x="{x:.1f}" y="{y + high - 8:.1f}" width="{(wide - 3) * min(max(keep, 0), 1):.2f}" height="4" '
                 'fill="#D55E00"/></g>')
         y += high
@@ -229,7 +230,9 @@ def strategies(figure, rows) -> str:
         parts.append(
             f'<g class="strategy"{data}><title>cycle {row["cycle"]}, {escape(row["block"])}: {escape(row["strategy"])}'
             f', budget {row["target"]:.4f}</title>'
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{high - 2}" fill="{colour}" fill-opacity="{opacity}"/><text x="{x + wide / 2 - 1:.1f}" y="{y + 13:.1f}" '
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{high - 2}" fill="{colour}" '
+            f'fill-opacity="{opacity}"/>'
+            f'<text x="{x + wide / 2 - 1:.1f}" y="{y + 13:.1f}" '
             f'text-anchor="middle">{text}</text></g>')
     y = 18 + high * len(blocks) + 14
     parts.append(f'<text x="4" y="{y}">P pruning, Q quantization, A auto; the number is ρ*</text>')

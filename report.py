@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -350,7 +349,7 @@ dt { color: var(--soft); } dd { margin: 0; }
  @page { margin: 10mm; }
  html { font-size: 11px; } body { max-width: none; padding: 0; } #all table { font-size: 4.8pt; } nav { display: none; }
  .wide { overflow: visible; border: 0; } table { font-size: 6.5pt; } th, td { white-space: normal; padding: 1pt 2pt; }
- td.free { min-width: 0; } tbody th { position: static; } tr { break-inside: avoid; }
+ td { min-width: 2.9em; } td.free { min-width: 0; } tbody th { position: static; } tr { break-inside: avoid; }
  .figures { grid-template-columns: 1fr 1fr; } h2, summary { break-after: avoid; }
  details { border: 0; padding: 0; } details::details-content { content-visibility: visible; block-size: auto; } }
 """
@@ -369,7 +368,7 @@ def page(runs: list[Run]) -> str:
         f"<title>HiReLC: report on {len(runs)} runs</title><style>{STYLE}</style></head><body>",
         f"<header><h1>HiReLC: report on {len(runs)} run{'s' if len(runs) > 1 else ''}</h1>",
         "<p>What runs of this implementation measured, beside what the paper (arXiv 2606.26002) reports. Every number "
-        "comes from the run directories beside this file; those of the tables and figures lie in <code>csv/</code> too.</p>"]
+        "comes from the run directories beside this file; those of tables and figures are in <code>csv/</code>.</p>"]
     if any(r["smoke"] for r in results):
         parts.append("<p><strong>Runs marked smoke are of narrow networks on drawn images with tiny budgets: only the "
                      "code path is that of the paper, not the numbers.</strong></p>")

@@ -287,8 +287,8 @@ def _shown(found: list[Family]) -> list[int]:
 
 
 NULL_NOTE = ("null, run: a run with search=null, whose actions are drawn uniformly and voted on in the same way; null, "
-             "drawn: the same controller's configurations alone, mean ± standard deviation over the draws in result.json, so "
-             "without accuracies.")
+             "drawn: the same controller's configurations alone, mean ± standard deviation over the draws in "
+             "result.json, so without accuracies.")
 SEEDS_NOTE = ("± is the standard deviation over the seeds named (n − 1); [low, high] is the 95 % interval of a single "
               "run and p is McNemar's, baseline against final. Runs whose settings differ have rows of their own.")
 
@@ -403,8 +403,8 @@ def table5(found: list[Family]) -> Table:
                 rows.append([str(exp), "null, drawn", g.seeds, LOST, _drawn(g, "cr", "{:.2f}"), LOST, LOST])
     return Table("table5", "Table 5: ablations", (
         "exp", "configuration", "seeds", "drop", "CR", "paper: drop", "paper: CR"), rows, (
-        "The paper's ablations are of experiment 1. A run belongs to a row by its settings, not by its name: it differs "
-        "from the experiment's own run in that one setting. Null rows as in Table 2.",))
+        "The paper's ablations are of experiment 1. A run belongs to a row by its settings, not by its name: it "
+        "differs from the experiment's own run in that one setting. Null rows as in Table 2.",))
 
 
 def _pairs(group: Group, plain: Group) -> tuple[list[float], str]:
@@ -440,8 +440,8 @@ def variants_table(found: list[Family]) -> Table:
                          spread(g.values("compliance"), "{:.1f}"), spread(g.values("evaluations"), "{:.0f}"),
                          f"{spread(difference, '{:+.2f}')} ({what})" if difference else LOST])
     return Table("variants", "All methods and ablations", (
-        "exp", "name", "what differs", "seeds", "drop", "packed file: drop on the whole split", "packed file", "packed KB",
-        "CR", "compliance %", "evaluations", "accuracy minus the experiment's, same seeds"), rows, (
+        "exp", "name", "what differs", "seeds", "drop", "packed file: drop on the whole split", "packed file",
+        "packed KB", "CR", "compliance %", "evaluations", "accuracy minus the experiment's, same seeds"), rows, (
         "evaluations: candidates that the search had judged, over all cycles (– where the run does not say). KB are "
         "1000 bytes. ± as in Table 2.",)) if rows else Table("variants", "All methods and ablations", ("exp",), [], (
             "No experiment has a variant here: run_all.sh --paper runs them.",))
@@ -464,11 +464,12 @@ def moved_table(found: list[Family]) -> Table:
             spread(gaps, "{:+.2f}"), spread(g.values("cr")), _drawn(g, "cr", "{:.2f}"),
             spread(g.values("compliance"), "{:.1f}"), _drawn(g, "compliance", "{:.1f}")])
     return Table("moved", "How far the agents are from the null controller", (
-        "exp", "name", "seeds", "LLA entropy, before → after", "proxy drop: consensus", "of random actions", "difference",
-        "CR", "null: CR", "compliance %", "null: compliance %"), rows, (
-        "Entropy is a share of a uniform policy's; it and the drops are means over the blocks, ± over seeds and cycles. "
-        "A negative difference means that the vote of the trained agents is better than actions drawn uniformly. null: "
-        "drawn, as in Table 2; a run with search=null has accuracies too and is among the variants.",) if rows else (
+        "exp", "name", "seeds", "LLA entropy, before → after", "proxy drop: consensus", "of random actions",
+        "difference", "CR", "null: CR", "compliance %", "null: compliance %"), rows, (
+        "Entropy is a share of a uniform policy's; it and the drops are means over the blocks, ± over seeds and "
+        "cycles. A negative difference means that the vote of the trained agents is better than actions drawn "
+        "uniformly. null: drawn, as in Table 2; a run with search=null has accuracies too and is a variant.",
+    ) if rows else (
         "No run here tells how its agents compare with random actions.",))
 
 
@@ -607,6 +608,7 @@ def size_rows(fam: Family) -> list[dict]:
                 r.get("deployed_acc"), None)
             if value is not None:
                 low, high = interval if interval and len(interval) == 2 else (None, None)
-                rows.append({"exp": fam.exp, "series": _series(g), "seed": r["seed"], "x": r["packed_bytes"] / 1000, "y": value, "low": low, "high": high,
+                rows.append({"exp": fam.exp, "series": _series(g), "seed": r["seed"], "x": r["packed_bytes"] / 1000,
+                             "y": value, "low": low, "high": high,
                              "images": r.get("test_images") if full else r["eval_images"]})
     return rows

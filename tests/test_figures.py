@@ -47,8 +47,8 @@ def policy(shift=0):
          "budget": {"target": 0.3, "strategy": "auto"}}]}
 
 
-UPDATES = "cycle,level,block,agent,algorithm,policy_loss,value_loss,entropy,approx_kl,clip_fraction,explained_variance," \
-    """timesteps
+UPDATES = "cycle,level,block,agent,algorithm,policy_loss,value_loss,entropy,approx_kl,clip_fraction," \
+    """explained_variance,timesteps
 1,HLA,,0,PPO,-0.03,8000.5,13.5,0.001,0.0,nan,64
 2,HLA,,0,PPO,-0.03,20.25,13.25,0.002,0.0,0.1,64
 1,LLA,0,0,A2C,1.0,100.0,9.0,0.5,0.0,0.1,8
@@ -465,7 +465,8 @@ def test_a_broken_file_is_named_in_one_line_and_nothing_is_written(out, capsys, 
 
 @pytest.mark.parametrize("changes", [
     {"cycles": 3}, {"cycles": [{"cycle": 1}]}, {"cycles": [cycle("1", 2.0, 3.0)]}, {"cr": "6"}, {"cr": True},
-    {"cr": 1e300}, {"notes": [1]}, {"timings": {"a": "b"}}, {"strategies": [0.5]}, {"drop_interval_full": "x"}, {"evaluations": 1.5}])
+    {"cr": 1e300}, {"notes": [1]}, {"timings": {"a": "b"}}, {"strategies": [0.5]}, {"drop_interval_full": "x"},
+    {"evaluations": 1.5}])
 def test_a_result_with_numbers_of_another_kind_is_named(tmp_path, capsys, changes):
     put(tmp_path, "a", result(**changes))
     assert report.main([str(tmp_path)]) == 2
