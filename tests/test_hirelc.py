@@ -277,7 +277,7 @@ def test_a_smoke_run_leaves_a_complete_run_directory(smoke):
     lla_ppo = [float(row["approx_kl"]) for row in updates if (row["level"], row["algorithm"]) == ("LLA", "PPO")]
     assert result["mean_kl"]["LLA PPO"] == pytest.approx(sum(lla_ppo) / len(lla_ppo))
     assert set(result["mean_kl"]) == {"HLA PPO", "HLA A2C", "LLA PPO", "LLA A2C"}
-    assert (path / "run.log").read_text().count("cycle 2:") == 1
+    assert (path / "run.log").read_text().count(" cycle 2: accuracy ") == 1
 
 
 def test_the_numbers_of_a_run_agree_with_its_policy_and_its_weights(smoke):
