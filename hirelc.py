@@ -997,6 +997,8 @@ def _run_experiment(config, log, resume, restart, owner):
         owner.take(path)
     if resume and (path / "result.json").exists() and not store.exists:
         log.info(f"{path}: finished already")
+        if ranks.first:
+            store.remove()  # the process before may have ended at this
         return _finished(path / "result.json")
     if store.exists and not (resume or restart):
         raise _begun(path)

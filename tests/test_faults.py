@@ -94,6 +94,10 @@ def test_a_finished_run_is_left_alone_with_resume(tmp_path, capfd, command):
     assert hirelc.main([*arguments, "--resume"]) == 0
     assert "finished already" in capfd.readouterr().out
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / RUN).iterdir()}
+    (tmp_path / "out" / RUN / "state").mkdir()  # as if the process had been killed while it cleaned up
+    (tmp_path / "out" / RUN / "state" / "run-9").write_bytes(b"part")
+    assert hirelc.main([*arguments, "--resume"]) == 0
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / RUN).iterdir()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
