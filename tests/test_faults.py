@@ -1,4 +1,4 @@
-"""Faults that are really brought about: signals, a full disk, a read-only folder, numbers that are not finite, two owners."""
+"""Faults that are really brought about: signals, two owners, disks and folders, numbers that are not finite, memory."""
 
 import json
 import os

@@ -70,8 +70,8 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
             return method(*args, **kwargs)
         setattr(owner, name, call)
 
-    for name in ("train_from_scratch", "train_baseline", "estimate_sensitivity", "warm_up_surrogate", "search_blocks", "apply",
-                 "finetune_and_measure", "update_surrogate", "keep_best", "report"):
+    for name in ("train_from_scratch", "train_baseline", "estimate_sensitivity", "warm_up_surrogate", "search_blocks",
+                 "apply", "finetune_and_measure", "update_surrogate", "keep_best", "report"):
         taped(run, name, name)
     make = run.make_agents
 
@@ -264,7 +264,8 @@ def test_a_smoke_run_leaves_a_complete_run_directory(smoke):
     config = json.loads((path / "config.json").read_text())
     assert config["settings"]["data.name"] == "synthetic" and config["versions"]["torch"] == torch.__version__
     result = json.loads((path / "result.json").read_text())
-    for key in ("baseline_acc", "final_acc", "drop", "deployed_acc", "packed_bytes", "fp32_file_bytes", "cr", "msr", "whole_model_ratio", "best_cycle",
+    for key in ("baseline_acc", "final_acc", "drop", "deployed_acc", "packed_bytes", "fp32_file_bytes", "cr", "msr",
+                "whole_model_ratio", "best_cycle",
                 "cr_met", "drop_met", "timings", "compliance", "null_controller", "final_interval_full"):
         assert key in result, key
     rows = list(csv.DictReader((path / "cycles.csv").open()))

@@ -147,7 +147,8 @@ def program(folder, long, *parts):
             continue
         for again in ("cold", "warm"):  # the first one also loads what later ones find loaded
             start = time.monotonic()
-            assert attempt(arguments, f"{folder}/{name}-{again}" if again == "cold" else f"{folder}/{name}", often=False) == 0
+            out = f"{folder}/{name}" + ("-cold" if again == "cold" else "")
+            assert attempt(arguments, out, often=False) == 0
             seconds = time.monotonic() - start
         path, = Path(f"{folder}/{name}").iterdir()
         wanted = outcome(path)
