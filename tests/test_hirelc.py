@@ -475,3 +475,24 @@ def test_run_all_refuses_a_flag_without_its_value(stub):
 def test_the_program_runs_from_another_folder(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "hirelc.py"), "--list"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0 and b"DeiT-Small" in done.stdout
+
+
+def test_holdout_chooses_on_training_images_and_reads_the_test_split_once(monkeypatch):
+    run = small_run(**{"eval.protocol": "holdout", "search.cycles": 1})
+    assert len(run.train_set) == 46 and len(run.choice_set) == 2
+    looked, original = [], hirelc.correct
+
+    def counted(model, images, *rest, **more):
+        looked.append(images is run.test_set)
+        return original(model, images, *rest, **more)
+
+    monkeypatch.setattr(hirelc, "correct", counted)
+    monkeypatch.setattr("train.correct", counted)
+    result = run.run()
+    assert looked[-3:] == [True] * 3 and not any(looked[:-3])
+    assert result["protocol"] == "holdout" and result["eval_images"] == 2 and result["test_images"] == 40
+    low, high = result["drop_interval_full"]
+    assert low <= result["drop_full"] <= high or result["drop_full"] == 0
+    assert result["drop_full"] == pytest.approx(result["baseline_acc_full"] - result["final_acc_full"])
+    assert result["deployed_drop_full"] == pytest.approx(result["baseline_acc_full"] - result["deployed_acc_full"])
+    assert 0 < result["mcnemar_p_full"] <= 1
