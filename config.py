@@ -122,8 +122,8 @@ class Search:
                             low=0)
     dtype: str = setting("float32", "precision of the proxy's forwards; bfloat16 pays where the hardware has it",
                          choices=("float32", "bfloat16"))
-    fold: bool = setting(False, "the proxy computes with BatchNorm folded into the convolutions; faster, and a drop changes "
-                                "by up to some 1e-5 of itself")
+    fold: bool = setting(False, "the proxy computes with BatchNorm folded into the convolutions; faster, and a drop "
+                                "changes by up to some 1e-5 of itself")
     together: int = setting(0, "candidates of a block that share a pass through the layers behind it; 0 = one on a "
                                "CPU, as many as make 512 images on a GPU", low=0)
 

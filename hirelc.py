@@ -142,8 +142,8 @@ class HiReLC:
     def run(self) -> dict:
         """Algorithm 1; returns the content of result.json.
 
-        Each ``_once`` is a phase: a resumed run passes over those that are done and takes the broken-off one again, which
-        costs next to nothing up to where it was (``state.Progress``).
+        Each ``_once`` is a phase: a resumed run passes over those that are done and takes the broken-off one again,
+        which costs next to nothing up to where it was (``state.Progress``).
         """
         last_cycle = self.config.search.cycles
         self._once("from scratch", self.train_from_scratch)
@@ -263,8 +263,8 @@ class HiReLC:
                 masks = compress_network(self.blocks, sample)
 
                 def measured():
-                    trainer = self._trainer(f"warmup {n}", 1, s.warmup_lr, self.config.finetune.weight_decay, patience=0,
-                                            masks=masks)
+                    trainer = self._trainer(f"warmup {n}", 1, s.warmup_lr, self.config.finetune.weight_decay,
+                                            patience=0, masks=masks)
                     return trainer.run(None, f"warm-up sample {n + 1}").acc, trainer.skipped
 
                 acc, skipped = self.progress.once("warm-up", measured)
@@ -630,7 +630,8 @@ class HiReLC:
             "consensus": to_policy(self.blocks, NetworkConfig(tuple(consensus))) if all(consensus) else None,
             "surrogate": self.surrogate.state_dict() if agents else None,
             "hla": self.hla.state_dict() if agents else None, "lla": self._lla_states() if agents else [],
-            "best": best, "updates": self.updates, "searches": self.searches, "timings": dict(self.timings), "notes": list(self.log.notes),
+            "best": best, "updates": self.updates, "searches": self.searches,
+            "timings": dict(self.timings), "notes": list(self.log.notes),
             "skipped_steps": self.skipped_steps, "elapsed": self.elapsed + time.monotonic() - self.started,
             "random": random_states()}
 
@@ -912,8 +913,8 @@ def _finished(path: Path) -> dict:
         result, _ = read_json(path)
         results_table([result])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a result of this program ({type(error).__name__}); remove it or run again without "
-                         "--resume") from None
+        raise InputError(f"{path}: not a result of this program ({type(error).__name__}); remove it or run again "
+                         "without --resume") from None
     return result
 
 
@@ -997,6 +998,8 @@ def _run_experiment(config, log, resume, restart, owner):
         owner.take(path)
     if resume and (path / "result.json").exists() and not store.exists:
         log.info(f"{path}: finished already")
+        if ranks.first:
+            store.remove()  # the process before may have ended at this
         return _finished(path / "result.json")
     if store.exists and not (resume or restart):
         raise _begun(path)

@@ -68,8 +68,8 @@ def check_settings(path: Path, config: Config) -> None:
         try:
             before = flatten(from_flat(read_json(old)[0]["settings"]))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away or "
-                             "choose another --out or --name") from None
+            raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away "
+                             "or choose another --out or --name") from None
         now = flatten(config)
         differing = [f"{key} (there {shown(before[key])}, now {shown(now[key])})" for key in now
                      if key not in PLACES and before[key] != now[key]]
@@ -126,8 +126,8 @@ def save(run, path: Path) -> None:
             if part in store.parts and not _same(store.path(part), path / name):
                 publish(store.path(part), path / name)
     except OSError as error:
-        raise SaveError(f"cannot write to {path}: {error.strerror or error}; the state there is intact: make room, or give "
-                        "the folder back, and go on with --resume") from None
+        raise SaveError(f"cannot write to {path}: {error.strerror or error}; the state there is intact: make room, or "
+                        "give the folder back, and go on with --resume") from None
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -186,8 +186,8 @@ class Owner:
                 file.seek(0)
                 owner = " ".join(file.read(200).split()) or "another process"
                 file.close()
-                raise InputError(f"{self.path.parent}: {owner} works on this run; wait for it, or give this one another "
-                                 "--name or --out") from None
+                raise InputError(f"{self.path.parent}: {owner} works on this run; wait for it, or give this one "
+                                 "another --name or --out") from None
             if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 self.file = file
                 file.truncate(0)

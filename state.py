@@ -243,7 +243,8 @@ class Store:
         return self.folder / self.parts[name][0]
 
     def remove(self) -> None:
-        """The run is finished: its state goes."""
+        """The run is finished: its state goes, first what makes it one."""
+        (self.folder / "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.parts = {}
 

@@ -202,8 +202,8 @@ class Trainer:
         self.ranks.same_tensors(self.model.buffers())
         self.skipped += at["skipped"]
         if at["skipped"]:
-            self.progress.note(f"{what}, epoch {epoch + 1}: {at['skipped']} of {steps} steps were not taken, their loss or "
-                               "gradient was not finite")
+            self.progress.note(f"{what}, epoch {epoch + 1}: {at['skipped']} of {steps} steps were not taken, their loss "
+                               "or gradient was not finite")
         if not at["seen"] or not all(p.isfinite().all() for p in self.model.parameters()):
             raise FloatingPointError(f"{what}: epoch {epoch + 1} has no step with a finite loss and gradient; lower the "
                                      f"learning rate ({self.lr:g}), or look for images that are not finite")

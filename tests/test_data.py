@@ -497,3 +497,23 @@ def test_synthetic_is_learnt_by_a_small_convnet_but_not_from_colour():
     seen, unseen = ([(x.mean((2, 3)), y) for x, y in part.batches(1000)] for part in (train, test))
     linear = fit(torch.nn.Linear(3, 10), 0.05, 400, lambda: seen)
     assert (linear(unseen[0][0]).argmax(1) == unseen[0][1]).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["images", "tensors"])
+def test_held_out_images_are_a_fixed_twentieth_and_not_trained_on(kind):
+    images = data.synthetic(3, 100, 10, 8, 0)[0]
+    whole = images if kind == "images" else data.as_images((torch.arange(100.0).view(100, 1, 1, 1), images.labels))
+    for _ in range(2):
+        torch.manual_seed(_)
+        train, chosen = data.hold_out(whole)
+        assert (len(train), len(chosen)) == (95, 5)
+        order = torch.randperm(100, generator=torch.Generator().manual_seed(data.HOLDOUT_SEED))
+        for part, index in ((train, order[5:].sort().values), (chosen, order[:5])):
+            x, y = part.batch(torch.arange(len(part)))
+            wanted, labels = whole.batch(index)
+            assert torch.equal(x, wanted) and torch.equal(y, labels) and torch.equal(part.labels, labels) if (
+                kind == "images") else torch.equal(x, wanted) and torch.equal(y, labels)
+            seen = torch.cat([y for _, y in part.batches(16, generator=torch.Generator().manual_seed(1))])
+            assert seen.sort().values.equal(labels.sort().values)
+    with pytest.raises(InputError, match="5 % of 9 training images are none"):
+        data.hold_out(data.synthetic(3, 9, 10, 8, 0)[0])

@@ -1,4 +1,4 @@
-"""Faults that are really brought about: signals, a full disk, a read-only folder, numbers that are not finite, two owners."""
+"""Faults that are really brought about: signals, two owners, disks and folders, numbers that are not finite, memory."""
 
 import json
 import os
@@ -93,6 +93,10 @@ def test_a_finished_run_is_left_alone_with_resume(tmp_path, capfd, command):
     assert set(before) == FILES
     assert hirelc.main([*arguments, "--resume"]) == 0
     assert "finished already" in capfd.readouterr().out
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / RUN).iterdir()}
+    (tmp_path / "out" / RUN / "state").mkdir()  # as if the process had been killed while it cleaned up
+    (tmp_path / "out" / RUN / "state" / "run-9").write_bytes(b"part")
+    assert hirelc.main([*arguments, "--resume"]) == 0
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out" / RUN).iterdir()}
 
 

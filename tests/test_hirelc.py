@@ -70,8 +70,8 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
             return method(*args, **kwargs)
         setattr(owner, name, call)
 
-    for name in ("train_from_scratch", "train_baseline", "estimate_sensitivity", "warm_up_surrogate", "search_blocks", "apply",
-                 "finetune_and_measure", "update_surrogate", "keep_best", "report"):
+    for name in ("train_from_scratch", "train_baseline", "estimate_sensitivity", "warm_up_surrogate", "search_blocks",
+                 "apply", "finetune_and_measure", "update_surrogate", "keep_best", "report"):
         taped(run, name, name)
     make = run.make_agents
 
@@ -264,7 +264,8 @@ def test_a_smoke_run_leaves_a_complete_run_directory(smoke):
     config = json.loads((path / "config.json").read_text())
     assert config["settings"]["data.name"] == "synthetic" and config["versions"]["torch"] == torch.__version__
     result = json.loads((path / "result.json").read_text())
-    for key in ("baseline_acc", "final_acc", "drop", "deployed_acc", "packed_bytes", "fp32_file_bytes", "cr", "msr", "whole_model_ratio", "best_cycle",
+    for key in ("baseline_acc", "final_acc", "drop", "deployed_acc", "packed_bytes", "fp32_file_bytes", "cr", "msr",
+                "whole_model_ratio", "best_cycle",
                 "cr_met", "drop_met", "timings", "compliance", "null_controller", "final_interval_full"):
         assert key in result, key
     rows = list(csv.DictReader((path / "cycles.csv").open()))
@@ -277,7 +278,7 @@ def test_a_smoke_run_leaves_a_complete_run_directory(smoke):
     lla_ppo = [float(row["approx_kl"]) for row in updates if (row["level"], row["algorithm"]) == ("LLA", "PPO")]
     assert result["mean_kl"]["LLA PPO"] == pytest.approx(sum(lla_ppo) / len(lla_ppo))
     assert set(result["mean_kl"]) == {"HLA PPO", "HLA A2C", "LLA PPO", "LLA A2C"}
-    assert (path / "run.log").read_text().count("cycle 2:") == 1
+    assert (path / "run.log").read_text().count(" cycle 2: accuracy ") == 1
 
 
 def test_the_numbers_of_a_run_agree_with_its_policy_and_its_weights(smoke):
@@ -474,3 +475,24 @@ def test_run_all_refuses_a_flag_without_its_value(stub):
 def test_the_program_runs_from_another_folder(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "hirelc.py"), "--list"], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0 and b"DeiT-Small" in done.stdout
+
+
+def test_holdout_chooses_on_training_images_and_reads_the_test_split_once(monkeypatch):
+    run = small_run(**{"eval.protocol": "holdout", "search.cycles": 1})
+    assert len(run.train_set) == 46 and len(run.choice_set) == 2
+    looked, original = [], hirelc.correct
+
+    def counted(model, images, *rest, **more):
+        looked.append(images is run.test_set)
+        return original(model, images, *rest, **more)
+
+    monkeypatch.setattr(hirelc, "correct", counted)
+    monkeypatch.setattr("train.correct", counted)
+    result = run.run()
+    assert looked[-3:] == [True] * 3 and not any(looked[:-3])
+    assert result["protocol"] == "holdout" and result["eval_images"] == 2 and result["test_images"] == 40
+    low, high = result["drop_interval_full"]
+    assert low <= result["drop_full"] <= high or result["drop_full"] == 0
+    assert result["drop_full"] == pytest.approx(result["baseline_acc_full"] - result["final_acc_full"])
+    assert result["deployed_drop_full"] == pytest.approx(result["baseline_acc_full"] - result["deployed_acc_full"])
+    assert 0 < result["mcnemar_p_full"] <= 1
