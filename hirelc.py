@@ -129,6 +129,7 @@ class HiReLC:
         self.updates: list[dict] = []
         self.cycles: list[Cycle] = []
         self.searches: list[dict] = []
+        self.cycle_budgets: list[dict] = []
         self.best: Cycle | None = None
         self.baseline_acc, self.sensitivity, self.budgets, self.voted = 0.0, [], (), None
         self.skipped_steps, self.resumed = 0, None
@@ -166,10 +167,13 @@ class HiReLC:
         self.hla.feedback(self.cycles[-1].drop, self.cycles[-1].retained, cycle)
         if self.given:
             self.budgets = self.given[1]
-            return
-        if cycle > 1:
-            self.train_hla(self.config.hla.burst)
-        self.budgets = self.ranks.same(self.hla.budgets(deterministic=last))
+        else:
+            if cycle > 1:
+                self.train_hla(self.config.hla.burst)
+            self.budgets = self.ranks.same(self.hla.budgets(deterministic=last))
+        self.cycle_budgets.append({"cycle": cycle, "blocks": [
+            {"name": block.name, "strategy": budget.strategy, "target": budget.target}
+            for block, budget in zip(self.blocks, self.budgets)]})
 
     def measure(self, cycle: int) -> None:
         """Steps 6-9: apply what was chosen, repair and measure it, learn from it, keep the best."""
@@ -548,7 +552,7 @@ class HiReLC:
             "sensitivity": self.sensitivity,
             "surrogate_mae": sum(errors) / len(errors) if errors else None,
             "mean_kl": {who: sum(values) / len(values) for who, values in moved.items()},
-            "search": c.search.method, "searches": self.searches,
+            "search": c.search.method, "searches": self.searches, "cycle_budgets": self.cycle_budgets,
             "evaluations": sum(search.get("evaluations", 0) for search in self.searches),
             "surrogate_samples": len(self.surrogate.buffer), "bad_rewards": bad, "skipped_steps": self.skipped_steps,
             "null_controller": null,
@@ -631,6 +635,7 @@ class HiReLC:
             "surrogate": self.surrogate.state_dict() if agents else None,
             "hla": self.hla.state_dict() if agents else None, "lla": self._lla_states() if agents else [],
             "best": best, "updates": self.updates, "searches": self.searches,
+            "cycle_budgets": self.cycle_budgets,
             "timings": dict(self.timings), "notes": list(self.log.notes),
             "skipped_steps": self.skipped_steps, "elapsed": self.elapsed + time.monotonic() - self.started,
             "random": random_states()}
@@ -658,6 +663,7 @@ class HiReLC:
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
         self.log.notes, self.skipped_steps = list(state["notes"]), state["skipped_steps"]
         self.elapsed, self.searches = state["elapsed"], list(state["searches"])
+        self.cycle_budgets = list(state["cycle_budgets"])
         self.resumed = state
         set_random_states(state["random"])
 
