@@ -700,7 +700,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
         asked.append([p.name for p in tmp_path.iterdir()])
         raise OSError("no space left")
 
-    for module, name in ((os, "fsync"), (Path, "replace")):
+    for module, name in ((os, "fsync"), (os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fails)
             with pytest.raises(OSError, match="no space left"):
