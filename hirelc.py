@@ -49,7 +49,7 @@ from runs import (Owner, check_directory, clear, identity, keep_freed_memory, mo
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, least_drop, null_controller, random_config, train_together)
 from sensitivity import sensitivity
-from state import Progress, SaveError, Stopped, Store, random_states, set_random_states
+from state import Progress, SaveError, Stopped, Store, random_states, set_random_states, understood
 from stats import mcnemar, paired_interval, wilson
 from target import enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import TooLarge, Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
@@ -583,13 +583,14 @@ class HiReLC:
         if self.resumed:
             if self.resumed["hla"] is not None:
                 self.log.notes = notes  # what making them says is among them already
-            for owner, key in ((self.surrogate, "surrogate"), (self.hla, "hla")):
-                if self.resumed[key] is not None:
-                    owner.load_state_dict(self.resumed[key])
-            for lla, saved in zip(self.lla, self.resumed["lla"]):
-                lla.load_state_dict(saved)
-            if self.resumed["consensus"]:
-                self.estimator.consensus = list(from_policy(self.resumed["consensus"], self.blocks).blocks)
+            with understood():
+                for owner, key in ((self.surrogate, "surrogate"), (self.hla, "hla")):
+                    if self.resumed[key] is not None:
+                        owner.load_state_dict(self.resumed[key])
+                for lla, saved in zip(self.lla, self.resumed["lla"]):
+                    lla.load_state_dict(saved)
+                if self.resumed["consensus"]:
+                    self.estimator.consensus = list(from_policy(self.resumed["consensus"], self.blocks).blocks)
             self.resumed = None
 
     def _changed(self) -> tuple[dict, tuple]:
@@ -759,10 +760,10 @@ class HiReLC:
     def _trainer(self, phase, epochs, lr, weight_decay, patience, warmup_epochs=0.0, masks=None,
                  on_grid=None) -> Trainer:
         trainer = Trainer(self.model, self.train_set, self.choice_set, epochs=epochs, lr=lr, weight_decay=weight_decay,
-                       patience=patience, batch_size=self.config.data.batch_size, eval_images=self.eval_images,
-                       eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
-                       blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
-                       ranks=self.ranks, unused_parameters=self.config.model.weights == "given", half=self.half)
+                          patience=patience, batch_size=self.config.data.batch_size, eval_images=self.eval_images,
+                          eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
+                          blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
+                          ranks=self.ranks, unused_parameters=self.config.model.weights == "given", half=self.half)
         self.progress.train(phase, trainer)
         return trainer
 
@@ -1052,7 +1053,8 @@ def _run_experiment(config, log, resume, restart, owner):
             parts = progress.load()
         ranks.same(None)  # nobody writes while another one reads
         if "run" in parts:
-            run.load_state(parts)
+            with understood():
+                run.load_state(parts)
         log.info(f"resumed after {progress.done[-1] if progress.done else 'the start'}")
     if ranks.first:
         path.mkdir(parents=True, exist_ok=True)

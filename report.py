@@ -201,6 +201,7 @@ def markdown(table: Table) -> str:
 
 
 def csv_text(columns, rows) -> str:
+    """Rows below a header, as comma-separated text."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

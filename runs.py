@@ -7,7 +7,6 @@ import csv
 import ctypes
 import dataclasses
 import io
-import json
 import os
 import platform
 import shutil
@@ -159,7 +158,7 @@ def moved(path: Path, device, processes: int) -> list[str]:
     """What is different about the machine that a run goes on at, one line each: results may then differ in the last
     bits, and from there on."""
     try:
-        before = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        before, _ = read_json(path / "config.json")
         before = {**before["hardware"], "processes": before["processes"]}
     except (OSError, ValueError, KeyError, TypeError):
         before = {}

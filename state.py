@@ -12,6 +12,7 @@ moment. Parts hold plain values and tensors (:func:`encode`); reading them execu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -179,10 +180,10 @@ class Store:
     def _tidy(self, parts) -> None:
         """Remove what no manifest names."""
         named = {file for file, *_ in parts.values()} | {"manifest.json"}
-        with os.scandir(self.folder) if self.folder.is_dir() else _nothing() as entries:
-            for entry in entries:
+        with contextlib.suppress(OSError):  # where nothing can be removed, writing says more
+            for entry in list(self.folder.iterdir()):
                 if entry.name not in named:
-                    Path(entry.path).unlink(missing_ok=True)
+                    entry.unlink(missing_ok=True)
 
     def read(self) -> dict:
         """The manifest's parts: name → value, and name → path for those that a callable wrote.
@@ -249,12 +250,16 @@ class Store:
         self.parts = {}
 
 
-class _nothing:
-    def __enter__(self):
-        return ()
-
-    def __exit__(self, *_):
-        pass
+@contextlib.contextmanager
+def understood():
+    """What a state holds is taken over inside: InputError where it is whole and yet not what this program writes."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
+        raise InputError(f"the state holds something else than this program writes ({type(error).__name__}: "
+                         f"{shown(' '.join(str(error).split())[:160])}); start anew with --restart") from None
 
 
 def publish(source: Path, target: Path) -> None:
@@ -341,8 +346,9 @@ class Progress:
 
     def train(self, name: str, trainer) -> None:
         """``trainer`` is the training that is going on; it takes over where it was broken off."""
-        if self.broken_off is not None and self.broken_off["name"] == name:
-            trainer.load_state_dict(self.broken_off["trainer"])
+        if self.broken_off is not None and self.broken_off.get("name") == name:
+            with understood():
+                trainer.load_state_dict(self.broken_off["trainer"])
         self.broken_off, self.training = None, (name, trainer)
         trainer.progress = self
 
@@ -395,9 +401,10 @@ class Progress:
     def load(self) -> dict:
         """The parts of the last commit; what was known after it is taken over here."""
         parts = self.store.read()
-        self.done = list(parts.pop("done", []))
-        self.known = dict(parts.pop("known", {}))
-        self.broken_off, best = parts.pop("trainer", None), parts.pop("trainer.best", {})
-        if self.broken_off is not None:
-            self.broken_off["trainer"]["best_state"] = best
+        with understood():
+            self.done = list(parts.pop("done", []))
+            self.known = dict(parts.pop("known", {}))
+            self.broken_off, best = parts.pop("trainer", None), parts.pop("trainer.best", {})
+            if self.broken_off is not None:
+                self.broken_off["trainer"]["best_state"] = best
         return parts

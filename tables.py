@@ -204,11 +204,13 @@ class Family:
 
 
 def families(runs) -> list[Family]:
+    """The runs' groups, one family per experiment, in its order."""
     groups = group_runs(runs)
     return [Family(exp, tuple(g for g in groups if g.exp == exp)) for exp in sorted({g.exp for g in groups})]
 
 
 def family(found: list[Family], exp: int) -> Family:
+    """That of an experiment, an empty one where nothing of it was run."""
     return next((f for f in found if f.exp == exp), Family(exp, ()))
 
 
@@ -294,6 +296,7 @@ SEEDS_NOTE = ("± is the standard deviation over the seeds named (n − 1); [low
 
 
 def table2(found: list[Family]) -> Table:
+    """Table 2: baseline, final accuracy, drop and CR beside the paper's."""
     rows = []
     for exp in _shown(found):
         fam, paper = family(found, exp), EXPERIMENTS[exp].paper
@@ -319,6 +322,7 @@ def table2(found: list[Family]) -> Table:
 
 
 def table3(found: list[Family]) -> Table:
+    """Table 3, cycle by cycle, beside the paper's."""
     rows = []
     for exp in _shown(found):
         fam = family(found, exp)
@@ -349,6 +353,7 @@ def _strategies(group: Group) -> str:
 
 
 def table4(found: list[Family]) -> Table:
+    """Table 4: budget compliance, beside the paper's."""
     rows = []
     for exp in _shown(found):
         fam, paper = family(found, exp), EXPERIMENTS[exp].paper
@@ -381,6 +386,7 @@ def _cycle_values(group: Group, cycle: int, key: str) -> list:
 
 
 def table5(found: list[Family]) -> Table:
+    """Table 5: the ablations, beside the paper's."""
     rows = []
     kinds = (("full", "HiReLC: HLA and LLA ensemble", "", None), ("no-hla", "no HLA, uniform budgets", "no-hla", None),
              ("full, cycle 1", "[PPO, A2C, PPO], first cycle", "", 1), ("a2c, cycle 1", "[A2C, A2C, A2C], first cycle",
@@ -496,6 +502,7 @@ def raw_rows(runs) -> list[dict]:
 
 
 def allocation_rows(run: Run) -> list[dict]:
+    """What the best cycle chose for every kernel (Fig. 4); nothing without a policy.json."""
     return [{"run": run.label, "block": block["name"], "kernel": k["name"], "bits": k["bits"], "keep": k["keep"],
              "keep_actual": k.get("keep_actual"), "qtype": k["qtype"], "granularity": k["granularity"],
              "retained": k["retained"]} for block in (run.policy or {"blocks": ()})["blocks"] for k in block["kernels"]]
@@ -512,6 +519,7 @@ def strategy_rows(run: Run) -> list[dict]:
 
 
 def budget_rows(run: Run) -> list[dict]:
+    """The retained fraction that each block was given and the one that it has."""
     blocks = [b for b in (run.policy or {"blocks": ()})["blocks"] if b.get("budget")]
     return [{"run": run.label, "series": series, "x": value, "y": b["name"]} for b in blocks
             for series, value in (("budget ρ*", b["budget"]["target"]), ("realised ρ", b["retained"]))]
@@ -591,6 +599,7 @@ def _series(group: Group) -> str:
 
 
 def surrogate_rows(fam: Family) -> list[dict]:
+    """The surrogate's prediction and the measured accuracy of every cycle that has both, in points."""
     return [{"exp": fam.exp, "series": _series(g), "x": row["acc"], "y": row["surrogate_prediction"],
              "seed": run.result["seed"], "cycle": row["cycle"]}
             for g in fam.groups for run in g.runs for row in run.result.get("cycles") or ()

@@ -235,6 +235,23 @@ def test_a_state_of_other_settings_or_another_version_is_refused(tmp_path):
         Store(tmp_path / "state", {"seed": 1, "torch": "2.0", "lr": 0.1}).read()
 
 
+@pytest.mark.parametrize("part, value", [("run", {}), ("run", 7), ("done", 3), ("known", [1]), ("trainer", {"name": "finetune"})])
+def test_a_whole_state_that_holds_something_else_is_refused(tmp_path, capfd, monkeypatch, command, part, value):
+    """Intact by its checksums, and yet not what this program writes."""
+    arguments = [*command, "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(hirelc.HiReLC, "search_blocks", lambda run, *args: os.kill(os.getpid(), signal.SIGTERM))
+        assert hirelc.main(arguments) == 143
+    folder = tmp_path / "out" / RUN / "state"
+    settings = json.loads((folder / "manifest.json").read_text())["identity"]
+    store = Store(folder, settings)
+    store.read()
+    store.write({part: value})
+    capfd.readouterr()
+    assert hirelc.main([*arguments, "--resume"]) == 2
+    assert [line for line in capfd.readouterr().err.splitlines() if "--restart" in line] != []
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Numbers that are not finite, memory that does not suffice
 
