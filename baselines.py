@@ -251,8 +251,7 @@ def random_search(space: Space, rng) -> None:
 def greedy(space: Space, rng) -> str:
     """Everything at its largest, then the steps down of least damage per weight saved, until the target is met.
 
-    The damage of kernel W of block i is s_i / P_i ||W - W^||^2, P_i the block's kernel parameters: s_i sums over them,
-    and the loss moves by the mean curvature times the squared change (HAWQ-V2's average trace). Once with bits alone,
+    The damage of kernel W of block i is s_i / P_i ||W - W^||^2 (:mod:`target`). Once with bits alone,
     as there, where that can meet the target, and once with bits and keep; where types and granularities are free, each
     kernel has those of the least error at the bits that the target means. The two choices' drops are all evaluations.
     """
@@ -266,10 +265,9 @@ def greedy(space: Space, rng) -> str:
                   for c in choices] if len(choices) > 1 else [0.0]
         kernels.append(replace(choices[int(np.argmin(errors))], bits=int(space.bits[-1])))
     start = space.grouped(kernels)
-    mean = [s / block.params for s, block in zip(p.sensitivity, start.blocks)]
     smallest = space.grouped([replace(kernel, bits=int(space.bits[0])) for kernel in kernels])
     for limits in ([replace(p.limits, max_pruning=0.0)] if smallest.retained <= p.target else []) + [p.limits]:
-        enforced = enforce(p.blocks, start, mean, limits, p.target * start.params)
+        enforced = enforce(p.blocks, start, p.sensitivity, limits, p.target * start.params)
         notes.append(enforced.note)
         configs.append(enforced.config)
     space.scores(configs)

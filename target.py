@@ -1,8 +1,9 @@
 """Making a voted configuration meet a size: single steps of bits or channels, the cheapest in damage first.
 
-The damage that a configuration does to a kernel W of block i is estimated as s_i ||W - W^||^2, W^ the kernel after
-pruning and quantisation. The error is absolute: s_i is a Fisher information (Eq. 14-15), and to second order the loss
-moves by the Fisher information times the squared change of the weights, however large the weights are.
+The damage that a configuration does to a kernel W of block i is estimated as s_i / P_i ||W - W^||^2, W^ the kernel
+after pruning and quantisation, P_i the block's kernel parameters. s_i is a Fisher information summed over the block's
+parameters (Eq. 14-15), and to second order the loss moves by the mean one times the squared change of the weights,
+however large the weights are (as HAWQ-V2's average Hessian trace, Dong et al. 2020, 1911.03852).
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float, c
     smaller change of the error, then the order of kernels. Raises InputError when even the smallest configuration is
     above the budget, ValueError when ``config`` or ``sensitivity`` is for another number of blocks or kernels.
     """
-    kernels = [_Kernel(holder.weight, kernel, shape, s, limits, cost)
+    kernels = [_Kernel(holder.weight, kernel, shape, s / chosen.params, limits, cost)
                for block, chosen, s in zip(blocks, config.blocks, sensitivity, strict=True)
                for holder, kernel, shape in zip(block.kernels.values(), chosen.kernels, chosen.shapes, strict=True)]
     walk = _Walk(kernels, budget)

@@ -98,6 +98,14 @@ def test_the_cheapest_step_per_cost_comes_first():
     assert choices(enforce(blocks, start, [1.0, 1.0], TINY, 9.05 / 32).config) == [(3, 1), (3, 2)]
 
 
+def test_a_blocks_sensitivity_is_the_sum_over_its_weights():
+    # The same kernel in both; the first block has another of ten exact weights, each of its twelve is worth 1/12.
+    exact = torch.full((1, 10), 3.0)
+    blocks = network([W, exact], [W])
+    result = enforce(blocks, configured(blocks, KernelConfig(3)), [1.0, 0.5], TINY, 39.05 / 32)
+    assert choices(result.config) == [(3, 1), (3, 1), (3, 2)]
+
+
 def test_without_sensitivity_the_error_decides():
     blocks = network([2 * W], [W])
     result = enforce(blocks, configured(blocks, KernelConfig(3)), [0.0, 0.0], TINY, 9.05 / 32)
@@ -200,7 +208,8 @@ def test_steps_follow_the_agents_grid_and_then_single_channels():
 def brute_force(blocks, config, sensitivity, limits, budget, cost):
     """The walk without its last two resorts, by rescanning every step of every kernel with compress_kernel."""
     weights = [holder.weight for block in blocks for holder in block.kernels.values()]
-    s = [x for block, x in zip(blocks, sensitivity) for _ in block.kernels]
+    s = [x / sum(k.weight.numel() for k in block.kernels.values())
+         for block, x in zip(blocks, sensitivity) for _ in block.kernels]
     start, shapes = [list(part) for part in zip(*pairs(config))]
     now = choices(config)
     grids = [{kept} | {channels_kept(1 - j / 14 * limits.max_pruning, shape.n_out) for j in range(15)}
