@@ -527,14 +527,20 @@ class Part:
 HOLDOUT_SHARE, HOLDOUT_SEED = 0.05, 26002
 
 
+def held_out(images: int) -> int:
+    """How many of so many training images are held out; InputError where nothing is left on one side."""
+    count = round(HOLDOUT_SHARE * images)
+    if not 0 < count < images:
+        raise InputError(f"eval.protocol=holdout: 5 % of {images} training images are none; give more images")
+    return count
+
+
 def hold_out(train):
     """(images to train on, images that choose): a fixed pseudo-random 5 % of ``train``, the same for every seed of a run.
 
-    Raises InputError where nothing is left on one side.
+    Raises InputError as :func:`held_out`.
     """
-    count = round(HOLDOUT_SHARE * len(train))
-    if not 0 < count < len(train):
-        raise InputError(f"eval.protocol=holdout: 5 % of {len(train)} training images are none; give more images")
+    count = held_out(len(train))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(HOLDOUT_SEED))
     kept, chosen = order[count:].sort().values, order[:count]
     if isinstance(train, Images):

@@ -244,7 +244,10 @@ def _probe(config, model, blocks, shapes, train, test, counts, given, device):
     """→ (rows: phase, what, count, seconds each; bytes that a training batch keeps for its backward pass)."""
     c, batch = config, config.data.batch_size
     train_count, test_count = counts
-    eval_count = min(c.eval.images, test_count)
+    eval_count, chosen_on = min(c.eval.images, test_count), "test"
+    if c.eval.protocol == "holdout":
+        eval_count, chosen_on = data.held_out(train_count), "held-out"
+        train_count -= eval_count
     state = {k: v.detach().clone() for k, v in model.state_dict().items()}
     sample = random_config(shapes, c.compress, np.random.default_rng(0))
 
@@ -274,8 +277,8 @@ def _probe(config, model, blocks, shapes, train, test, counts, given, device):
     epoch = steps * per_step + eval_count * per_image
     rows = []
     if c.model.weights == "none":
-        rows.append(("scratch", f"epochs of {steps} steps, {eval_count} test images", c.scratch.epochs, epoch))
-    rows.append(("baseline", f"epochs of {steps} steps, {eval_count} test images", c.baseline.epochs, epoch))
+        rows.append(("scratch", f"epochs of {steps} steps, {eval_count} {chosen_on} images", c.scratch.epochs, epoch))
+    rows.append(("baseline", f"epochs of {steps} steps, {eval_count} {chosen_on} images", c.baseline.epochs, epoch))
     if c.sensitivity.method == "fisher":
         rows.append(("sensitivity", "images, a backward pass each", min(c.sensitivity.images, train_count), per_fisher))
     if not given:
@@ -285,7 +288,7 @@ def _probe(config, model, blocks, shapes, train, test, counts, given, device):
     on_grid = GridTraining(blocks, sample, masks, c.finetune.scales == "learned") if c.finetune.mode == "qat" else None
     if on_grid:
         epoch += steps * (step(n, on_grid) - per_step)
-    rows.append(("finetune", f"epochs of {steps} steps, {eval_count} test images", cycles * c.finetune.epochs, epoch))
+    rows.append(("finetune", f"epochs of {steps} steps, {eval_count} {chosen_on} images", cycles * c.finetune.epochs, epoch))
     model.load_state_dict(state)
 
     def deploy():

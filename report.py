@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from config import EXPERIMENTS, InputError
 from figures import escape
 from files import read_json, replace_file
 from tables import Run, Table
+
+NUMBERS = re.compile(r"[-+][0-9.]+(?:[ ,][^|!=@]*)?")  # a cell of the tables' own that begins with a sign
+
 
 def write_text(path, text: str) -> None:
     """Write a whole file or nothing."""
@@ -132,11 +136,9 @@ def _run(result: dict) -> str:
 
 def _legend(results) -> list[str]:
     """The lines below the table."""
-    counts = sorted({r["eval_images"] for r in results})
     legend = [
         "",
-        f"Accuracies and drops in percentage points on the first {' or '.join(map(str, counts))} test images, which "
-        "also chose epoch and cycle (the paper's protocol).",
+        *tables.chosen_on(results),
         "final: the best epoch of fine-tuning; mode paper: FP32 weights off the grid, as the paper scores them, qat: "
         "on it; deployed: read back from packed.pt.",
         "scope: paper's kernels, or all of them; CR: those kernels only (Eq. 22); FP32 KB: every parameter and buffer, "
@@ -201,11 +203,16 @@ def markdown(table: Table) -> str:
 
 
 def csv_text(columns, rows) -> str:
-    """Rows below a header, as comma-separated text."""
+    """Rows below a header, as comma-separated text. A text that a spreadsheet would take for a formula gets an
+    apostrophe in front: names of runs, blocks and kernels come from the user's files."""
+    def cell(value):
+        formula = isinstance(value, str) and value[:1] in tuple("=+-@\t\r") and not NUMBERS.fullmatch(value)
+        return f"'{value}" if formula else value
+
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(rows)
+    writer.writerows([cell(value) for value in row] for row in rows)
     return text.getvalue()
 
 

@@ -62,6 +62,11 @@ def test_nothing_is_written_and_the_plan_names_everything(tmp_path, capsys, monk
     assert "epochs of 2 steps, 40 test images" in text and "about" in text.splitlines()[-1]
 
 
+def test_the_plan_of_held_out_images(tmp_path, capsys):
+    text = dry_run(tmp_path, capsys, "eval.protocol=holdout", "data.train_images=200", "data.batch_size=64")
+    assert "epochs of 3 steps, 10 held-out images" in text
+
+
 @pytest.mark.parametrize("more", [[], ["surrogate.enabled=false"], ["surrogate.warmup=0", "surrogate.min_samples=2"],
                                   ["search=no-hla", "surrogate.enabled=false"], ["search=null"],
                                   ["finetune.mode=qat", "search.cycles=1"]])

@@ -1,5 +1,6 @@
 """report.py and log.py: intervals by hand, whole files or none, tables cell by cell, lines on a fake clock."""
 
+import csv
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import pytest
 
 import log as log_module
 import report
+import tables
 from config import EXPERIMENTS, InputError
 from log import Log, duration
 from report import read_results, results_table, write_json, write_text
@@ -558,3 +560,18 @@ def test_progress_without_a_total_ends_at_once(clock):
     log = Log(stream, interval=0.0)
     log.progress("reading", 0, 0)
     assert stream.getvalue() == ""
+
+
+def test_texts_that_a_spreadsheet_takes_for_formulas_are_quoted():
+    rows = [["=1+1", "-0.38 [-1.20, +0.40], p 0.3", "+1.5 ± 0.2", "-2+3+cmd|' /C calc'!A0", "@x", -1.5, tables.LOST]]
+    text = report.csv_text("abcdefg", rows)
+    assert next(csv.reader(text.splitlines()[1:])) == [
+        "'=1+1", "-0.38 [-1.20, +0.40], p 0.3", "+1.5 ± 0.2", "'-2+3+cmd|' /C calc'!A0", "'@x", "-1.5", tables.LOST]
+
+
+def test_a_legend_says_what_chose_by_the_runs_own_protocol():
+    paper, held = result(eval_images=100), result(eval_images=30, seed=43, protocol="holdout")
+    assert "100 test images, which also chose" in "\n".join(tables.chosen_on([paper]))
+    both = tables.chosen_on([paper, held])
+    assert len(both) == 2 and "30 images of the held-out 5 %" in both[1]
+    assert tables.chosen_on([held]) == both[1:] and both[1] in report.results_table([held])

@@ -1,10 +1,10 @@
-"""The paired interval and McNemar's test against cases worked by hand."""
+"""The intervals and McNemar's test against cases worked by hand."""
 
 import math
 
 import pytest
 
-from stats import mcnemar, paired_interval
+from stats import crossed_interval, mcnemar, paired_interval
 
 
 def test_paired_interval_by_hand():
@@ -35,3 +35,12 @@ def test_mcnemar_of_many_agrees_with_the_normal_approximation():
 
 def test_mcnemar_changes_smoothly_where_the_computation_does():
     assert mcnemar(520, 479) == pytest.approx(mcnemar(521, 480), rel=0.01)
+
+
+def test_crossed_interval_by_hand():
+    before, after = [[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 0]]
+    # differences 0 0 1 0 and 0 1 1 0: per image 0, 1/2, 1, 0 of variance 11/48, per seed 1/4 and 1/2 of variance 1/32
+    half = 100 * 1.959963984540054 * math.sqrt(11 / 48 / 4 + 1 / 32 / 2)
+    assert crossed_interval(before, after) == pytest.approx((37.5, 37.5 - half, 37.5 + half))
+    half = 100 * 1.959963984540054 * math.sqrt(0.25 / 4)  # one seed: 0 0 1 0, of variance 1/4
+    assert crossed_interval(before[:1], after[:1]) == pytest.approx((25, 25 - half, 25 + half))
