@@ -228,7 +228,7 @@ class HiReLC:
                 order = torch.randperm(len(self.train_set), generator=self._generator("sensitivity"))
                 images, labels = self.train_set.batch(order[:count], self.device)
                 self.sensitivity = sensitivity(c.sensitivity.method, self.model, self.blocks, images, labels,
-                                               self._generator("sensitivity", "vectors"))
+                                               self._generator("sensitivity", "vectors"), self.progress)
         self.sensitivity = self.ranks.same(self.sensitivity)
         self.log.info("sensitivity " + " ".join(f"{s:.3f}" for s in self.sensitivity))
 
@@ -441,7 +441,7 @@ class HiReLC:
         if grids is None:
             grids = snap_to_grid(self.blocks, chosen, masks)
         estimate_batchnorm(self.model, self.train_set, self.config.data.batch_size, self.config.finetune.bn_images,
-                           self._generator("batchnorm"))
+                           self._generator("batchnorm"), self.progress)
         notes: list[str] = []
         packed = pack.pack(self.model, self.blocks, chosen, masks, grids, self.network, self.config.pack.rest, notes)
         for note in notes:

@@ -15,23 +15,26 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress import eval_mode
+from state import Progress
 from train import fisher_sensitivity
 
 PROBES = 16  # Rademacher vectors of the Hessian's trace
 IMAGES_TOGETHER = 16  # of a second derivative, whose graph is large
 
 
-def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: Tensor, generator) -> list[float]:
+def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: Tensor, generator,
+                state: Progress = Progress()) -> list[float]:
     """s_i in [0, 1] of every block: the measure ``method`` (fisher, gradient, snip, grasp or hessian), divided by the
     largest (Eq. 15). images [N, 3, H, W], labels [N]; ``generator`` draws hessian's vectors.
 
-    A negative trace counts as none, and all are ones where no block has any. Raises FloatingPointError when a value is
+    A negative trace counts as none, and all are ones where no block has any. What ``state`` knows of fisher and hessian
+    from before the run was broken off is not computed again. Raises FloatingPointError when a value is
     not finite.
     """
     if method == "fisher":
-        return fisher_sensitivity(model, blocks, images, labels)
+        return fisher_sensitivity(model, blocks, images, labels, state)
     if method == "hessian":
-        values = block_hessian(model, blocks, images, labels, generator)
+        values = block_hessian(model, blocks, images, labels, generator, state=state)
     else:
         values = {"gradient": block_gradient, "snip": block_snip, "grasp": block_grasp}[method](
             model, blocks, images, labels)
@@ -58,19 +61,19 @@ def block_grasp(model, blocks, images, labels) -> list[float]:
     """|sum of -theta_j (H g)_j| over each block's parameters: by how much removing the block's weights changes the
     gradient's norm, to first order (GraSP, Wang et al. 2020, 2002.07376). H g is that of all blocks' parameters
     together; GraSP's sign tells pruning's help from its harm, a block's score is the magnitude."""
-    (products,) = _hessian_products(model, blocks, images, labels, None)
-    return [abs(sum((-p.detach() * hg).sum().item() for p, _, hg in triples)) for triples in products]
+    flat = [p for params in _parameters(model, blocks) for p in params]
+    gradient = [g for pairs in _gradients(model, blocks, images, labels) for _, g in pairs]
+    return [abs(total) for total in _along(model, blocks, images, labels, [gradient], [[-p.detach() for p in flat]])]
 
 
-def block_hessian(model, blocks, images, labels, generator, probes: int = PROBES) -> list[float]:
+def block_hessian(model, blocks, images, labels, generator, probes: int = PROBES,
+                  state: Progress = Progress()) -> list[float]:
     """Trace of each block's diagonal part of H by Hutchinson's estimator, mean over ``probes`` of v^T H v with v drawn
     from {-1, 1} (HAWQ-V2, Dong et al. 2020, 1911.03852). v is over all blocks' parameters at once: the terms that
     cross blocks have mean zero."""
-    totals = [0.0] * len(blocks)
-    for products in _hessian_products(model, blocks, images, labels, generator, probes):
-        for i, triples in enumerate(products):
-            totals[i] += sum((v * hv).sum(dtype=torch.float64).item() for _, v, hv in triples)
-    return [total / probes for total in totals]
+    flat = [p for params in _parameters(model, blocks) for p in params]
+    vectors = [[(torch.randint(2, p.shape, generator=generator) * 2 - 1).to(p) for p in flat] for _ in range(probes)]
+    return [total / probes for total in _along(model, blocks, images, labels, vectors, vectors, state)]
 
 
 def _parameters(model, blocks):
@@ -113,30 +116,27 @@ def _gradients(model, blocks, images, labels):
     return [[(p, next(left)) for p in params] for params in wanted]
 
 
-def _hessian_products(model, blocks, images, labels, generator, probes: int = 1):
-    """Per probe, per block the triples (theta, v, (H v)) of its parameters; v drawn from {-1, 1} by ``generator``,
-    without one v = g."""
+def _along(model, blocks, images, labels, vectors, others, state: Progress = Progress()) -> list[float]:
+    """Per block the sum over pairs (v, u) of u^T (H v), of the block's part of u and H v. ``vectors``, ``others``: the v
+    and u, each a tensor per parameter of the blocks. The sum goes batch by batch, pair by pair."""
     wanted = _parameters(model, blocks)
-    flat = [p for params in wanted for p in params]
-    if generator is None:
-        vectors = [[g for pairs in _gradients(model, blocks, images, labels) for _, g in pairs]]
-    else:
-        vectors = [[(torch.randint(2, p.shape, generator=generator) * 2 - 1).to(p) for p in flat]
-                   for _ in range(probes)]
-    sums = [[torch.zeros_like(p) for p in flat] for _ in vectors]
+    flat, totals = [p for params in wanted for p in params], [0.0] * len(blocks)
+
+    def added(first, v, u, more):
+        """The sums with another pair's."""
+        along = sum((g * part).sum() for g, part in zip(first, v) if g.requires_grad)
+        if not isinstance(along, Tensor):  # a loss that is linear in every parameter
+            return list(totals)
+        products = iter(zip(u, _grad(along, flat, retain_graph=more)))
+        return [total + sum((part * product).sum(dtype=torch.float64).item()
+                            for part, product in (next(products) for _ in params))
+                for total, params in zip(totals, wanted)]
+
     # Of the kinds of attention, only the plain one has a second derivative.
     with _Trainable(flat), eval_mode(model), sdpa_kernel(SDPBackend.MATH):
         for x, y in zip(images.split(IMAGES_TOGETHER), labels.split(IMAGES_TOGETHER)):
             loss = F.cross_entropy(model(x), y, reduction="sum") / len(images)
             first = _grad(loss, flat, create_graph=True)
-            for n, (vector, total) in enumerate(zip(vectors, sums)):
-                along = sum((g * v).sum() for g, v in zip(first, vector) if g.requires_grad)
-                if not isinstance(along, Tensor):  # a loss that is linear in every parameter
-                    continue
-                for part, product in zip(total, _grad(along, flat, retain_graph=n + 1 < len(vectors))):
-                    part += product
-    result = []
-    for vector, total in zip(vectors, sums):
-        left = iter(zip(flat, vector, total))
-        result.append([[next(left) for _ in params] for params in wanted])
-    return result
+            for n, (v, u) in enumerate(zip(vectors, others, strict=True)):
+                totals = state.latest("Hessian", lambda: added(first, v, u, n + 1 < len(vectors))) or totals
+    return totals

@@ -344,6 +344,19 @@ class Progress:
             self.tick()
         return self.known[key]
 
+    def latest(self, key: str, compute):
+        """compute() in a loop of which each value takes the place of the one before: the last known value at its turn,
+        None at the turns before it."""
+        if self.store is None or not self.alone:
+            return compute()
+        number = self.counts[key] = self.counts.get(key, -1) + 1
+        last, value = self.known.get(key, (-1, None))
+        if number > last:
+            value = compute()
+            self.known[key] = [number, value]
+            self.tick()
+        return value if number >= last else None
+
     def train(self, name: str, trainer) -> None:
         """``trainer`` is the training that is going on; it takes over where it was broken off."""
         if self.broken_off is not None and self.broken_off.get("name") == name:

@@ -293,9 +293,11 @@ class Trainer:
 
 
 @torch.no_grad()
-def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, generator) -> None:
+def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, generator,
+                       state: Progress = Progress()) -> None:
     """Running mean and variance of every BatchNorm as the mean over batches of ``limit`` training images, augmented
     as in training; in place. Everything else stays in eval mode. Nothing where there is no BatchNorm, or no images.
+    Batches that ``state`` knows from before the run was broken off are not computed again.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms or min(limit, len(images)) < 2:
@@ -308,25 +310,43 @@ def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, ge
                 norm.momentum = None  # the cumulative mean
                 norm.train()
             for x, _ in images.batches(batch_size, device_of(model), generator=generator, limit=limit):
-                if len(x) > 1:
+                def statistics():
                     model(x)
+                    return [value.clone() for norm in norms for value in norm.buffers()]
+
+                if len(x) > 1 and (known := state.latest("BatchNorm", statistics)):
+                    for buffer, value in zip((b for norm in norms for b in norm.buffers()), known, strict=True):
+                        buffer.copy_(value)
         finally:
             for norm, momentum in zip(norms, momenta):
                 norm.momentum = momentum
 
 
-def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> list[float]:
+def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor, state: Progress = Progress()) -> list[float]:
     """Empirical Fisher information of every block, not normalised (Eq. 14-15, before the division).
 
     images [N, 3, H, W], labels [N]. F_j = (1/N) sum_n (d loss_n / d theta_j)^2 with the cross-entropy of *one*
     image each, in eval mode; a block's value is the sum over ``block.parameters``. The script squares the gradient
-    of the batch mean instead, which is another quantity (ledger D4). The network is left as it was.
+    of the batch mean instead, which is another quantity (ledger D4). The network is left as it was. Images that
+    ``state`` knows from before the run was broken off are not computed again.
     """
     named = dict(model.named_parameters(remove_duplicate=False))  # a shared tensor goes by each of its names
     wanted = [[named[name] for name in block.parameters] for block in blocks]
     flat = [p for params in wanted for p in params]
     frozen = [p for p in flat if not p.requires_grad]
-    totals = torch.zeros(len(blocks), dtype=torch.float64)
+    totals = [0.0] * len(blocks)
+
+    def added(x, y):
+        """The sums with another image's."""
+        loss, sums = F.cross_entropy(model(x[None]), y[None]), list(totals)
+        gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
+        for i, params in enumerate(wanted):
+            for _ in params:
+                gradient = next(gradients)
+                if gradient is not None:
+                    sums[i] += gradient.double().square().sum().item()
+        return sums
+
     try:
         for p in frozen:
             p.requires_grad_(True)
@@ -334,25 +354,21 @@ def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> li
             # One backward pass per image. Vectorising over images (vmap) in chunks of 8 holds eight copies of every
             # gradient and took 3.5 times as long on a CPU for ResNet18 and DeiT-Small at 64 px.
             for x, y in zip(images, labels):
-                loss = F.cross_entropy(model(x[None]), y[None])
-                gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
-                for i, params in enumerate(wanted):
-                    for _ in params:
-                        gradient = next(gradients)
-                        if gradient is not None:
-                            totals[i] += gradient.double().square().sum().cpu()
+                totals = state.latest("Fisher information", lambda: added(x, y)) or totals
     finally:
         for p in frozen:
             p.requires_grad_(False)
-    return (totals / len(images)).tolist()
+    return [total / len(images) for total in totals]
 
 
-def fisher_sensitivity(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> list[float]:
+def fisher_sensitivity(model: nn.Module, blocks, images: Tensor, labels: Tensor,
+                       state: Progress = Progress()) -> list[float]:
     """s_i in [0, 1]: the Fisher information of each block divided by the largest (Eq. 15).
 
-    All ones where no block has any (a network whose loss is flat). Raises FloatingPointError when it is not finite.
+    All ones where no block has any (a network whose loss is flat). ``state`` as :func:`block_fisher`. Raises
+    FloatingPointError when it is not finite.
     """
-    values = block_fisher(model, blocks, images, labels)
+    values = block_fisher(model, blocks, images, labels, state)
     largest = max(values)
     if not all(map(math.isfinite, values)):
         raise FloatingPointError("the Fisher information is not finite: the network's loss or gradients overflow")

@@ -122,8 +122,8 @@ def read_digits(text: str, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:count].astype(bool)
 
 
-def keep(args, network: str, method: str, seed: int, weights: Path) -> None:
-    """Score a finished cell and write its file."""
+def keep(args, network: str, method: str, seed: int, weights: Path, baselines: dict) -> None:
+    """Score a finished cell and write its file. ``baselines``: network → its baseline's digits, once they are known."""
     exp = NETWORKS[network][0]
     folder = Path(args.out) / f"exp{exp}-{method}-seed{seed}"
     result, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config"))
@@ -137,11 +137,12 @@ def keep(args, network: str, method: str, seed: int, weights: Path) -> None:
     kept["command"] = ["hirelc.py", *kept["command"][1:]]
     model = pack.load(folder / "packed.pt")
     kept["deployed_hits"] = digits(hits(model, splits.test))
-    for name, file in (("final", folder / "best.pt"), ("baseline", weights)):
-        saved = torch.load(file, weights_only=True, map_location="cpu")
-        model.load_state_dict(saved.get("model", saved))
-        kept[f"{name}_hits"] = digits(hits(model, splits.test))
-    kept["test_images"] = len(splits.test)
+    model.load_state_dict(torch.load(folder / "best.pt", weights_only=True)["model"])
+    kept["final_hits"] = digits(hits(model, splits.test))
+    if network not in baselines:
+        model.load_state_dict(torch.load(weights, weights_only=True))
+        baselines[network] = digits(hits(model, splits.test))
+    kept |= {"baseline_hits": baselines[network], "test_images": len(splits.test)}
     Path(args.results).mkdir(exist_ok=True)
     path = Path(args.results) / f"grid-{network}-{method}-seed{seed}.json"
     part = path.with_suffix(".part")
@@ -275,6 +276,7 @@ def main() -> int:
         if weights is None:
             print(f"grid: {network} could not be trained from scratch", file=sys.stderr)
             return 1
+    baselines: dict[str, str] = {}
     for network, method, seed in [] if args.base else cells(args):
         if (Path(args.results) / f"grid-{network}-{method}-seed{seed}.json").exists():
             continue
@@ -284,7 +286,7 @@ def main() -> int:
         if code:
             print(f"grid: {network} {method} seed {seed} ended with {code}; the same command goes on", file=sys.stderr)
             return code
-        keep(args, network, method, seed, weights)
+        keep(args, network, method, seed, weights, baselines)
     return 0
 
 

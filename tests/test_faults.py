@@ -18,11 +18,13 @@ import runs
 import state
 from config import Config, InputError
 from log import Log
+from models import Block
+from sensitivity import PROBES, sensitivity
 from state import Progress, SaveError, Stopped, Store
 from test_hirelc import small_run
 from test_qat import Pictures
 from test_resume import FILES, ROOT, outcome, small
-from train import TooLarge, Trainer, correct
+from train import TooLarge, Trainer, correct, estimate_batchnorm
 
 RUN = "make-seed42"
 
@@ -250,6 +252,43 @@ def test_a_whole_state_that_holds_something_else_is_refused(tmp_path, capfd, mon
     capfd.readouterr()
     assert hirelc.main([*arguments, "--resume"]) == 2
     assert [line for line in capfd.readouterr().err.splitlines() if "--restart" in line] != []
+
+
+@pytest.mark.parametrize("what, steps", [("batchnorm", 4), ("fisher", 24), ("hessian", 2 * PROBES)])
+def test_long_estimates_go_on_where_they_were_broken_off(tmp_path, what, steps):
+    pictures, seeded = Pictures(24), torch.Generator().manual_seed
+
+    def estimate(model, progress):
+        if what == "batchnorm":
+            estimate_batchnorm(model, pictures, 6, 24, seeded(3), progress)
+            return {k: v.tolist() for k, v in model.state_dict().items()}
+        return sensitivity(what, model, [Block("all", {}, ("0.weight", "1.bias")), Block("last", {}, ("3.weight",))],
+                           pictures.images, pictures.labels, seeded(3), progress)
+
+    def prepared():
+        model = network()
+        model(torch.zeros(2, 3, 8, 8))
+        return model
+
+    class Counted(Progress):
+        taken = 0
+
+        def latest(self, key, compute):
+            def counted():
+                Counted.taken += 1
+                self.asked = self.asked or (signal.SIGTERM if Counted.taken == stop else None)
+                return compute()
+            return super().latest(key, counted)
+
+    expected, stop = estimate(prepared(), Progress()), steps - 1
+    progress = Counted(Store(tmp_path / "state", {}))
+    progress.begin()
+    with pytest.raises(Stopped):
+        estimate(prepared(), progress)
+    progress = Counted(Store(tmp_path / "state", {}))
+    progress.load()
+    progress.begin()
+    assert estimate(prepared(), progress) == expected and Counted.taken == steps
 
 
 # ---------------------------------------------------------------------------------------------------------------
