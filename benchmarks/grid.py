@@ -34,7 +34,7 @@ from stats import crossed_interval  # noqa: E402
 from train import correct  # noqa: E402
 
 # name → experiment, training from scratch, learning rate of fine-tuning
-NETWORKS = {"resnet18": (4, "scratch.epochs=6", "finetune.lr=2e-4"),
+NETWORKS = {"resnet18": (4, "scratch.epochs=6", "finetune.lr=1e-4"),
             "mobilenetv2": (5, "scratch.epochs=10", "finetune.lr=5e-4")}
 DATA = "threads=1 data.name=cifar10 data.image_size=32 baseline.epochs=0"
 CELL = f"{DATA} data.train_images=3000 search.proxy_batches=1 finetune.epochs=1 eval.full=false"
