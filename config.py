@@ -208,6 +208,7 @@ class Config:
     device: str = setting("auto", "auto, cpu or cuda; --device", choices=("auto", "cpu", "cuda"))
     precision: str = setting("auto", "of training: auto = bfloat16 autocast on a GPU, float32 on a CPU",
                              choices=("auto", "float32", "bfloat16"))
+    tf32: bool = setting(False, "on a GPU: float32 matrix products and convolutions with the ten mantissa bits of TF32")
     threads: int = setting(0, "CPU threads; 0 = as many as torch takes by itself", low=0, high=1024)
     out: str = setting("runs", "folder that receives the run directories; --out")
     vote: str = setting("uniform", "the LLA vote: uniform (Eq. 16) or confidence (Eq. 17) weights, or mode (as "

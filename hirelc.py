@@ -1017,6 +1017,7 @@ def _run_experiment(config, log, resume, restart, owner):
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     torch.manual_seed(config.seed)
     if config.model.source and config.data.normalize == "pretrained":
         raise InputError("data.normalize=pretrained: mean and std of the weights of a network of one's own are not "

@@ -397,6 +397,18 @@ def test_bad_input_is_one_line_exit_2_and_leaves_nothing(make, tmp_path, capsys)
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("tf32", [True, False])
+def test_float32_on_a_gpu_is_float32_unless_asked_otherwise(tmp_path, monkeypatch, tf32):
+    """torch's own default lets convolutions round to TF32."""
+    def seen(*_):
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
+        raise InputError("seen")
+
+    monkeypatch.setattr(hirelc.data, "load", seen)
+    with pytest.raises(InputError, match="^seen$"):
+        hirelc.run_experiment(hirelc.resolve(4, {"smoke": True, "out": str(tmp_path)}, [f"tf32={tf32}"]))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu(tmp_path, capsys):
     assert hirelc.main(["--exp", "4", "--smoke", "--device", "cuda", "--out", str(tmp_path / "runs")]) == 2
