@@ -71,6 +71,8 @@ SMOKE_MODEL = {  # model.width and model.patch_size per network
     "vit_base_patch32_clip_224": (0.0834, 16),
     "resnet18": (0.125, 0), "resnet50": (0.125, 0), "mobilenetv2_100": (0.25, 0)}
 INDEX_ROOM = 256  # bytes by which the compressed index of a packed file may differ between configurations
+TRAINED_BY = ("exp", "smoke", "seed", "device", "precision", "tf32", "threads", "data", "model", "scratch", "baseline",
+              "eval")  # settings, and groups of them, that the training of the uncompressed network depends on
 SMOKE_WARMUP = 4  # random configurations where the experiment has a warm-up
 
 
@@ -110,11 +112,13 @@ class HiReLC:
     model: an nn.Module on the device of choice, mapping [n, C, H, W] to logits; it is changed in place and holds
     the best compressed weights at the end. blocks: from ``models.find_blocks``. train, test: sets of images as
     ``data.Images``. ``save``: called as save(self) after every phase. given: (NetworkConfig, budgets) that take
-    the place of the search. progress: where the state is kept, if at all.
+    the place of the search. progress: where the state is kept, if at all. trained: trainings of uncompressed networks
+    that runs of this process have in common; they are looked up and put there.
     """
 
     def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None,
-                 ranks: Ranks = Ranks(), given=None, progress: Progress | None = None):
+                 ranks: Ranks = Ranks(), given=None, progress: Progress | None = None, trained: dict | None = None):
+        self.trained = {} if trained is None else trained
         self.model, self.blocks, self.train_set, self.test_set = model, blocks, train, test
         self.choice_set = test  # chooses epoch and cycle
         if config.eval.protocol == "holdout":
@@ -194,10 +198,7 @@ class HiReLC:
         if c.model.weights == "none":
             with self._timed("scratch"):
                 s = c.scratch
-                trainer = self._trainer("scratch", s.epochs, s.lr, s.weight_decay, patience=0,
-                                        warmup_epochs=s.warmup_epochs)
-                best = trainer.run(self.log.progress, "from scratch", self.log.info)
-                self.skipped_steps += trainer.skipped
+                best = self._train("scratch", "from scratch", s.epochs, s.lr, s.weight_decay, 0, s.warmup_epochs)
             self.log.info(f"trained from scratch: AdamW {s.lr:g}, weight decay {s.weight_decay:g}, {s.epochs} epochs, "
                           f"warm-up {s.warmup_epochs:g}, accuracy {best.acc:.2f} (epoch {best.epoch})")
 
@@ -206,9 +207,7 @@ class HiReLC:
         with self._timed("baseline"):
             b = self.config.baseline
             if b.epochs:
-                trainer = self._trainer("baseline", b.epochs, b.lr, b.weight_decay, b.patience)
-                trainer.run(self.log.progress, "baseline", self.log.info)
-                self.skipped_steps += trainer.skipped
+                self._train("baseline", "baseline", b.epochs, b.lr, b.weight_decay, b.patience)
             self.ranks.same_tensors(self.model.state_dict().values())
             self.theta0 = self._state()
             self.baseline_acc = accuracy(self._correct("baseline"))
@@ -216,6 +215,22 @@ class HiReLC:
         self.carried = self.theta0
         self.log.info(f"baseline accuracy {self.baseline_acc:.2f} on {self.eval_images} "
                       f"{'test' if self.choice_set is self.test_set else 'held-out'} images")
+
+    def _train(self, phase, what, *settings):
+        """The best epoch of a training of the uncompressed network, with which the network is left; of one that a run
+        before had with the same settings, what that gave (``trained``)."""
+        key = phase, *((key, str(value)) for key, value in flatten(self.config).items() if key.split(".")[0] in TRAINED_BY)
+        if key in self.trained:
+            self.log.note(f"{what}: the network that the run before trained with the same settings")
+        else:
+            trainer = self._trainer(phase, *settings)
+            best = trainer.run(self.log.progress, what, self.log.info)
+            self.trained[key] = best, trainer.skipped, self._state(), random_states()
+        best, skipped, state, random = self.trained[key]
+        self.model.load_state_dict(state)
+        set_random_states(random)
+        self.skipped_steps += skipped
+        return best
 
     def estimate_sensitivity(self) -> None:
         """s_i of every block on calibration images from the training set (Eq. 14-15, or another measure)."""
@@ -975,21 +990,22 @@ def resolve_own(source: str, flags: dict, assignments=()) -> Config:
     return config
 
 
-def run_experiment(config: Config, log: Log | None = None, resume: bool = False, restart: bool = False) -> dict:
+def run_experiment(config: Config, log: Log | None = None, resume: bool = False, restart: bool = False,
+                   trained: dict | None = None) -> dict:
     """Prepare and run one experiment, or one network of one's own, and fill its run directory (SPEC 12).
 
     Returns what result.json holds. ``resume``: go on with a run that was broken off, and leave a finished one as it is;
-    ``restart``: begin anew where one was broken off, which is an InputError otherwise.
+    ``restart``: begin anew where one was broken off, which is an InputError otherwise. ``trained``: as :class:`HiReLC`.
     Raises InputError before anything is written when settings, data, weights, device or folder cannot be used.
     """
     owner = Owner()
     try:
-        return _run_experiment(config, log, resume, restart, owner)
+        return _run_experiment(config, log, resume, restart, owner, trained)
     finally:
         owner.leave()
 
 
-def _run_experiment(config, log, resume, restart, owner):
+def _run_experiment(config, log, resume, restart, owner, trained):
     started, ranks = time.monotonic(), start(config.device)
     log = (log or Log()) if ranks.first else Log(open(os.devnull, "w"))
     parse_goal(config.goal)
@@ -1048,7 +1064,7 @@ def _run_experiment(config, log, resume, restart, owner):
     run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log,
                  save=lambda r: save(r, path) if ranks.first else None,
                  network=_describe(model, config, splits.train), ranks=ranks,
-                 given=_fitted(policy, survey.blocks, config, log), progress=progress)
+                 given=_fitted(policy, survey.blocks, config, log), progress=progress, trained=trained)
     if resume:
         with ranks.one_before_the_others():
             parts = progress.load()
@@ -1233,7 +1249,7 @@ def list_experiments() -> str:
     return "\n".join(lines)
 
 
-def main(argv=None) -> int:
+def main(argv=None, trained: dict | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 3 for a missed goal,
     130 for Ctrl-C."""
     survive_ascii()
@@ -1267,7 +1283,7 @@ def main(argv=None) -> int:
                 elif args.load:
                     evaluate_packed(config, args.load, log)
                 else:
-                    done.append(run_experiment(config, log, args.resume, args.restart))
+                    done.append(run_experiment(config, log, args.resume, args.restart, trained))
         except (InputError, OSError) as error:
             code = max(code, _fail(error, 2))
         except (FloatingPointError, SaveError, TooLarge) as error:

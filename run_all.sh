@@ -5,6 +5,8 @@
 #   bash run_all.sh --data-dir DIR           # the experiments themselves; every flag of hirelc.py is passed on
 #   bash run_all.sh --seeds 42 43 44         # each experiment with each seed; mean and standard deviation in the report
 #   bash run_all.sh --paper                  # the ablations and baselines of experiment 4 too (variants.py)
+#   bash run_all.sh --jobs 2                 # two runs at once, each with its own log; 1 unless --smoke, whose runs take
+#                                            # one thread each: then as many as there are cores, at most 4
 #   bash run_all.sh --restart                # begin anew what was broken off, and what is finished
 #
 # What is finished is left as it is, and what was broken off goes on where it was.
@@ -13,22 +15,24 @@
 set -u
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-seeds="42" out="" smoke=0 paper=0 mode="--resume" flags=()
+seeds="42" out="" jobs="" smoke=0 paper=0 mode="--resume" flags=()
 while [ $# -gt 0 ]; do
   case "$1" in
-    --seeds|--seed|--out)
+    --seeds|--seed|--out|--jobs)
       [ $# -ge 2 ] || { echo "run_all: $1 needs a value" >&2; exit 2; }
+      if [ "$1" = --jobs ]; then jobs="$2"; shift 2; continue; fi
       if [ "$1" = --out ]; then out="$2"; shift 2; continue; fi
       seeds="${2//,/ }"
       shift 2
       while [[ "${1:-}" =~ ^[0-9][0-9,]*$ ]]; do seeds="$seeds ${1//,/ }"; shift; done ;;
     --seeds=*|--seed=*) seeds="${1#*=}"; seeds="${seeds//,/ }"; shift ;;
     --out=*) out="${1#*=}"; shift ;;
+    --jobs=*) jobs="${1#*=}"; shift ;;
     --exp|--exp=*|--list) echo "run_all: $1 belongs to hirelc.py; run_all.sh runs all seven" >&2; exit 2 ;;
     --resume|--restart) mode="$1"; shift ;;
     --paper) paper=1; shift ;;
     --smoke) smoke=1; flags+=("$1"); shift ;;
-    --help|-h) sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help|-h) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) flags+=("$1"); shift ;;
   esac
 done
@@ -45,22 +49,68 @@ elif ! usable "$python"; then
   python="$here/.venv/bin/python"
 fi
 
-failed=()
-trap 'echo "run_all: stopped" >&2; exit 130' INT
+if [ -z "$jobs" ]; then
+  jobs=1
+  [ "$smoke" = 0 ] || { jobs="$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)"; [ "$jobs" -le 4 ] || jobs=4; }
+fi
+[[ "$jobs" =~ ^[1-9][0-9]?$ ]] || { echo "run_all: --jobs $jobs: expected a number from 1 to 99" >&2; exit 2; }
+
+# start TITLE ARGUMENTS...: one at a time as it is, several at once in the background, their last lines when they end
+failed=() titles=() pids=() logs=()
+stop() {  # runs in the background save their state and end
+  trap '' INT TERM
+  [ ${#pids[@]} -eq 0 ] || { kill "${pids[@]}" 2>/dev/null; wait "${pids[@]}"; rm -f "${logs[@]}"; }
+  echo "run_all: stopped" >&2
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+ended() {  # title, exit code
+  [ "$2" -ne 130 ] && [ "$2" -ne 143 ] || stop "$2"
+  [ "$2" -eq 0 ] || failed+=("$1 (exit $2)")
+}
+collect() {  # the runs that have ended; waits until fewer than $1 are left
+  while [ ${#pids[@]} -ge "$1" ] && [ ${#pids[@]} -gt 0 ]; do
+    wait -n 2>/dev/null || sleep 0.2
+    for i in "${!pids[@]}"; do
+      kill -0 "${pids[$i]}" 2>/dev/null && continue
+      wait "${pids[$i]}"
+      local code=$? title="${titles[$i]}" log="${logs[$i]}"
+      unset "pids[$i]" "titles[$i]" "logs[$i]"
+      echo "$title: $(tail -n 1 "$log")"
+      rm -f "$log"
+      ended "$title" "$code"
+    done
+  done
+}
+start() {
+  local title="$1"
+  shift
+  if [ "$jobs" = 1 ]; then
+    "$python" "$@"
+    ended "$title" $?
+    return
+  fi
+  collect "$jobs"
+  local log
+  log="$(mktemp)"
+  set -m  # in a process group of its own: Ctrl-C reaches it once, through stop
+  "$python" "$@" >"$log" &  # what goes to stderr is seen at once
+  set +m
+  pids+=($!) titles+=("$title") logs+=("$log")
+}
+if [ "$paper" = 1 ] && [ "$jobs" -gt 1 ]; then  # the longest goes first
+  start "ablations and baselines of experiment 4" "$here/variants.py" --exp 4 --seeds $seeds --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
+fi
 for seed in $seeds; do
   for exp in 1 2 3 4 5 6 7; do
-    "$python" "$here/hirelc.py" --exp "$exp" --seed "$seed" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
-    code=$?
-    [ "$code" -ne 130 ] && [ "$code" -ne 143 ] || exit "$code"
-    [ "$code" -eq 0 ] || failed+=("exp $exp seed $seed (exit $code)")
+    start "exp $exp seed $seed" "$here/hirelc.py" --exp "$exp" --seed "$seed" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
   done
 done
-if [ "$paper" = 1 ]; then
-  "$python" "$here/variants.py" --exp 4 --seeds $seeds --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
-  code=$?
-  [ "$code" -ne 130 ] && [ "$code" -ne 143 ] || exit "$code"
-  [ "$code" -eq 0 ] || failed+=("some ablations or baselines of experiment 4 (named above)")
+if [ "$paper" = 1 ] && [ "$jobs" = 1 ]; then
+  start "ablations and baselines of experiment 4" "$here/variants.py" --exp 4 --seeds $seeds --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
 fi
+collect 1
 
 echo
 "$python" "$here/report.py" "$out" || failed+=("report")

@@ -43,10 +43,11 @@ def main(argv=None) -> int:
         return 2
     failed = []
     for seed in args.seeds:
+        trained: dict = {}  # the uncompressed network is trained once for all
         for name in args.only:
             command = ["--exp", str(args.exp), "--seed", str(seed), *flags, "--name", name, *VARIANTS[name].split()]
             try:
-                code = hirelc.main(command)
+                code = hirelc.main(command, trained)
             except Exception:  # a fault of the program in one run is no reason to leave out the others
                 traceback.print_exc()
                 code = 1

@@ -470,7 +470,8 @@ def run_all(stub, *args):
 
 @pytest.mark.skipif((ROOT / ".venv").exists(), reason="run_all.sh would use .venv here")
 def test_run_all_goes_on_past_a_failure_and_says_so_at_the_end(stub, tmp_path):
-    done, calls = run_all(stub, "--smoke", "--seeds", "1,2", "--out", str(tmp_path), "--set", "lla.timesteps=4")
+    done, calls = run_all(stub, "--smoke", "--seeds", "1,2", "--jobs", "1", "--out", str(tmp_path), "--set",
+                          "lla.timesteps=4")
     assert done.returncode == 1
     expected = [f"hirelc.py --exp {e} --seed {s} --out {tmp_path} --no-table --resume --smoke --set lla.timesteps=4"
                 for s in (1, 2) for e in range(1, 8)]
@@ -480,8 +481,9 @@ def test_run_all_goes_on_past_a_failure_and_says_so_at_the_end(stub, tmp_path):
 
 @pytest.mark.skipif((ROOT / ".venv").exists(), reason="run_all.sh would use .venv here")
 def test_run_all_refuses_a_flag_without_its_value(stub):
-    done, calls = run_all(stub, "--seeds")
-    assert done.returncode == 2 and calls == [] and done.stderr.count("\n") == 1
+    for flags in (["--seeds"], ["--jobs"], ["--jobs", "0"], ["--jobs=many"]):
+        done, calls = run_all(stub, *flags)
+        assert done.returncode == 2 and calls == [] and done.stderr.count("\n") == 1
 
 
 def test_the_program_runs_from_another_folder(tmp_path):
