@@ -145,8 +145,11 @@ def keep(args, network: str, method: str, seed: int, weights: Path, baselines: d
     kept |= {"baseline_hits": baselines[network], "test_images": len(splits.test)}
     Path(args.results).mkdir(exist_ok=True)
     path = Path(args.results) / f"grid-{network}-{method}-seed{seed}.json"
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(kept, indent=1) + "\n")
+    part, text = path.with_suffix(".part"), json.dumps(kept, indent=1) + "\n"
+    for folder, name in ((args.out, "runs-grid"), (args.data_dir, "DIR")):
+        if Path(folder).is_absolute():  # where somebody keeps such things is of no use to others
+            text = text.replace(folder.rstrip("/"), name)
+    part.write_text(text)
     part.replace(path)
 
 
