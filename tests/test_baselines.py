@@ -206,7 +206,7 @@ def test_plus_finds_the_optimum_within_its_budget(six):
         gains.append(six.gain(chosen))
         assert chosen.retained <= TARGET
         assert row["evaluations"] == BUDGET and len(six.asked) == BUDGET + 2 * 5  # the last five compare, uncounted
-    assert sum(gains) / 3 >= 0.95
+    assert min(gains) >= 0.95
 
 
 @pytest.mark.parametrize("method", ["hirelc", "no-hla"])
