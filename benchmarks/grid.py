@@ -49,6 +49,7 @@ CHANGED = "surrogate=off lla.timesteps=32 search.cycles="
 METHODS = {
     "hirelc": PAPER, "null": f"{PAPER} search=null",
     "enforced": f"{MATCHED}4", "plus": f"preset=plus {MATCHED}4",
+    "untrained": f"preset=plus {MATCHED}4 lla.lr_factor=0",  # what is left of plus when the policies stay as they begin
     **{name: f"{MATCHED}4 search={name}" for name in ("random", "uniform", "null-enforced")},
     **{name: f"{MATCHED}1 search={name}" for name in ("greedy", "evolution", "sequential")},
     **{f"{name}-1": f"{SEARCHED} {own}" for name, own in {
