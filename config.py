@@ -240,7 +240,7 @@ PRESETS = {
     "none": {},
     # The hierarchy with what makes it win under the same number of evaluations (README, "Baselines and plus").
     "plus": {"lla.choose": "visited", "lla.rounds": 4, "lla.refine": 2.0, "hla.tiers": "relative",
-             "enforce_target": True, "finetune.mode": "qat"},
+             "enforce_target": True, "finetune.mode": "qat", "surrogate.enabled": False},
 }
 
 
