@@ -32,7 +32,7 @@ from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkC
 from config import InputError
 from rl import LLA_PPO, PPO
 from search import LEVELS, derive_seed
-from target import enforce
+from target import allocations
 
 PARENTS, CHILDREN, TOURNAMENT = 32, 16, 3
 PATIENCE = 20  # generations of known candidates alone after which evolution has nothing left to find
@@ -249,29 +249,12 @@ def random_search(space: Space, rng) -> None:
 
 
 def greedy(space: Space, rng) -> str:
-    """Everything at its largest, then the steps down of least damage per weight saved, until the target is met.
-
-    The damage of kernel W of block i is s_i / P_i ||W - W^||^2 (:mod:`target`). Once with bits alone,
-    as there, where that can meet the target, and once with bits and keep; where types and granularities are free, each
-    kernel has those of the least error at the bits that the target means. The two choices' drops are all evaluations.
-    """
-    p, notes, configs = space.problem, [], []
-    middle = int(np.clip(round(32 * p.target), p.limits.bits_min, p.limits.bits_max))
-    holders = [holder for block in p.blocks for holder in block.kernels.values()]
-    kernels = []
-    for k, holder in enumerate(holders):
-        choices = [space.kernel(k, middle, 0, t, g) for t in range(space.options[0]) for g in range(space.options[1])]
-        errors = [(compress_kernel(holder.weight, c)[0] - holder.weight).detach().square().sum().item()
-                  for c in choices] if len(choices) > 1 else [0.0]
-        kernels.append(replace(choices[int(np.argmin(errors))], bits=int(space.bits[-1])))
-    start = space.grouped(kernels)
-    smallest = space.grouped([replace(kernel, bits=int(space.bits[0])) for kernel in kernels])
-    for limits in ([replace(p.limits, max_pruning=0.0)] if smallest.retained <= p.target else []) + [p.limits]:
-        enforced = enforce(p.blocks, start, p.sensitivity, limits, p.target * start.params)
-        notes.append(enforced.note)
-        configs.append(enforced.config)
-    space.scores(configs)
-    return notes[configs.index(space.best)]
+    """The least damage per weight saved, once with bits alone and once with bits and keep (``target.allocations``). The
+    two choices' drops are all evaluations."""
+    p = space.problem
+    found = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.target)
+    space.scores([enforced.config for enforced in found])
+    return next(enforced.note for enforced in found if enforced.config == space.best)
 
 
 def evolution(space: Space, rng) -> None:

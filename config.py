@@ -144,6 +144,9 @@ class LLA:
     choose: str = setting("vote", "a block's configuration: the vote (Eq. 16), or visited: of all candidates tried, "
                                   "those of the least sum of drops over the blocks that meets search.target",
                           choices=("vote", "visited"))
+    start: str = setting("drawn", "what the agents' first actions are with choose=visited: drawn, or greedy: allocations "
+                                  "of the least damage by sensitivity to sizes around search.target",
+                         choices=("drawn", "greedy"))
     rounds: int = setting(1, "into how many rounds a cycle's steps are divided with choose=visited; after each, every "
                              "block's budget is what the best network so far gives it", low=1)
     refine: float = setting(0.0, "how many numbers of an action change a good candidate of before, on average, the "
@@ -239,7 +242,7 @@ class Config:
 PRESETS = {
     "none": {},
     # The hierarchy with what makes it win under the same number of evaluations (README, "Baselines and plus").
-    "plus": {"lla.choose": "visited", "lla.rounds": 4, "lla.refine": 2.0, "hla.tiers": "relative",
+    "plus": {"lla.choose": "visited", "lla.start": "greedy", "lla.rounds": 4, "lla.refine": 2.0, "hla.tiers": "relative",
              "enforce_target": True, "finetune.mode": "qat", "surrogate.enabled": False},
 }
 
@@ -387,6 +390,8 @@ def _check_together(config):
     if config.lla.rounds > 1 and config.lla.choose != "visited":
         raise InputError(f"lla.rounds={config.lla.rounds} needs lla.choose=visited: a round's budgets come from the "
                          "candidates that were tried")
+    if config.lla.start != "drawn" and config.lla.choose != "visited":
+        raise InputError(f"lla.start={config.lla.start} needs lla.choose=visited: a vote takes nothing from what was tried")
     if any(sign in config.name for sign in "/\\") or config.name in (".", ".."):
         raise InputError(f"name={config.name}: becomes part of a folder's name and cannot hold a path")
 

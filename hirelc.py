@@ -13,6 +13,7 @@ prepares an experiment or a network of one's own and reads the command line::
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -51,7 +52,7 @@ from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAE
 from sensitivity import sensitivity
 from state import Progress, SaveError, Stopped, Store, random_states, set_random_states, understood
 from stats import mcnemar, paired_interval, wilson
-from target import enforce, give_back, max_give_back, parse_goal, retained_weights
+from target import allocations, enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import TooLarge, Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
 __all__ = ["EXPERIMENTS", "HiReLC", "compress_model", "fisher_sensitivity", "main", "run_experiment"]
@@ -70,6 +71,7 @@ SMOKE_MODEL = {  # model.width and model.patch_size per network
     "deit_tiny_patch16_224": (0.25, 16), "deit_small_patch16_224": (0.125, 16), "deit_base_patch16_224": (0.0834, 16),
     "vit_base_patch32_clip_224": (0.0834, 16),
     "resnet18": (0.125, 0), "resnet50": (0.125, 0), "mobilenetv2_100": (0.25, 0)}
+PROPOSED = (1.0, 0.7, 1.4)  # sizes of lla.start=greedy, in parts of search.target
 INDEX_ROOM = 256  # bytes by which the compressed index of a packed file may differ between configurations
 TRAINED_BY = ("exp", "smoke", "seed", "device", "precision", "tf32", "threads", "data", "model", "scratch", "baseline",
               "eval")  # settings, and groups of them, that the training of the uncompressed network depends on
@@ -318,6 +320,8 @@ class HiReLC:
         self.model.load_state_dict(self.theta0)
         if self.config.search.method in BASELINES:
             return self.search_baseline(cycle)
+        if not self.lla[0].proposals:
+            self.propose()
         before = self.estimator.evaluations
         done, mine = 0, [i for i, owner in enumerate(self.owners) if owner == self.ranks.rank]
         steps = rounds(self.config.lla)
@@ -364,6 +368,18 @@ class HiReLC:
                           f"retained {config.retained:.3f}, bits {config.average_bits:.2f}, "
                           f"keep {config.average_keep:.3f}")
         self.voted = chosen
+
+    def propose(self) -> None:
+        """With lla.start=greedy: what the agents of each block try first, its parts of the allocations of the least damage
+        to sizes around the target."""
+        c, found = self.config, []
+        with self._timed("search"):
+            for share in PROPOSED if c.lla.start == "greedy" else ():
+                with contextlib.suppress(InputError):  # smaller than anything is
+                    found += [enforced.config for enforced in allocations(
+                        self.blocks, self.shapes, self.sensitivity, c.compress, share * c.search.target)]
+        for lla, blocks in zip(self.lla, zip(*(config.blocks for config in found))):
+            lla.proposals = list(dict.fromkeys(blocks))
 
     def search_baseline(self, cycle: int) -> None:
         """The same step by a method of ``baselines``, with the evaluations that the agents would have made. Every rank

@@ -571,8 +571,9 @@ class Visited:
     STEP = 14  # of bits and keep, at most
     WINDOW = 1.3  # candidates to refine are within this factor of the budget, where there are any
 
-    def __init__(self):
+    def __init__(self, proposals=()):
         self.front: list[tuple[np.ndarray, float, float]] = []
+        self.proposals = list(proposals)  # actions [K, 4] that take the place of the agents' first ones
 
     def add(self, action, retained: float, drop: float) -> None:
         """Add a candidate; one that is beaten, or whose drop is not finite, is forgotten."""
@@ -588,8 +589,11 @@ class Visited:
     def refined(self, action, env) -> np.ndarray:
         """An action [K, 4] of ``env`` as a change of a candidate on the front near the budget, drawn uniformly: each of
         its numbers is changed with probability refine / count, one at least: bits and keep by up to STEP steps up or
-        down, type and granularity to the action's. The action itself while there is no candidate."""
-        if not self.front or self.front[0][2] >= WORST:
+        down, type and granularity to the action's. A proposal while there is one; the action itself while there is no
+        candidate, or with refine 0."""
+        if self.proposals:
+            return self.proposals.pop(0)
+        if not env.settings.refine or not self.front or self.front[0][2] >= WORST:
             return action
         target = env.budget.target
         near = [a for a, r, _ in self.front if target / self.WINDOW <= r <= target * self.WINDOW]
@@ -668,6 +672,15 @@ def action_numbers(min_bits: int, max_pruning: float, limits, shapes) -> np.ndar
     return numbers
 
 
+def encode_lla(config: BlockConfig, budget: LayerBudget, limits) -> np.ndarray:
+    """The action int64 [K, 4] that :func:`decode_lla` makes ``config`` of, or what is nearest to it in bits and keep."""
+    numbers = action_numbers(budget.min_bits, budget.max_pruning, limits, config.shapes)  # [K, 15, 15, 4]
+    bits, keep = 10 * numbers[:, :, 0, 1], numbers[:, 0, :, 2]  # [K, 15] each
+    return np.array([[np.abs(bits[k] - kernel.bits).argmin(), np.abs(keep[k] - kernel.keep).argmin(),
+                      QTYPES.index(kernel.qtype), GRANULARITIES.index(kernel.granularity)
+                      if kernel.granularity in GRANULARITIES else 0] for k, kernel in enumerate(config.kernels)])
+
+
 def projected(actions, numbers, params, target) -> np.ndarray:
     """Low-level actions moved into a budget, so that they say how a block shares its budget, not how large it is.
 
@@ -740,7 +753,7 @@ class _Group:
         actions = actions.reshape(*actions.shape[:2], -1, 4)  # [E, N, K, 4]
         if (actions < 0).any() or (actions >= self.sizes).any():
             raise ValueError(f"LLA actions outside {self.sizes.tolist()} per kernel: {actions.tolist()}")
-        if self.envs[0].settings.refine:
+        if self.envs[0].settings.refine or any(env.visited.proposals for env in self.envs):
             actions = np.stack([np.stack([env.visited.refined(action, env) for action in own])
                                 for env, own in zip(self.envs, actions)])
         if self.project:
@@ -866,6 +879,7 @@ class LLAEnsemble:
         self.agents = [_agent(name, f"block {index}, agent {n}", env, lla_nvec(len(shapes)),
                               derive_seed(config.seed, "lla", index, n), *lla_hyper(s))
                        for n, (name, env) in enumerate(zip(s.algorithms, self.envs))]
+        self.proposals: list[BlockConfig] = []  # what a search tries first
         self.rng = np.random.default_rng(derive_seed(config.seed, "null", index))
 
     def train(self, budget: LayerBudget, progress=None) -> list[dict]:
@@ -955,7 +969,8 @@ def train_together(ensembles, budgets, progress=None, timesteps=None, anew=True)
     ``anew``: whether what was visited before is forgotten.
     """
     for ensemble, budget in zip(ensembles, budgets):
-        shared = Visited()
+        proposals = [encode_lla(proposal, budget, ensemble.config.compress) for proposal in ensemble.proposals]
+        shared = Visited({action.tobytes(): action for action in proposals}.values())
         for n, (agent, env) in enumerate(zip(ensemble.agents, ensemble.envs)):
             env.budget = budget
             if anew:

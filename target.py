@@ -18,8 +18,8 @@ from itertools import product
 
 import torch
 
-from compress import (FULL_BITS, BlockConfig, KernelConfig, KernelShape, NetworkConfig, channels_kept,
-                      kernel_retained, quantize)
+from compress import (FULL_BITS, GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig,
+                      channels_kept, compress_kernel, kernel_retained, quantize)
 from config import InputError
 from search import LEVELS
 
@@ -83,6 +83,31 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float, c
     else:
         note = f"no choice of bits and channels lies within 1 % below it, this one takes {walk.total:,.6g}"
     return Enforced(walk.config(config), walk.moves, False, f"the target of {budget:,.6g} is not met: {note}")
+
+
+def allocations(blocks, shapes, sensitivity, limits, target: float) -> list[Enforced]:
+    """Everything at its largest, then the steps down of least damage per weight saved, until the retained fraction is at
+    most ``target``: with bits alone, as HAWQ-V2 allocates, where that can meet it, and with bits and keep.
+
+    shapes: per block the kernels' KernelShape. Where types and granularities are free, each kernel has those of the least
+    error at the bits that the target means. Raises InputError where the target is out of reach.
+    """
+    middle = min(max(round(FULL_BITS * target), limits.bits_min), limits.bits_max)
+    types = QTYPES if limits.qtype == "any" else (limits.qtype,)
+    granularities = GRANULARITIES if limits.granularity == "any" else (limits.granularity,)
+
+    def start(holder):
+        choices = [KernelConfig(middle, 1.0, t, g) for t in types for g in granularities]
+        weight = holder.weight.detach()
+        errors = [(compress_kernel(weight, c)[0] - weight).square().sum().item() for c in choices] \
+            if len(choices) > 1 else [0.0]
+        return replace(choices[errors.index(min(errors))], bits=limits.bits_max)
+
+    largest = NetworkConfig(tuple(BlockConfig(tuple(map(start, block.kernels.values())), tuple(own))
+                                  for block, own in zip(blocks, shapes, strict=True)))
+    alone = limits.bits_min / FULL_BITS <= target
+    return [enforce(blocks, largest, sensitivity, bounds, target * largest.params)
+            for bounds in ([replace(limits, max_pruning=0.0)] if alone else []) + [limits]]
 
 
 class _Kernel:

@@ -49,15 +49,16 @@ CHANGED = "surrogate=off lla.timesteps=32 search.cycles="
 METHODS = {
     "hirelc": PAPER, "null": f"{PAPER} search=null",
     "enforced": f"{MATCHED}4", "plus": f"preset=plus {MATCHED}4",
+    "drawn": f"preset=plus {MATCHED}4 lla.start=drawn",  # without the allocations by sensitivity to begin with
     "untrained": f"preset=plus {MATCHED}4 lla.lr_factor=0",  # what is left of plus when the policies stay as they begin
     **{name: f"{MATCHED}4 search={name}" for name in ("random", "uniform", "null-enforced")},
     **{name: f"{MATCHED}1 search={name}" for name in ("greedy", "evolution", "sequential")},
     **{f"{name}-1": f"{SEARCHED} {own}" for name, own in {
         "enforced": "", "visited": "lla.choose=visited", "tiers": "hla.tiers=relative", "mode": "vote=mode",
         "relative": "lla.reward=relative", "project": "lla.project=true",
-        "visited-rounds4": "lla.choose=visited lla.rounds=4", "visited-rounds8": "lla.choose=visited lla.rounds=8",
-        "visited-refine": "lla.choose=visited lla.refine=2", "visited-project": "lla.choose=visited lla.project=true",
-        "plus-rounds4": "preset=plus lla.rounds=4", "plus-rounds8": "preset=plus lla.rounds=8",
+        "visited-rounds": "lla.choose=visited lla.rounds=4", "visited-refine": "lla.choose=visited lla.refine=2",
+        "visited-start": "lla.choose=visited lla.start=greedy", "plus": "preset=plus",
+        "plus-drawn": "preset=plus lla.start=drawn", "plus-rounds8": "preset=plus lla.rounds=8",
         **{name: f"search={name}" for name in ("random", "uniform", "greedy", "evolution", "sequential")}}.items()},
     "proxy": f"{CHANGED}1", "no-hla": f"{CHANGED}1 search=no-hla", "a2c": f"{CHANGED}1 lla.algorithms=A2C,A2C,A2C",
     **{name: f"{CHANGED}1 sensitivity={name}" for name in ("none", "gradient", "snip", "grasp", "hessian")},

@@ -13,10 +13,11 @@ import baselines
 import data
 import hirelc
 from baselines import Problem, Space
-from compress import QTYPES, KernelConfig, channels_kept
+from compress import QTYPES, KernelConfig, channels_kept, kernel_shapes
 from config import BASELINES, LLA, Compress, Config, InputError, override
 from log import Log
 from problems import CURVATURE, LIMITS, TARGET, SixKernels
+from target import allocations
 from test_hirelc import small_network, small_run
 
 BUDGET = 2 * 3 * 64  # less than the 432 candidates that the blocks have
@@ -207,6 +208,22 @@ def test_plus_finds_the_optimum_within_its_budget(six):
         assert chosen.retained <= TARGET
         assert row["evaluations"] == BUDGET and len(six.asked) == BUDGET + 2 * 5  # the last five compare, uncounted
     assert min(gains) >= 0.95
+
+
+def test_with_a_greedy_start_the_first_candidates_are_the_allocations(six):
+    """Of both blocks, at the sizes asked for; with bits alone, and with bits and keep; inside the budget of evaluations."""
+    chosen, row = hierarchy(six, 0, 64, preset="plus")
+    proposed = [allocations(six.blocks, [kernel_shapes(block) for block in six.blocks], CURVATURE, LIMITS, share * TARGET)
+                for share in hirelc.PROPOSED]
+    assert [len(found) for found in proposed] == [2, 1, 2]  # 0.7 of the target is less than bits alone can reach
+    for index in range(2):
+        asked = [config for i, config in six.asked if i == index]
+        wanted = list(dict.fromkeys(found.config.blocks[index] for pair in proposed for found in pair))
+        assert asked[:len(wanted)] == wanted
+    assert row["evaluations"] == BUDGET
+    hierarchy(six, 0, 64, preset="plus", lla__start="drawn")
+    asked = [config for i, config in six.asked if i == 0]
+    assert asked[0] != proposed[0][0].config.blocks[0]
 
 
 @pytest.mark.parametrize("method", ["hirelc", "no-hla"])

@@ -361,3 +361,4 @@ def test_a_preset_is_its_settings_and_gives_way_to_later_ones():
 def test_rounds_need_the_candidates_that_were_tried():
     refused("lla.rounds=2", "lla.choose=visited")
     assert changed("lla.choose=visited", "lla.rounds=2").lla.rounds == 2
+    refused("lla.start=greedy", "lla.choose=visited")

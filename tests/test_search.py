@@ -1576,6 +1576,34 @@ def test_a_refined_action_changes_a_candidate_near_the_budget():
     assert 0.5 < np.mean(changes) < 2.0 and max(changes) >= 2
 
 
+def test_proposals_take_the_place_of_the_first_actions():
+    env = lla_env(Scripted([[1.0, 1.0]] * 9), budget(target=0.2))
+    proposals = [np.full((2, 4), n) for n in (0, 1)]
+    env.visited = search.Visited(proposals)
+    action = np.array([[14, 0, 1, 3], [7, 7, 0, 0]])
+    assert [env.visited.refined(action, env).tolist() for _ in range(3)] == [*map(np.ndarray.tolist, proposals),
+                                                                             action.tolist()]
+    env.visited.add(proposals[1], 0.2, 3.0)
+    assert (env.visited.refined(action, env) == action).all()  # lla.refine is 0
+
+
+def test_encoded_actions_say_what_they_came_from():
+    rng = np.random.default_rng(0)
+    shapes = (KernelShape(64, 640), KernelShape(30, 90))
+    for limits in (Compress(), Compress(qtype="any", granularity="any"), Compress(2, 8, granularity="log")):
+        for own in (budget(), LayerBudget(0.2, 0.3, 5, 1.0, "pruning")):
+            for _ in range(20):
+                action = rng.integers(search.lla_nvec(2))
+                said = search.BlockConfig(search.decode_lla(action, own, limits, shapes), shapes)
+                again = search.encode_lla(said, own, limits)
+                assert search.decode_lla(again.ravel(), own, limits, shapes) == said.kernels
+    # Out of the budget's bounds the nearest: 5 bits and a third pruned where 6 bits and a tenth is the most that may be.
+    wide = search.BlockConfig((KernelConfig(5, 2 / 3),) * 2, shapes)
+    near = search.decode_lla(search.encode_lla(wide, LayerBudget(0.2, 0.1, 6, 1.0, "auto"), Compress()).ravel(),
+                             LayerBudget(0.2, 0.1, 6, 1.0, "auto"), Compress(), shapes)
+    assert all(kernel.bits == 6 and kernel.keep == pytest.approx(0.9) for kernel in near)
+
+
 def options(*blocks):
     """Candidates (weights that stay, drop) of blocks of one kernel with 32 weights."""
     return [[(search.BlockConfig((KernelConfig(bits),), (KernelShape(4, 32),)), drop) for bits, drop in block]
