@@ -253,9 +253,8 @@ def tables(folder) -> str:
             hit = right(rows[:1], "baseline")[0]
             text += [f"baseline of {network}: {100 * hit.mean():.2f} % of {len(hit)}"]
             text += [table(cells, network, [m for m in METHODS if METHODS[m].startswith(PAPER)], "null"),
-                     table(cells, network, [m for m in METHODS if MATCHED in METHODS[m] and not m.endswith("-1")],
-                           "random"),
-                     table(cells, network, [m for m in METHODS if m.endswith("-1")], "enforced-1"),
+                     table(cells, network, [m for m in METHODS if MATCHED in METHODS[m] and not m.endswith("-1")], "plus"),
+                     table(cells, network, [m for m in METHODS if m.endswith("-1")], "plus-1"),
                      table(cells, network, [m for m in METHODS if CHANGED in METHODS[m]], "proxy"),
                      flattery(cells, network), moved(cells, network)]
     return "\n\n".join(part for part in text if part.count("\n") != 1)

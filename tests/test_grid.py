@@ -58,7 +58,7 @@ def test_tables_by_hand(tmp_path):
                                                 "37.50 ± 17.68", "37.50 ± 17.68"]
     # By image the differences are 0 0 1/2 1/2 1/2 1/2 0 0, of variance 1/14; the seeds' are equal.
     half = 100 * 1.959963984540054 * (1 / 14 / 8) ** 0.5
-    assert rows["plus"].endswith(f"| +25.00 [{25 - half:+.2f}, {25 + half:+.2f}]; +25.00, +25.00 |")
+    assert rows["random"].endswith(f"| -25.00 [{-25 - half:+.2f}, {-25 + half:+.2f}]; -25.00, -25.00 |")
     flattery = next(part for part in text.split("\n\n") if "on the others" in part)
     # On the two images that chose nothing is lost, on the six others 2/6 and 4/6 are right.
     assert "| plus | 44 45 | +0.00 [+0.00, +0.00] | +50.00 [" in flattery
