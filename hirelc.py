@@ -39,7 +39,7 @@ from checkpoints import read_checkpoint
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
 from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
-from files import read_json
+from files import read_json, shown
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
@@ -1167,7 +1167,13 @@ def evaluate_packed(config: Config, path: str, log: Log | None = None) -> dict:
     if network["num_classes"] != splits.num_classes:
         raise InputError(f"{path}: made for {network['num_classes']} classes, {config.data.name} has "
                          f"{splits.num_classes}; choose the experiment or --set data.name=… that it was made with")
-    if network["mean"] and (network["mean"], network["std"]) != (list(test.mean), list(test.std)):
+    for key in ("mean", "std"):
+        values = network[key]
+        if not (isinstance(values, list) and len(values) in (0, len(test.mean)) and all(
+                isinstance(v, (int, float)) and math.isfinite(v) and (key == "mean" or v > 0) for v in values)):
+            raise InputError(f"{path}: its {key} is {shown(values)}, expected a number per channel; pack the network "
+                             "again")
+    if network["mean"] and network["std"] and (network["mean"], network["std"]) != (list(test.mean), list(test.std)):
         test = dataclasses.replace(test, mean=tuple(network["mean"]), std=tuple(network["std"]))
         log.note(f"images are normalised as the file says: mean {network['mean']}, std {network['std']}")
     hits = correct(model.to(device), test, config.eval.batch_size, 0, log.progress)

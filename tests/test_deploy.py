@@ -1,5 +1,6 @@
 """What a run deploys: training on the grid, the packed file, sizes that are enforced, goals and giving back."""
 
+import dataclasses
 import json
 
 import pytest
@@ -194,6 +195,18 @@ def test_a_packed_file_that_does_not_fit_is_one_line(run_folder, capsys, change,
     assert hirelc.main(args) == 2
     captured = capsys.readouterr().err.strip()
     assert message in captured and "\n" not in captured
+
+
+@pytest.mark.parametrize("key, values", [("mean", "abc"), ("mean", [0.1, 0.2]), ("std", [1.0, 0.0, 1.0]),
+                                         ("std", [1.0, float("nan"), 1.0]), ("mean", [0.1, None, 0.3]), ("std", 7)])
+def test_a_packed_file_with_impossible_statistics_is_one_line(run_folder, capsys, monkeypatch, key, values):
+    read = pack.read
+    monkeypatch.setattr(hirelc.pack, "read", lambda path: (
+        lambda packed: dataclasses.replace(packed, network={**packed.network, key: values}))(read(path)))
+    assert hirelc.main(["--exp", "4", "--smoke", "--device", "cpu", "--load", str(run_folder / "packed.pt"), "--set",
+                        *(item for item in QUICK if item.startswith("data."))]) == 2
+    captured = capsys.readouterr().err.strip()
+    assert f"its {key} is" in captured and "\n" not in captured
 
 
 def test_a_bad_goal_is_refused_before_the_data_is_read(tmp_path, capsys):

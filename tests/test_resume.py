@@ -138,12 +138,13 @@ def every_write(arguments, out, stride):
 
 
 def program(folder, long, *parts):
+    """``parts``: what of small, smoke and writes; smoke:25 begins at the run of that number."""
     torch.set_num_threads(1)
-    rng = random.Random(0)
+    begin = {name: int(first or 0) for name, _, first in (part.partition(":") for part in parts)}
     for name, arguments, runs in (("small", small(folder, "carry=rest", "finetune.mode=qat"), 20 if long else 2),
                                   *([("smoke", ["--exp", "4", "--smoke", "--device", "cpu", "--no-table"], 50)]
                                     if long else [])):
-        if name not in (parts or (name,)):
+        if name not in (begin or (name,)):
             continue
         for again in ("cold", "warm"):  # the first one also loads what later ones find loaded
             start = time.monotonic()
@@ -154,12 +155,12 @@ def program(folder, long, *parts):
         wanted = outcome(path)
         assert set(wanted["files"]) == FILES
         kills = []
-        for n in range(runs):
+        for n in range(begin.get(name, 0), runs):
             print(f"{name} {n}", file=sys.stderr, flush=True)
-            kills.append(random_moments(arguments, f"{folder}/{name}-{n}", seconds, rng))
+            kills.append(random_moments(arguments, f"{folder}/{name}-{n}", seconds, random.Random(f"{name} {n}")))
             assert outcome(Path(f"{folder}/{name}-{n}") / path.name) == wanted, f"{name}, run {n}"
         print(json.dumps({"run": name, "seconds": round(seconds, 1), "killed at random": kills}), flush=True)
-    if "writes" not in (parts or ("writes",)):
+    if "writes" not in (begin or ("writes",)):
         return
     arguments = small(folder)
     assert attempt(arguments, f"{folder}/plain", often=False) == 0
