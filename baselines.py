@@ -22,12 +22,12 @@ each of the network's K kernels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, channels_kept, compress_kernel,
+from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, channels_kept,
                       kernel_retained, kernel_shapes)
 from config import InputError
 from rl import LLA_PPO, PPO

@@ -1273,7 +1273,7 @@ def list_experiments() -> str:
 
 def main(argv=None, trained: dict | None = None) -> int:
     """Runs the command line; returns the exit code: 0, 1 for a run that failed, 2 for bad input, 3 for a missed goal,
-    130 for Ctrl-C."""
+    130 for Ctrl-C. ``trained``: as :class:`HiReLC`."""
     survive_ascii()
     keep_freed_memory()
     try:
