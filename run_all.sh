@@ -4,7 +4,8 @@
 #   bash run_all.sh --smoke                  # minutes, offline: synthetic images, narrow networks
 #   bash run_all.sh --data-dir DIR           # the experiments themselves; every flag of hirelc.py is passed on
 #   bash run_all.sh --seeds 42 43 44         # each experiment with each seed; mean and standard deviation in the report
-#   bash run_all.sh --paper                  # the ablations and baselines of experiment 4 too (variants.py)
+#   bash run_all.sh --paper                  # the ablations and baselines of experiment 4 too (variants.py), and of
+#                                            # experiment 1 the ablations that the paper has
 #   bash run_all.sh --jobs 2                 # two runs at once, each with its own log; 1 unless --smoke, whose runs take
 #                                            # one thread each: then as many as there are cores, at most 4
 #   bash run_all.sh --restart                # begin anew what was broken off, and what is finished
@@ -32,7 +33,7 @@ while [ $# -gt 0 ]; do
     --resume|--restart) mode="$1"; shift ;;
     --paper) paper=1; shift ;;
     --smoke) smoke=1; flags+=("$1"); shift ;;
-    --help|-h) sed -n '2,15s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --help|-h) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) flags+=("$1"); shift ;;
   esac
 done
@@ -99,17 +100,23 @@ start() {
   set +m
   pids+=($!) titles+=("$title") logs+=("$log")
 }
-if [ "$paper" = 1 ] && [ "$jobs" -gt 1 ]; then  # the longest goes first
-  start "ablations and baselines of experiment 4" "$here/variants.py" --exp 4 --seeds $seeds --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
-fi
+variants() {  # title, experiment, which of variants.py
+  local title="$1" exp="$2"
+  shift 2
+  start "$title" "$here/variants.py" --exp "$exp" --seeds $seeds "$@" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
+}
+ablations() {
+  [ "$paper" = 1 ] || return 0
+  variants "ablations and baselines of experiment 4" 4
+  variants "the paper's ablations of experiment 1" 1 --only no-hla a2c no-sens null
+}
+[ "$jobs" -eq 1 ] || ablations  # the longest goes first
 for seed in $seeds; do
   for exp in 1 2 3 4 5 6 7; do
     start "exp $exp seed $seed" "$here/hirelc.py" --exp "$exp" --seed "$seed" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
   done
 done
-if [ "$paper" = 1 ] && [ "$jobs" = 1 ]; then
-  start "ablations and baselines of experiment 4" "$here/variants.py" --exp 4 --seeds $seeds --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
-fi
+[ "$jobs" -gt 1 ] || ablations
 collect 1
 
 echo

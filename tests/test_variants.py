@@ -109,8 +109,9 @@ def test_run_all_takes_seeds_either_way_and_ends_with_the_report(stub, tmp_path,
     done, calls = run_all(stub, *seeds, "--paper", "--out", str(tmp_path), "--smoke", "--jobs", "1")
     assert [c.split()[1:5] for c in calls[:14]] == [
         ["--exp", str(exp), "--seed", seed] for seed in "12" for exp in range(1, 8)]
-    assert calls[14:] == [f"variants.py --exp 4 --seeds 1 2 --out {tmp_path} --no-table --resume --smoke",
-                          f"report.py {tmp_path}"]
+    flags = f"--out {tmp_path} --no-table --resume --smoke"
+    assert calls[14:] == [f"variants.py --exp 4 --seeds 1 2 {flags}",
+                          f"variants.py --exp 1 --seeds 1 2 --only no-hla a2c no-sens null {flags}", f"report.py {tmp_path}"]
     assert done.stderr.count("\n") == 2  # experiment 3, which the stand-in lets fail
 
 
@@ -129,8 +130,8 @@ def test_run_all_with_several_jobs_runs_the_same(stub, tmp_path):  # noqa: F811
     several, others = run_all(stub, *flags, "--jobs", "3")
     assert sorted(others) == sorted(calls) and others[-1] == calls[-1] and several.returncode == one.returncode == 1
     assert sorted(several.stderr.splitlines()) == sorted(one.stderr.splitlines())
-    assert sorted(several.stdout.splitlines()[:15]) == sorted(
-        ["ablations and baselines of experiment 4: last"] + [f"exp {e} seed {s}: {'' if e == 3 else 'last'}"
+    assert sorted(several.stdout.splitlines()[:16]) == sorted(
+        ["ablations and baselines of experiment 4: last", "the paper's ablations of experiment 1: last"] + [f"exp {e} seed {s}: {'' if e == 3 else 'last'}"
                                                              for s in "12" for e in range(1, 8)])
 
 
