@@ -472,7 +472,7 @@ def mask_factors(blocks, masks: dict[str, Tensor]) -> tuple[list[Tensor], list[T
 
 @torch.no_grad()
 def apply_factors(weights: list[Tensor], factors: list[Tensor]) -> None:
-    """Zero the pruned rows again, in place, in one call for all kernels; run after every optimiser step (§3.5.1)."""
+    """Zero the pruned rows, of weights or of their gradients, in place, in one call for all kernels (§3.5.1)."""
     torch._foreach_mul_(weights, factors)
 
 

@@ -39,11 +39,11 @@ from checkpoints import read_checkpoint
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
 from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
-from files import read_json, shown
+from files import read_json, replace_file, shown
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
-from qat import GridTraining
+from qat import GridTraining, coded, decoded
 from report import results_table, survive_ascii, write_json
 from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
                   stop_at_once, stoppable)
@@ -138,7 +138,7 @@ class HiReLC:
         self.cycle_budgets: list[dict] = []
         self.best: Cycle | None = None
         self.baseline_acc, self.sensitivity, self.budgets, self.voted = 0.0, [], (), None
-        self.skipped_steps, self.resumed = 0, None
+        self.skipped_steps, self.resumed, self.grids = 0, None, None
         self.stored_theta0 = self.stored_carried = self.stored_best = None  # what the state on the disk holds
         self.started, self.elapsed = time.monotonic(), 0.0  # of this process; seconds of those before it
         self.goal = parse_goal(config.goal)
@@ -442,7 +442,7 @@ class HiReLC:
             self.skipped_steps += trainer.skipped
             self.carried = self._state()
         with self._timed("deploy"):
-            self.packed = self.deploy(chosen, masks, trainer.best_grids)
+            self.packed, self.grids = self.deploy(chosen, masks, trainer.best_grids), trainer.best_grids
             deployed = accuracy(self._correct("deployed"))
             self.model.load_state_dict(self.carried)
         active = self.surrogate.active
@@ -491,8 +491,11 @@ class HiReLC:
     def keep_best(self, row: Cycle, chosen: NetworkConfig, masks, budgets) -> None:
         """Step 9: the cycle of the highest accuracy wins, the first of equals. Under a goal: see :meth:`merit`."""
         if self.best is None or self.merit(row) > self.merit(self.best):
-            self.best, self.best_config, self.best_masks, self.best_budgets = row, chosen, masks, budgets
-            self.best_state, self.best_packed = self.carried, self.packed
+            self._keep(row, chosen, masks, budgets)
+
+    def _keep(self, row: Cycle, chosen: NetworkConfig, masks, budgets) -> None:
+        self.best, self.best_config, self.best_masks, self.best_budgets = row, chosen, masks, budgets
+        self.best_state, self.best_grids, self.best_packed = self.carried, self.grids, self.packed
 
     def merit(self, row: Cycle) -> tuple:
         """What the best cycle has most of. Under a goal: the packed file's drop holds; then, unless a size was asked
@@ -523,8 +526,7 @@ class HiReLC:
                       f"back{', some as FP32' if count > len(self.blocks) else ''}")
         masks = self.apply(chosen)
         row = self.finetune_and_measure(len(self.cycles), chosen, masks, budgets, chosen)
-        self.best, self.best_config, self.best_masks, self.best_budgets = row, chosen, masks, budgets
-        self.best_state, self.best_packed = self.carried, self.packed
+        self._keep(row, chosen, masks, budgets)
 
     def report(self) -> dict:
         """Whole-split accuracies of theta_0 and the best network, and everything for result.json."""
@@ -637,7 +639,7 @@ class HiReLC:
         if self.cycles and self.config.carry != "none" and self.stored_carried is not self.carried:
             parts["carried"] = self.stored_carried = self.carried
         if self.best is not None and self.stored_best is not self.best:
-            parts["best.pt"] = lambda file: torch.save(self.best_network(), file)
+            parts["best"] = coded(self.best_state, self.blocks, self.best_masks, self.best_grids)
             parts["packed.pt"] = lambda file: file.write(self.best_packed)
         self.stored_theta0, self.stored_best = (self.theta0 if self.cycles else None), self.best
         return parts, drop
@@ -690,7 +692,7 @@ class HiReLC:
             self.best = self.stored_best = self.cycles[best["cycle"]]
             self.best_config, self.best_masks = from_policy(best["policy"], self.blocks), best["masks"]
             self.best_budgets = tuple(LayerBudget(**budget) for budget in best["budgets"])
-            self.best_state = self._like(read_checkpoint(str(parts["best.pt"])))
+            self.best_state = self._like(decoded(parts["best"]))
             self.best_packed = Path(parts["packed.pt"]).read_bytes()
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
         self.log.notes, self.skipped_steps = list(state["notes"]), state["skipped_steps"]
@@ -1113,6 +1115,7 @@ def _run_experiment(config, log, resume, restart, owner, trained):
     if not ranks.first:
         return result
     result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
+    replace_file(path / "best.pt", lambda file: torch.save(run.best_network(), file))
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
     store.remove()

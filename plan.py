@@ -70,8 +70,8 @@ def plan(config: Config, device: torch.device, check=lambda *_: None) -> str:
 
     size, kernels = model_bytes(model), sum(shape.params for block in shapes for shape in block)
     packed = size - 4 * kernels + kernels * config.compress.bits_max // 8
-    state = 3 * size + _agent_bytes(config, shapes)
-    disk.add("run directory", path, 2 * size + kernels // 8 + packed + state + RESERVE)
+    training = 4 * size  # the network, both moments, the best epoch's; new ones are written beside the old
+    disk.add("run directory", path, 2 * size + kernels // 8 + packed + 2 * training + _agent_bytes(config, shapes) + RESERVE)
     lines += disk.lines()
 
     rows, memory = _probe(config, model, survey.blocks, shapes, train, test, counts, bool(policy), device)

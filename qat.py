@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import FULL_BITS, Grid, NetworkConfig, decode, encode, find_grid, set_rows
+from state import MAX_ZEROS
 
 
 class _OnGrid(torch.autograd.Function):
@@ -104,3 +105,38 @@ class GridTraining:
                 for weight, _, _ in self.kernels.values():
                     weight.copy_(self.kept[id(weight)])
             self.kept = {}
+
+
+def coded(state: dict, blocks, masks: dict[str, Tensor], grids: dict[str, Grid | None] | None) -> dict:
+    """A network's state dict with the kernels that are on ``grids`` as codes of one or two bytes, for the disk; as it is
+    where there are none. :func:`decoded` gives every bit of it back."""
+    found = dict(state)
+    for block in blocks if grids else ():
+        for name, key in block.weight_names.items():
+            grid, weight, kept = grids[name], state[key], masks[name]
+            if grid is None or weight.dtype != torch.float32 or len(kept) > MAX_ZEROS * int(kept.sum()):
+                continue
+            codes = encode(weight[kept], grid)
+            entry = {"codes": codes.to(_smallest(*grid.code_range)), "grid": vars(grid), "kept": kept}
+            if torch.equal(_weight(entry).view(torch.int32), weight.contiguous().view(torch.int32)):
+                found |= {same: entry for same in block.tensors.get(name, (key,))}
+    return found
+
+
+def decoded(state: dict) -> dict:
+    """The state dict that :func:`coded` was given. Raises ValueError for what it never gives."""
+    return {name: _weight(value) if isinstance(value, dict) else value for name, value in state.items()}
+
+
+def _weight(entry) -> Tensor:
+    rows, kept = decode(entry["codes"].float(), Grid(**entry["grid"])), entry["kept"]
+    if kept.dtype != torch.bool or kept.dim() != 1 or len(kept) > MAX_ZEROS * len(rows):
+        raise ValueError("rows that cannot be")
+    weight = rows.new_zeros(len(kept), *rows.shape[1:])
+    weight[kept] = rows
+    return weight
+
+
+def _smallest(low: int, high: int) -> torch.dtype:
+    return next(dtype for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32)
+                if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max)

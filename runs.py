@@ -113,15 +113,15 @@ def provenance(device) -> dict:
 
 
 def save(run, path: Path) -> None:
-    """After every phase: cycles.csv, updates.csv, and theta_0, the best network and its packed file, which are the files
-    of the state under the names that users look for. Raises state.SaveError."""
+    """After every phase: cycles.csv, updates.csv, and theta_0 and the best cycle's packed file, which are the files of
+    the state under the names that users look for. Raises state.SaveError."""
     store = run.progress.store
     try:
         if run.cycles:
             write_text(path / "cycles.csv", _csv([dataclasses.asdict(row) for row in run.cycles]))
         if run.updates:
             write_text(path / "updates.csv", _csv(run.updates))
-        for part, name in (("theta0.pt", "baseline.pt"), ("best.pt", "best.pt"), ("packed.pt", "packed.pt")):
+        for part, name in (("theta0.pt", "baseline.pt"), ("packed.pt", "packed.pt")):
             if part in store.parts and not _same(store.path(part), path / name):
                 publish(store.path(part), path / name)
     except OSError as error:

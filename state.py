@@ -7,7 +7,8 @@ was not saved when a process was killed is at most about ``INTERVAL`` seconds of
 
 On the disk a state is a folder: a file per part, and ``manifest.json``, which names the current ones with their sizes
 and checksums. Files never change; a new manifest is renamed over the old one, so that there is one whole state at every
-moment. Parts hold plain values and tensors (:func:`encode`); reading them executes nothing.
+moment. Parts hold plain values and tensors (:func:`encode`), without the rows that are pruned; reading them executes
+nothing.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ from config import InputError
 from files import replace_file, shown
 from parallel import Ranks
 
-FORMAT = 1
+FORMAT = 2
 INTERVAL = 20.0  # seconds between two saves within a phase
 SHARE = 0.02  # of a run's time that saving within phases may take
 MAGIC = b"HiReLC state\n"
 MAX_HEADER, MAX_MANIFEST = 32 << 20, 1 << 20
+MAX_ZEROS = 16  # rows of a tensor for each that is in the file
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool)}
@@ -74,6 +76,10 @@ def _plain(value, blobs):
         return value
     if isinstance(value, torch.Tensor):
         tensor = value.detach().cpu().contiguous()
+        used = _used_rows(tensor)
+        if used is not None:
+            blobs += [np.packbits(used.numpy()).tobytes(), tensor[used].reshape(-1).view(torch.uint8).numpy()]
+            return {"rows": [list(tensor.shape), int(used.sum())]}
         blobs.append(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
         return {"tensor": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]}
     if isinstance(value, (bytes, bytearray)):
@@ -86,6 +92,15 @@ def _plain(value, blobs):
     if isinstance(value, np.generic):
         return _plain(value.item(), blobs)
     raise TypeError(f"a state cannot hold {type(value).__name__}")
+
+
+def _used_rows(tensor):
+    """Which rows of a float32 matrix or kernel are not all +0, bool [n]; None where leaving out the others is no gain, or
+    leaves so little that whoever reads it would have to believe in the rest."""
+    if tensor.dtype != torch.float32 or tensor.dim() < 2 or not tensor.numel():
+        return None
+    used = tensor.view(torch.int32).flatten(1).ne(0).any(1)
+    return used if len(used) <= MAX_ZEROS * int(used.sum()) < MAX_ZEROS * len(used) else None
 
 
 def decode(path):
@@ -117,6 +132,17 @@ def decode(path):
                 return {value(key): value(item) for key, item in what}
             if kind == "bytes":
                 return bytes(take(what))
+            if kind == "rows":
+                shape, count = what
+                if not all(type(n) is int and n > 0 for n in (*shape, count)) or not count <= shape[0] <= MAX_ZEROS * count:
+                    raise ValueError("rows that cannot be")
+                used = np.unpackbits(np.frombuffer(take(-(-shape[0] // 8)), np.uint8))[:shape[0]].astype(bool)
+                if used.sum() != count:
+                    raise ValueError("another number of rows")
+                kept = torch.frombuffer(take(4 * count * math.prod(shape[1:])), dtype=torch.float32)
+                found = torch.zeros(shape)
+                found[torch.from_numpy(used)] = kept.reshape(count, *shape[1:])
+                return found
             dtype, shape = what
             if kind != "tensor" or not all(type(n) is int and n >= 0 for n in shape):
                 raise ValueError(f"unknown entry {kind}")
@@ -389,7 +415,7 @@ class Progress:
             best = state.pop("best_state")
             parts["trainer"] = {"name": name, "trainer": state}
             if best is not self.stored_best:  # it changes with epochs, not with steps
-                parts["trainer.best"] = self.stored_best = best
+                parts["trainer.best"], self.stored_best = trainer.coded(best), best
         self._write(parts)
 
     def commit(self, phase: str, parts: dict, drop=()) -> None:

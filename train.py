@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from compress import Grid, apply_factors, eval_mode, mask_factors
 from parallel import Ranks
+from qat import coded, decoded
 from state import Progress, random_states, set_random_states
 
 
@@ -112,8 +113,9 @@ class _Logits(nn.Module):
 class Trainer:
     """AdamW with a cosine schedule, early stopping, masks, and the best epoch kept (§3.5, §3.7 step 7).
 
-    Per epoch, in train mode: every batch takes a step, after which the pruned rows are zeroed again; then the
-    accuracy on the first ``eval_images`` test images is measured. Training ends after ``epochs`` epochs, or when
+    Per epoch, in train mode: every batch takes a step, in which the gradients of pruned rows are 0, so that these stay
+    0 as if they were zeroed again after it, and AdamW's moments of them as well; then the accuracy on the first
+    ``eval_images`` test images is measured. Training ends after ``epochs`` epochs, or when
     ``patience`` epochs in a row brought no better accuracy (0 = never early). The state before the first epoch is
     not a candidate. With ``warmup_epochs`` = 0 the learning rate is constant within an epoch, as in
     lr * (1 + cos(pi * epoch / epochs)) / 2; with a warm-up it rises linearly and then follows the cosine step by
@@ -131,6 +133,8 @@ class Trainer:
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
         self.generator, self.half = generator, half
         self.factors = None if masks is None else mask_factors(blocks, masks)
+        if masks is not None:
+            apply_factors(*self.factors)
         self.on_grid, self.best_grids, self.ranks = on_grid, None, ranks
         self.parallel = ranks.wrap(_Logits(model, on_grid), unused_parameters)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -243,10 +247,12 @@ class Trainer:
                 buffer.copy_(before)
             self.at["skipped"] += 1
             return None
+        if self.factors is not None:
+            moved = [(weight.grad, factor) for weight, factor in zip(*self.factors) if weight.grad is not None]
+            if moved:
+                apply_factors(*map(list, zip(*moved)))
         if gradients:
             self.optimizer.step()
-        if self.factors is not None:
-            apply_factors(*self.factors)
         return loss.detach() * (whole / self.ranks.size)
 
     def run(self, progress=None, what="training", log=None) -> Epoch:
@@ -274,6 +280,11 @@ class Trainer:
                     {name: None if grid is None else vars(grid) for name, grid in self.best_grids.items()},
                 "scales": dict(self.on_grid.log_scales) if self.on_grid is not None else {}}
 
+    def coded(self, best_state: dict) -> dict:
+        """The best epoch's network for the disk, as :meth:`load_state_dict` takes it in place of itself."""
+        return best_state if self.on_grid is None else coded(best_state, self.on_grid.blocks, self.on_grid.masks,
+                                                             self.best_grids)
+
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Restores what :meth:`state_dict` returned, on a Trainer made with the same arguments."""
@@ -286,7 +297,7 @@ class Trainer:
                 if value.shape == parameter.shape:  # in the parameter's memory format, which the fused step expects
                     values[key] = torch.empty_like(parameter).copy_(value)
         self.generator.set_state(state["generator"])
-        self.best_state, self.at, self.skipped = state["best_state"], state["at"], state["skipped"]
+        self.best_state, self.at, self.skipped = decoded(state["best_state"]), state["at"], state["skipped"]
         self.history = [Epoch(**e) for e in state["history"]]
         self.best_grids = None if state["grids"] is None else {
             name: None if grid is None else Grid(**grid) for name, grid in state["grids"].items()}

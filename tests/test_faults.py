@@ -232,7 +232,7 @@ def test_a_state_of_other_settings_or_another_version_is_refused(tmp_path):
         Store(tmp_path / "state", {"seed": 2, "torch": "2.1", "lr": 0.1}).read()
     assert "lr" not in str(error.value)
     manifest = tmp_path / "state" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
+    manifest.write_text(manifest.read_text().replace(f'"format": {state.FORMAT}', '"format": 99'))
     with pytest.raises(InputError, match="format 99"):
         Store(tmp_path / "state", {"seed": 1, "torch": "2.0", "lr": 0.1}).read()
 

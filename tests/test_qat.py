@@ -9,7 +9,7 @@ from torch.func import functional_call
 import models
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, decode, encode, find_grid,
                       kernel_shapes, quantize, snap_to_grid)
-from qat import GridTraining
+from qat import GridTraining, coded, decoded
 from train import Trainer, accuracy, correct, estimate_batchnorm
 
 KINDS = [(qtype, granularity) for qtype in ("INT", "FLOAT")
@@ -40,6 +40,38 @@ def test_the_forward_uses_the_grid_values_of_the_kept_rows(bits, qtype, granular
     expected = torch.zeros(5, 6)
     expected[masks["0"]] = quantize(model[0].weight.detach()[masks["0"]], bits, qtype, granularity)
     torch.testing.assert_close(used["0.weight"], expected, rtol=1e-6 if learned else 0, atol=1e-7 if learned else 0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8, 32])
+@pytest.mark.parametrize("qtype, granularity", KINDS)
+def test_grid_values_are_coded_without_loss(bits, qtype, granularity):
+    model, blocks, config = setup(KernelConfig(bits, 0.6, qtype, granularity))
+    masks = compress_network(blocks, config)
+    grids = snap_to_grid(blocks, config, masks)
+    state = model.state_dict()
+    small = coded(state, blocks, masks, grids)
+    back = decoded(small)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key].view(torch.int32), value.view(torch.int32)) for key, value in state.items())
+    assert small["2.weight"] is state["2.weight"]  # the classifier is not compressed
+    if bits == 32:
+        assert small["0.weight"] is state["0.weight"]
+    else:
+        assert small["0.weight"]["codes"].nbytes == 18 * (2 if bits == 8 and granularity == "log-script" else 1)
+    with torch.no_grad():
+        model[0].weight[masks["0"].nonzero()[0], 0] += 1e-6
+    moved = coded(model.state_dict(), blocks, masks, grids)["0.weight"]
+    assert moved is not state["0.weight"] and torch.equal(moved, model[0].weight)  # off its grid it stays as it is
+    assert coded(state, blocks, masks, None) == state
+
+
+@pytest.mark.parametrize("kept", [torch.ones(4, dtype=torch.bool), torch.ones(3), torch.ones(3, 1, dtype=torch.bool),
+                                  torch.arange(49) < 3, [True] * 3])
+def test_codes_that_do_not_fit_are_refused(kept):
+    entry = {"codes": torch.ones(3, 2, dtype=torch.int8), "kept": kept,
+             "grid": {"bits": 4, "qtype": "INT", "granularity": "uniform", "scale": torch.tensor(0.5)}}
+    with pytest.raises((ValueError, RuntimeError, AttributeError, IndexError)):
+        decoded({"a.weight": entry})
 
 
 def test_the_gradient_goes_straight_through_to_kept_rows_only():

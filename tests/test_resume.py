@@ -180,5 +180,73 @@ def test_killed_runs_end_as_undisturbed_ones(tmp_path):
     assert found[-1]["killed at writes, flushes and renames"] >= (300 if LONG else 20)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# What a state takes on the disk
+
+
+def stored(value, path):
+    """What comes back of a value, and the bytes that it took."""
+    import state
+    with open(path, "wb") as file:
+        state.encode(value, file)
+    return state.decode(path), path.stat().st_size
+
+
+def same_bits(one, other):
+    return one.shape == other.shape and torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+def test_pruned_rows_take_no_room_and_come_back(tmp_path):
+    weight = torch.randn(40, 30, 2, 2)
+    weight[5:30] = 0.0
+    weight[3, 1] = weight[31] = -0.0
+    weight[32] = torch.nan
+    found, size = stored({"w": weight, "all": torch.zeros(40, 30), "one": torch.ones(40)}, tmp_path / "part")
+    assert same_bits(found["w"], weight) and same_bits(found["all"], torch.zeros(40, 30)) and found["one"].all()
+    assert size < weight[:15].nbytes + 40 * 31 * 4 + 500
+    turned = weight.to(memory_format=torch.channels_last)
+    assert same_bits(stored(turned, tmp_path / "part")[0], weight)
+    few = torch.zeros(1000, 3)
+    few[7] = 1.0
+    assert same_bits(stored(few, tmp_path / "part")[0], few)
+
+
+@pytest.mark.parametrize("shape, count, bitmap", [
+    ([8, 2 ** 40], 4, b"\xf0"), ([8, 3], 3, b"\xf0"), ([8, 3], 0, b"\0"), ([8, -3], 4, b"\xf0"), ([2 ** 50, 1], 4, b"\xf0"),
+    ([4, 3], 8, b"\xf0"), ([], 4, b"\xf0"), ("ab", 4, b"\xf0"), ([8, 4], 4, b"\xf0")])
+def test_rows_that_cannot_be_are_refused(tmp_path, shape, count, bitmap):
+    import state
+    header = json.dumps({"rows": [shape, count]}).encode()
+    (tmp_path / "part").write_bytes(state.MAGIC + len(header).to_bytes(8, "little") + header + bitmap + bytes(48))
+    with pytest.raises((ValueError, TypeError, IndexError)):
+        state.decode(tmp_path / "part")
+
+
+@pytest.mark.parametrize("mode", ["paper", "qat"])
+def test_a_state_holds_no_more_networks_than_it_says(tmp_path, monkeypatch, mode):
+    import hirelc
+    import state
+    arguments = small(tmp_path, "finetune.epochs=3", f"finetune.mode={mode}", "compress.scope=all", "surrogate=off",
+                      "search.cycles=3", *(["search=greedy", "search.target=0.15"] if mode == "qat" else []))
+    (tmp_path / "net.py").write_text(NETWORK.replace("12", "8").replace("8", "64"))
+    monkeypatch.setattr(state, "INTERVAL", 0.0)
+    monkeypatch.setattr(state, "SHARE", 1e9)
+    write, taken = state.Store.write, []
+
+    def watched(store, *parts):
+        write(store, *parts)
+        taken.append({name: size for name, (_, size, _) in store.parts.items()})
+
+    monkeypatch.setattr(state.Store, "write", watched)
+    assert hirelc.main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    path, = (tmp_path / "out").iterdir()
+    cycles = json.loads((path / "result.json").read_text())["cycles"]
+    left, network = 1 - min(row["sparsity"] for row in cycles[1:]), (path / "baseline.pt").stat().st_size
+    at_most = 1.02 * network * (1 + 5 * left if mode == "paper" else 4 + 2 * 0.3) + 50_000
+    full = [sizes for sizes in taken if sizes.keys() >= {"theta0.pt", "best", "trainer", "trainer.best"}]
+    most = max(sum(sizes[name] for name in ("theta0.pt", "best", "trainer", "trainer.best")) for sizes in full)
+    assert 3 * network < most < at_most and (mode == "qat" or left < 0.9)
+
+
 if __name__ == "__main__":
     program(sys.argv[1], sys.argv[2] == "1", *sys.argv[3:])

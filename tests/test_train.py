@@ -481,13 +481,22 @@ def masked_trainer(mask=(True, False, True), **changes):
 
 def test_pruned_rows_are_zero_after_every_step_with_momentum_and_weight_decay():
     model, t = masked_trainer(batch_size=2, epochs=3, weight_decay=0.5)
-    stepped, forward = [], []
-    t.optimizer.register_step_post_hook(lambda *_: stepped.append(model.fc.weight[1].abs().sum().item()))
-    model.register_forward_pre_hook(lambda *_: forward.append(model.fc.weight[1].abs().sum().item()))
+    pulled, seen = [], []
+    model.fc.weight.register_hook(lambda gradient: pulled.append(gradient[1].abs().sum().item()))
+    model.register_forward_pre_hook(lambda *_: seen.append(model.fc.weight[1].abs().sum().item()))
+    t.optimizer.register_step_post_hook(lambda *_: seen.append(model.fc.weight[1].abs().sum().item()))
     t.run()
-    assert len(stepped) == 12 and all(value > 0.005 for value in stepped)   # every step moved the row …
-    assert len(forward) == 15 and all(value == 0 for value in forward)      # … and no pass ever saw it moved
+    assert len(pulled) == 12 and all(value > 0.005 for value in pulled)  # every batch would move the row …
+    assert len(seen) == 12 + 15 and not any(seen)                        # … and nothing ever did
     assert not model.fc.weight[1].any() and not t.best_state["fc.weight"][1].any()
+    moments = t.optimizer.state[model.fc.weight]
+    assert not any(moments[key][1].view(torch.int32).any() for key in ("exp_avg", "exp_avg_sq"))  # +0, as states leave out
+    assert moments["exp_avg"][0].all() and moments["exp_avg_sq"][2].all()
+
+
+def test_pruned_rows_that_hold_something_are_zeroed_at_the_beginning():
+    model, t = masked_trainer((True, True, False), epochs=1)
+    assert not model.fc.weight[2].any() and model.fc.weight[0, 1] == 0.5
 
 
 def test_masks_hold_back_pruned_rows_only():
