@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from compress import Grid, apply_factors, eval_mode, mask_factors
+from compress import Grid, apply_factors, apply_masks, eval_mode, mask_factors
 from parallel import Ranks
 from qat import coded, decoded
 from state import Progress, random_states, set_random_states
@@ -134,7 +134,7 @@ class Trainer:
         self.generator, self.half = generator, half
         self.factors = None if masks is None else mask_factors(blocks, masks)
         if masks is not None:
-            apply_factors(*self.factors)
+            apply_masks(blocks, masks)
         self.on_grid, self.best_grids, self.ranks = on_grid, None, ranks
         self.parallel = ranks.wrap(_Logits(model, on_grid), unused_parameters)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
