@@ -4,8 +4,8 @@
 #   bash run_all.sh --smoke                  # minutes, offline: synthetic images, narrow networks
 #   bash run_all.sh --data-dir DIR           # the experiments themselves; every flag of hirelc.py is passed on
 #   bash run_all.sh --seeds 42 43 44         # each experiment with each seed; mean and standard deviation in the report
-#   bash run_all.sh --paper                  # the ablations and baselines of experiment 4 too (variants.py), and of
-#                                            # experiment 1 the ablations that the paper has
+#   bash run_all.sh --paper                  # the ablations and baselines of experiment 4 too (variants.py), and with the
+#                                            # first seed the paper's ablations, which are of experiment 1
 #   bash run_all.sh --jobs 2                 # two runs at once, each with its own log; 1 unless --smoke, whose runs take
 #                                            # one thread each: then as many as there are cores, at most 4
 #   bash run_all.sh --restart                # begin anew what was broken off, and what is finished
@@ -100,15 +100,17 @@ start() {
   set +m
   pids+=($!) titles+=("$title") logs+=("$log")
 }
-variants() {  # title, experiment, which of variants.py
-  local title="$1" exp="$2"
-  shift 2
-  start "$title" "$here/variants.py" --exp "$exp" --seeds $seeds "$@" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
+variants() {  # title, flags of variants.py
+  local title="$1"
+  shift
+  start "$title" "$here/variants.py" "$@" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
 }
 ablations() {
   [ "$paper" = 1 ] || return 0
-  variants "ablations and baselines of experiment 4" 4
-  variants "the paper's ablations of experiment 1" 1 --only no-hla a2c no-sens null
+  local first
+  read -r first _ <<<"$seeds"
+  variants "ablations and baselines of experiment 4" --exp 4 --seeds $seeds
+  variants "the paper's ablations of experiment 1" --exp 1 --seeds "$first" --only no-hla a2c no-sens
 }
 [ "$jobs" -eq 1 ] || ablations  # the longest goes first
 for seed in $seeds; do

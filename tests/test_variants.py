@@ -111,7 +111,7 @@ def test_run_all_takes_seeds_either_way_and_ends_with_the_report(stub, tmp_path,
         ["--exp", str(exp), "--seed", seed] for seed in "12" for exp in range(1, 8)]
     flags = f"--out {tmp_path} --no-table --resume --smoke"
     assert calls[14:] == [f"variants.py --exp 4 --seeds 1 2 {flags}",
-                          f"variants.py --exp 1 --seeds 1 2 --only no-hla a2c no-sens null {flags}", f"report.py {tmp_path}"]
+                          f"variants.py --exp 1 --seeds 1 --only no-hla a2c no-sens {flags}", f"report.py {tmp_path}"]
     assert done.stderr.count("\n") == 2  # experiment 3, which the stand-in lets fail
 
 
