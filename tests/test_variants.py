@@ -131,8 +131,8 @@ def test_run_all_with_several_jobs_runs_the_same(stub, tmp_path):  # noqa: F811
     assert sorted(others) == sorted(calls) and others[-1] == calls[-1] and several.returncode == one.returncode == 1
     assert sorted(several.stderr.splitlines()) == sorted(one.stderr.splitlines())
     assert sorted(several.stdout.splitlines()[:16]) == sorted(
-        ["ablations and baselines of experiment 4: last", "the paper's ablations of experiment 1: last"] + [f"exp {e} seed {s}: {'' if e == 3 else 'last'}"
-                                                             for s in "12" for e in range(1, 8)])
+        ["ablations and baselines of experiment 4: last", "the paper's ablations of experiment 1: last",
+         *(f"exp {e} seed {s}: {'' if e == 3 else 'last'}" for s in "12" for e in range(1, 8))])
 
 
 @pytest.mark.skipif((ROOT / ".venv").exists(), reason="run_all.sh would use .venv here")
