@@ -39,7 +39,7 @@ from checkpoints import read_checkpoint
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
 from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
-from files import read_json, replace_file, shown
+from files import read_json, shown
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
@@ -1115,7 +1115,7 @@ def _run_experiment(config, log, resume, restart, owner, trained):
     if not ranks.first:
         return result
     result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
-    replace_file(path / "best.pt", lambda file: torch.save(run.best_network(), file))
+    save(run, path, finished=True)
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
     store.remove()

@@ -24,7 +24,7 @@ import torchvision
 
 import pack
 from config import Config, InputError, flatten, from_flat
-from files import read_json, shown
+from files import read_json, replace_file, shown
 from report import write_text
 from state import SaveError, Stopped, publish
 
@@ -112,9 +112,9 @@ def provenance(device) -> dict:
                          "threads": torch.get_num_threads()}}
 
 
-def save(run, path: Path) -> None:
+def save(run, path: Path, finished: bool = False) -> None:
     """After every phase: cycles.csv, updates.csv, and theta_0 and the best cycle's packed file, which are the files of
-    the state under the names that users look for. Raises state.SaveError."""
+    the state under the names that users look for; best.pt when the run is ``finished``. Raises state.SaveError."""
     store = run.progress.store
     try:
         if run.cycles:
@@ -124,6 +124,8 @@ def save(run, path: Path) -> None:
         for part, name in (("theta0.pt", "baseline.pt"), ("packed.pt", "packed.pt")):
             if part in store.parts and not _same(store.path(part), path / name):
                 publish(store.path(part), path / name)
+        if finished:
+            replace_file(path / "best.pt", lambda file: torch.save(run.best_network(), file))
     except OSError as error:
         raise SaveError(f"cannot write to {path}: {error.strerror or error}; the state there is intact: make room, or "
                         "give the folder back, and go on with --resume") from None

@@ -210,6 +210,22 @@ def test_an_output_folder_that_goes_away(tmp_path, capfd, monkeypatch, command):
     assert len(said) == 1 and "cannot save the state" in said[0] and "No such file" in said[0]
 
 
+def test_a_best_network_that_cannot_be_written_leaves_the_state(tmp_path, monkeypatch, capfd, undisturbed, command):
+    arguments, rename = [*command, "--out", str(tmp_path / "out")], files.rename
+
+    def full(old, new):
+        if new.name == "best.pt":
+            raise OSError(28, "No space left on device")
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "rename", full)
+        assert hirelc.main(arguments) == 1
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "No space left on device" in said[0] and "--resume" in said[0]
+    assert hirelc.main([*arguments, "--resume"]) == 0 and outcome(tmp_path / "out" / RUN) == undisturbed
+
+
 def test_a_save_that_fails_keeps_the_state_before(tmp_path, monkeypatch):
     store = Store(tmp_path / "state", {"seed": 1})
     store.write({"a": {"x": torch.arange(3), "y": [1.5, None, "z"]}, "b": 2})
