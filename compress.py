@@ -358,7 +358,7 @@ class PreparedKernel:
     the configuration, its pruning order and the range of every row, is computed once. The weight must stay as it is.
     """
 
-    CHUNK = 2 ** 16  # weights that a CPU takes at a time, so that all passes over them stay in its cache
+    CHUNK = 2 ** 17  # weights that a CPU takes at a time, so that all passes over them stay in its cache
 
     def __init__(self, weight: Tensor):
         self.weight, self.order = weight.detach(), channel_order(weight)
@@ -372,8 +372,8 @@ class PreparedKernel:
         order = sorted(range(1, tensor.dim()), key=tensor.stride, reverse=True)
         return tensor.permute(0, *order).flatten(1)
 
-    def compressed(self, config: KernelConfig) -> Tensor:
-        """The weight that :func:`compress_kernel` gives, in the layout of the kernel's."""
+    def compressed(self, config: KernelConfig, factor: Tensor | None = None) -> Tensor:
+        """The weight that :func:`compress_kernel` gives, in the layout of the kernel's, times ``factor`` [n_out]."""
         kept = self.order[:channels_kept(config.keep, len(self.order))]
         grid = find_grid(self.ends.index_select(0, kept), config) if config.bits < FULL_BITS else None
         result = torch.empty_like(self.weight)
@@ -384,6 +384,8 @@ class PreparedKernel:
             values = part.index_select(0, kept)
             if grid is not None:
                 values = decode(encode(values.float(), grid), grid).to(values.dtype)
+            if factor is not None:
+                values.mul_(factor.index_select(0, kept)[:, None])
             out.index_copy_(0, kept, values)
         return result
 

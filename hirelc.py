@@ -262,7 +262,9 @@ class HiReLC:
             self.log.note(f"the proxy has {len(batches)} calibration batches, not {wanted}: the training set is small")
         self.surrogate = Surrogate(5 * sum(map(len, self.shapes)), c.surrogate, derive_seed(c.seed, "surrogate"))
         s = c.search
-        proxy = Proxy(self.model, self.blocks, batches, s.cache, s.dtype, s.cache_mb, s.together, s.fold)
+        proxy = Proxy(self.model, self.blocks, batches, s.cache, s.dtype, s.cache_mb, s.together, s.fold, s.winograd)
+        for name in proxy.without_effect():
+            self.log.note(f"search.{name}: this network has no convolutions for it, and is computed as it is")
         self.estimator = DropEstimator(proxy, self.surrogate, self.baseline_acc, self.progress.once)
         params = [sum(shape.params for shape in block) for block in self.shapes]
         self.hla = HLAEnsemble(params, self.sensitivity, c)

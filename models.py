@@ -182,11 +182,11 @@ class ResidualBlock(StagedBlock):
     def _first(self):
         """[B, inputs, H, W] → (relu(bn1(conv1)), shortcut)."""
         modules = (self.conv1, self.bn1) + ((self.downsample,) if self.downsample is not None else ())
-        return Stage(modules, lambda x: (F.relu(self.bn1(self.conv1(x))), self.shortcut(x)))
+        return Stage(modules, lambda x: (F.relu(self.bn1(self.conv1(x)), inplace=True), self.shortcut(x)))
 
     def _last(self, conv, bn):
         """(y, shortcut) → relu(bn(conv(y)) + shortcut)."""
-        return Stage((conv, bn), lambda state: F.relu(bn(conv(state[0])) + state[1]))
+        return Stage((conv, bn), lambda state: F.relu(bn(conv(state[0])) + state[1], inplace=True))
 
 
 class BasicBlock(ResidualBlock):
@@ -223,7 +223,8 @@ class Bottleneck(ResidualBlock):
 
     def stages(self):  # [B, inputs, H, W] → [B, 4 planes, H/stride, W/stride]
         return [self._first(),
-                Stage((self.conv2, self.bn2), lambda state: (F.relu(self.bn2(self.conv2(state[0]))), state[1])),
+                Stage((self.conv2, self.bn2),
+                      lambda state: (F.relu(self.bn2(self.conv2(state[0])), inplace=True), state[1])),
                 self._last(self.conv3, self.bn3)]
 
 
@@ -255,7 +256,7 @@ class ResNet(Staged):
 
     def stem(self, x):
         """Images → [B, C, H/4, W/4]."""
-        x = F.relu(self.bn1(self.conv1(x)))  # [B, C, H/2, W/2]
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)  # [B, C, H/2, W/2]
         return F.max_pool2d(x, 3, stride=2, padding=1)
 
     def classify(self, x):
@@ -292,7 +293,7 @@ class DepthwiseSeparable(StagedBlock):
         self.bn2 = nn.BatchNorm2d(outputs)
 
     def stages(self):  # [B, inputs, H, W] → [B, outputs, H, W]
-        return [Stage((self.conv_dw, self.bn1), lambda x: F.relu6(self.bn1(self.conv_dw(x)))),
+        return [Stage((self.conv_dw, self.bn1), lambda x: F.relu6(self.bn1(self.conv_dw(x)), inplace=True)),
                 Stage((self.conv_pw, self.bn2), lambda x: self.bn2(self.conv_pw(x)))]
 
 
@@ -312,11 +313,11 @@ class InvertedResidual(StagedBlock):
 
     def stages(self):  # [B, inputs, H, W] → [B, outputs, H/stride, W/stride]; where there is a shortcut, beside y
         def expand(x):
-            y = F.relu6(self.bn1(self.conv_pw(x)))
+            y = F.relu6(self.bn1(self.conv_pw(x)), inplace=True)
             return (y, x) if self.shortcut else (y,)
 
         def depthwise(state):
-            return F.relu6(self.bn2(self.conv_dw(state[0]))), *state[1:]
+            return F.relu6(self.bn2(self.conv_dw(state[0])), inplace=True), *state[1:]
 
         def project(state):
             y = self.bn3(self.conv_pwl(state[0]))
@@ -363,11 +364,11 @@ class MobileNetV2(Staged):
 
     def stem(self, x):
         """Images → [B, 32, H/2, W/2]."""
-        return F.relu6(self.bn1(self.conv_stem(x)))
+        return F.relu6(self.bn1(self.conv_stem(x)), inplace=True)
 
     def widen(self, x):
         """[B, 320, H/32, W/32] → [B, 1280, H/32, W/32]."""
-        return F.relu6(self.bn2(self.conv_head(x)))
+        return F.relu6(self.bn2(self.conv_head(x)), inplace=True)
 
     def classify(self, x):
         """[B, 1280, H/32, W/32] → logits [B, classes]."""

@@ -306,7 +306,7 @@ def _search_rows(c, model, blocks, shapes, sample, train, n, epoch, train_count,
     """The rows of the surrogate's warm-up, the agents and their candidates, the surrogate."""
     s, rows, cycles = c.surrogate, [], c.search.cycles
     proxy = Proxy(model, blocks, [train.batch(torch.arange(n), device)[0]], c.search.cache, c.search.dtype,
-                  c.search.cache_mb, c.search.together)
+                  c.search.cache_mb, c.search.together, c.search.fold, c.search.winograd)
     middle, stages = len(blocks) // 2, [proxy.stages_passed(i) for i in range(len(blocks))]
     proxy.drops(middle, [sample.blocks[middle]])  # computes what is kept of theta_0
     per_candidate = _clock(lambda: proxy.drops(middle, [sample.blocks[middle]] * 2), device) / 2 * \

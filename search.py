@@ -24,6 +24,7 @@ from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelSh
                       compress_kernel, eval_mode, kernel_retained, kernel_shapes)
 from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO, categorical_stats, learn_together, threads
 from stages import Chain, Entering, Staged, concatenated, folded, run, split, whole
+from winograd import fits, with_winograd
 
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
 TIERS = (0.35, 0.30, 0.25, 0.20, 0.15)  # rho* of the five compression levels (Eq. 8)
@@ -290,7 +291,8 @@ class Proxy:
     ``batches``: list of images [n, 3, H, W] on the network's device, drawn and augmented once per run. The network
     must hold theta_0 whenever :meth:`drops` is called; it is never changed: the candidate's weights are passed
     beside it, so every other block is judged at theta_0 (ledger D17). ``cache``, ``dtype``, ``cache_mb``,
-    ``together``, ``fold``: settings of config.Search; without ``cache`` every candidate is a whole forward pass.
+    ``together``, ``fold``, ``winograd``: settings of config.Search; without ``cache`` every candidate is a whole forward
+    pass.
 
     Whatever is kept belongs to the weights that it was computed with, and goes when a parameter or buffer has been
     written to or replaced, so that restoring theta_0 costs one forward pass and no call here. Only a write through
@@ -300,11 +302,11 @@ class Proxy:
     IMAGES_TOGETHER = 512  # that a GPU takes through the layers behind a block at once, where ``together`` is 0
 
     def __init__(self, model: nn.Module, blocks, batches, cache: bool = True, dtype: str = "float32",
-                 cache_mb: int = 1024, together: int = 0, fold: bool = False):
+                 cache_mb: int = 1024, together: int = 0, fold: bool = False, winograd: bool = False):
         if dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype={dtype!r}: expected float32 or bfloat16")
         self.model, self.blocks, self.batches, self.dtype = model, blocks, batches, dtype
-        self.cache, self.cache_mb, self.together, self.fold = cache, cache_mb, together, fold
+        self.cache, self.cache_mb, self.together, self.fold, self.winograd = cache, cache_mb, together, fold, winograd
         self.held, self.versions = [], None
 
     @property
@@ -318,6 +320,12 @@ class Proxy:
         own = [holder.weight for holder in self.blocks[index].kernels.values()]
         return len(stages) - next(i for i, stage in enumerate(stages) if stage.holds(own))
 
+    def without_effect(self) -> list[str]:
+        """Those of ``fold`` and ``winograd`` that are asked for and find nothing in this network."""
+        modules = list(self.model.modules()) if isinstance(self.model, Staged) else []
+        found = {"fold": any(isinstance(module, nn.BatchNorm2d) for module in modules), "winograd": any(map(fits, modules))}
+        return [name for name, there in found.items() if getattr(self, name) and not there]
+
     @torch.inference_mode()
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drop of each candidate configuration of block ``index``."""
@@ -328,9 +336,7 @@ class Proxy:
             self._follow_weights()
             size = self._group(device)
             for start in range(0, len(configs), size):
-                group = [{name: weight * self.factors[name] if name in self.factors else weight for name, weight in
-                          block.replaced(self._compressed(block, config)).items()}
-                         for config in configs[start:start + size]]
+                group = [block.replaced(self._compressed(block, config)) for config in configs[start:start + size]]
                 errors += self._errors(self._first_stage(index, group[0]), group)
         # One transfer for all, because a GPU waits for each.
         rows = torch.stack(errors).tolist() if errors else []
@@ -343,8 +349,10 @@ class Proxy:
         if versions == self.versions:
             return
         self.held = tensors  # as long as they live no other tensor takes their place in memory
-        fold = self.fold and isinstance(self.model, Staged)
-        self.network, self.factors = folded(self.model) if fold else (self.model, {})
+        staged = isinstance(self.model, Staged)
+        self.network, self.factors = folded(self.model) if self.fold and staged else (self.model, {})
+        if self.winograd and staged:
+            self.network = with_winograd(self.network)
         self.chain, self.tensors = Chain(self.network), dict(self.network.named_parameters(remove_duplicate=False))
         self._divide(split(self.network) if self.cache else whole(self.network))
         self.versions, self.kernels, self.checked = versions, {}, set()
@@ -364,13 +372,15 @@ class Proxy:
 
     def _compressed(self, block, config):
         """A candidate's weights, one per kernel."""
-        for name, holder, kernel in zip(block.kernels, block.kernels.values(), config.kernels):
+        for (name, key), holder, kernel in zip(block.weight_names.items(), block.kernels.values(), config.kernels):
+            factor = self.factors.get(key)
             if not self.cache:
-                yield compress_kernel(holder.weight, kernel)[0]
+                weight, _ = compress_kernel(holder.weight, kernel)
+                yield weight if factor is None else weight * factor[:, None, None, None]
                 continue
             if name not in self.kernels:
                 self.kernels[name] = PreparedKernel(holder.weight)
-            yield self.kernels[name].compressed(kernel)
+            yield self.kernels[name].compressed(kernel, factor)
 
     def _first_stage(self, index, weights):
         """Where candidates of block ``index`` begin to differ from theta_0; ``weights``: those of one, by name."""

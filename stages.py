@@ -51,7 +51,7 @@ class StagedBlock(nn.Module):
 
 def folded(model: Staged) -> tuple[Staged, dict[str, Tensor]]:
     """A copy of ``model`` without BatchNorm, with the same logits in eval mode up to rounding, and by what the weights
-    of its convolutions, by name, are multiplied: gamma / sqrt(var + eps), [outputs, 1, 1, 1].
+    of its convolutions, by name, are multiplied: gamma / sqrt(var + eps), [outputs].
 
     The running mean and beta become the convolution's bias. ``model`` itself where it has no BatchNorm.
     """
@@ -67,8 +67,8 @@ def folded(model: Staged) -> tuple[Staged, dict[str, Tensor]]:
                     shift = norm.bias.double() - norm.running_mean.double() * factor
                     if conv.bias is not None:
                         shift = shift + conv.bias.double() * factor
-                    factor = factor.to(conv.weight.dtype)[:, None, None, None]
-                    conv.weight.copy_(conv.weight * factor)
+                    factor = factor.to(conv.weight.dtype)
+                    conv.weight.copy_(conv.weight * factor[:, None, None, None])
                     conv.bias = nn.Parameter(shift.to(conv.weight.dtype), requires_grad=False)
                     setattr(module, place, nn.Identity())
                     factors[f"{prefix}.{name}.weight".lstrip(".")] = factor

@@ -34,6 +34,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,7 +45,8 @@ from config import Compress, Config  # noqa: E402
 from runs import keep_freed_memory  # noqa: E402
 from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, decode_lla,  # noqa: E402
                     lla_nvec, random_config, train_together)
-from stages import Entering, folded, run, split  # noqa: E402
+from stages import Chain, Entering, folded, run, split  # noqa: E402
+from winograd import fits, with_winograd  # noqa: E402
 
 NETWORKS = ("deit_tiny_patch16_224", "resnet18")
 LIMITS = {"INT uniform": Compress(), "types and granularities chosen": Compress(qtype="any", granularity="any")}
@@ -61,27 +63,35 @@ class StartOnly(Proxy):
 
 
 class Bare:
-    """The forward pass of theta_0 from a block's first stage on: no weights made, no errors taken."""
+    """The forward pass of theta_0 from a block's first stage on: no weights made, no errors taken. The block's own
+    convolutions are ordinary ones, as those of a candidate are."""
 
     def __init__(self, proxy):
         self.proxy = proxy
         self.network, _ = folded(proxy.model)
+        if proxy.winograd:
+            self.network = with_winograd(self.network)
+        self.known, self.chain = dict(self.network.named_parameters()), Chain(self.network)
         self.stages = split(self.network)
         with torch.inference_mode():
             self.entering = Entering(self.stages, proxy.batches, 2**40, copy=False)
 
+    def own(self, index):
+        """The block's weights by name."""
+        return {name: self.known[name] for name in self.proxy.blocks[index].weight_names.values()}
+
     def first(self, index):
-        known = dict(self.network.named_parameters())
-        weights = [known[name] for name in self.proxy.blocks[index].weight_names.values()]
-        return next(i for i, stage in enumerate(self.stages) if stage.holds(weights))
+        own = list(self.own(index).values())
+        return next(i for i, stage in enumerate(self.stages) if stage.holds(own))
 
     @torch.inference_mode()
     def drops(self, index, configs):
         first = self.first(index)
+        others = {f"model.{name}": weight.detach() for name, weight in self.own(index).items()}
         with torch.autocast(self.proxy.batches[0].device.type, torch.bfloat16, enabled=self.proxy.dtype == "bfloat16"):
             for _ in configs:
                 for b in range(len(self.proxy.batches)):
-                    run(self.stages[first:], self.entering.at(first, b))
+                    functional_call(self.chain, others, (self.stages[first:], self.entering.at(first, b)))
 
     @torch.inference_mode()
     def gflop(self, index):
@@ -97,15 +107,18 @@ def variants(model, batches, lower: bool) -> dict:
     """Name → what is timed, each part added to those above it; bounds after the variants that they belong to."""
     fast_layout = copy.deepcopy(model).to(memory_format=torch.channels_last)
     blocks, fast_blocks = models.find_blocks(model), models.find_blocks(fast_layout)
-    full = Proxy(fast_layout, fast_blocks, batches, together=1, fold=True)
+    fold = Proxy(fast_layout, fast_blocks, batches, together=1, fold=True)
+    winograd = any(map(fits, model.modules()))
+    full = Proxy(fast_layout, fast_blocks, batches, together=1, fold=True, winograd=True) if winograd else fold
     made = {"plain": Proxy(model, blocks, batches, cache=False),
             "start at the block": StartOnly(model, blocks, batches, together=1),
             "+ kernels prepared": Proxy(model, blocks, batches, together=1),
             "+ channels last": Proxy(fast_layout, fast_blocks, batches, together=1),
-            "+ BatchNorm folded": full,
-            "  bound of it": Bare(full),
-            f"+ {TOGETHER} candidates together": Proxy(fast_layout, fast_blocks, batches, together=TOGETHER,
-                                                            fold=True)}
+            "+ BatchNorm folded": fold,
+            "  bound of it": Bare(fold),
+            **({"+ Winograd's convolutions": full, "  bound of those": Bare(full)} if winograd else {}),
+            f"+ {TOGETHER} candidates together": Proxy(fast_layout, fast_blocks, batches, together=TOGETHER, fold=True,
+                                                      winograd=winograd)}
     if lower:
         half = Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16", together=1, fold=True)
         made |= {"folded, bfloat16": half, "  bound of that": Bare(half),
@@ -171,7 +184,8 @@ def proxy_section(args, clock) -> None:
                 rates, ratios = count / taken.sum(1), times["plain"].sum(1) / taken.sum(1)
                 at_middle = statistics.median(args.steps / taken[:, middle])
                 print(f"  {name:27} {spread(rates.tolist()):>24} {at_middle:8.2f}   {spread(ratios.tolist())}")
-            for bound, name in (("  bound of it", "+ BatchNorm folded"), ("  bound of that", "folded, bfloat16")):
+            for bound, name in (("  bound of it", "+ BatchNorm folded"), ("  bound of those", "+ Winograd's convolutions"),
+                                ("  bound of that", "folded, bfloat16")):
                 if bound in times:
                     share = times[bound].sum(1) / times[name].sum(1)
                     gflop = sum(made[bound].gflop(i) for i in range(len(blocks))) * args.steps

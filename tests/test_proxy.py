@@ -15,6 +15,7 @@ from torch import nn
 
 import models
 import stages
+import winograd
 from compress import GRANULARITIES, QTYPES, BlockConfig, KernelConfig, PreparedKernel, compress_kernel, kernel_shapes
 from config import Config, override
 from config import Surrogate as SurrogateSettings
@@ -92,6 +93,38 @@ def test_fast_equals_plain_on_every_block(family):
     assert close(without_norms, plain, rel=1e-4)
     assert close(drops(model, blocks, batches, questions, fold=True), without_norms)
     assert all(0 < d < 50 for d in plain) and len(set(plain)) == len(plain)
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_winograd_equals_plain_on_every_block(monkeypatch, fold):
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 8)
+    model = build("resnet18")
+    blocks, batches = models.find_blocks(model), list(images(size=112).split(4))  # 28, 14, 7 and 4 pixels
+    rng = np.random.default_rng(0)
+    questions = [(i, drawn(block, rng)) for i, block in enumerate(blocks)]
+    plain = drops(model, blocks, batches, questions, cache=False)
+    proxy = Proxy(model, blocks, batches, fold=fold, winograd=True)
+    assert close([proxy.drops(i, [config])[0] for i, config in questions], plain, rel=1e-4 if fold else 1e-5)
+    assert sum(isinstance(m, winograd.WinogradConv2d) for m in proxy.network.modules()) == 13
+    assert not any(isinstance(m, winograd.WinogradConv2d) for m in model.modules())
+    with torch.no_grad():  # theta_0 is another: so are the products that were computed of it
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    changed = drops(model, blocks, batches, questions, cache=False)
+    assert not close(changed, plain)
+    assert close([proxy.drops(i, [config])[0] for i, config in questions], changed, rel=1e-4 if fold else 1e-5)
+
+
+@pytest.mark.parametrize("family, width, unused", [("resnet18", 1, []), ("resnet18", 0.125, ["winograd"]),
+                                                   ("deit", 0.125, ["fold", "winograd"]), (None, 1, ["fold", "winograd"])])
+def test_what_finds_nothing_in_a_network_is_told(family, width, unused):
+    if family is None:
+        model = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128))  # not known to be Staged
+    else:
+        name, _, patch = FAMILIES[family]
+        model = models.build(name, CLASSES, 32, width, patch)
+    assert Proxy(model, [], [images()], fold=True, winograd=True).without_effect() == unused
+    assert Proxy(model, [], [images()]).without_effect() == []
 
 
 def test_at_eight_bits_they_differ_by_no_more_than_rounding_does(family):
