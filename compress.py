@@ -279,26 +279,29 @@ def encode(values: Tensor, grid: Grid) -> Tensor:
     if grid.granularity in ("log", "log-script"):
         if high == 1:
             return values.sign()
-        smallest, largest = grid.scale.unbind()
         start, step = _log_steps(grid)
-        # maximum and minimum do what clamp does with tensors as ends, in an eighth of the time on a CPU.
-        magnitude = torch.minimum(torch.maximum(values.abs(), smallest), largest)
-        position = magnitude.double().log2_().sub_(start).div_(step).float()
+        position = values.abs().double().log2_().sub_(start).div_(step).float()
         return position.round_().clamp_(0, high - 1).add_(1).mul_(values.sign())
     codes = (values / grid.scale).round_()
     if grid.zero is None:
         return codes.clamp_(low, high)
     codes = codes.add_(grid.zero).clamp_(low, high)
     # When the zero-point falls on a half, the upper end may round inwards, and a second pass would find a narrower
-    # range. It takes the top code: still within scale / 2, and the range reproduces itself.
-    return codes if grid.high is None else torch.where(values == grid.high, high, codes)
+    # range. It takes the top code: still within scale / 2, and the range reproduces itself. In floats, as comparing
+    # takes a CPU four times as long as subtracting: only the upper end is larger than the number before it.
+    if grid.high is not None:
+        below = torch.nextafter(grid.high, torch.full_like(grid.high, -torch.inf))
+        codes = torch.maximum(codes, (values - below).sign_().mul_(high))
+    return codes
 
 
 def decode(codes: Tensor, grid: Grid) -> Tensor:
     """The values, float32 like ``codes``, that codes stand for; zero is +0."""
     if grid.granularity in ("log", "log-script"):
-        magnitudes = _log_table(grid).index_select(0, codes.abs().long().flatten())  # a fifth of indexing's time
-        return magnitudes.reshape(codes.shape) * codes.sign()
+        magnitudes = _log_table(grid)
+        table, zero = torch.cat([-magnitudes[1:].flip(0), magnitudes]), len(magnitudes) - 1
+        # A CPU makes whole numbers of 32 bits in a fifth of the time of 64, and selects in a fifth of that of indexing.
+        return table.index_select(0, (codes + zero).int().flatten()).reshape(codes.shape)
     if grid.zero is not None:
         codes = codes - grid.zero
     return (codes * grid.scale).add_(0.0)  # -0 + 0 is +0: a code has no sign of zero

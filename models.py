@@ -185,8 +185,8 @@ class ResidualBlock(StagedBlock):
         return Stage(modules, lambda x: (F.relu(self.bn1(self.conv1(x)), inplace=True), self.shortcut(x)))
 
     def _last(self, conv, bn):
-        """(y, shortcut) → relu(bn(conv(y)) + shortcut)."""
-        return Stage((conv, bn), lambda state: F.relu(bn(conv(state[0])) + state[1], inplace=True))
+        """(y, shortcut) → relu(bn(conv(y)) + shortcut); in place of the convolution's result, which is nobody else's."""
+        return Stage((conv, bn), lambda state: F.relu(bn(conv(state[0])).add_(state[1]), inplace=True))
 
 
 class BasicBlock(ResidualBlock):

@@ -57,14 +57,18 @@ class WinogradConv2d(nn.Conv2d):
         rows, columns = -(-height // TILE), -(-width // TILE)
         if self.weight is not self.transformed[0] or 2 * SIZE**2 * rows * columns > 9 * height * width:
             return super().forward(x)
-        padded = x.new_zeros(count, rows * TILE + 2, columns * TILE + 2, channels)
+        padded = x.new_empty(count, rows * TILE + 2, columns * TILE + 2, channels)
+        for edge in (padded[:, :1], padded[:, height + 1:], padded[:, :, :1], padded[:, :, width + 1:]):
+            edge.zero_()
         padded[:, 1:height + 1, 1:width + 1] = x.permute(0, 2, 3, 1)
-        tiles = padded.unfold(1, SIZE, TILE).unfold(2, SIZE, TILE).permute(4, 5, 0, 1, 2, 3)  # [6, 6, B, rows, columns, C]
-        products = (self.enter @ tiles.reshape(SIZE**2, -1)).view(SIZE**2, -1, channels) @ self.factors
+        tiles = padded.unfold(1, SIZE, TILE).unfold(2, SIZE, TILE).permute(0, 1, 2, 4, 5, 3).reshape(-1, SIZE**2, channels)
+        # Small products tile by tile, [36, 36] and [16, 36] on the left: one large product would go to one thread.
+        entered = self.enter.expand(len(tiles), -1, -1) @ tiles  # [tiles, 36, inputs]
+        products = entered.transpose(0, 1) @ self.factors  # [36, tiles, outputs]
         if self.bias is not None:
             products[ONES] += self.bias
-        y = (self.leave @ products.view(SIZE**2, -1)).view(TILE, TILE, count, rows, columns, -1)
-        y = y.permute(2, 3, 0, 4, 1, 5).reshape(count, rows * TILE, columns * TILE, -1)
+        left = self.leave.expand(len(tiles), -1, -1) @ products.transpose(0, 1)  # [tiles, 16, outputs]
+        y = left.view(count, rows, columns, TILE, TILE, -1).transpose(2, 3).reshape(count, rows * TILE, columns * TILE, -1)
         return y[:, :height, :width].permute(0, 3, 1, 2)
 
 

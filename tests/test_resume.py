@@ -140,6 +140,7 @@ def every_write(arguments, out, stride):
 def program(folder, long, *parts):
     """``parts``: what of small, smoke and writes; smoke:25 begins at the run of that number."""
     torch.set_num_threads(1)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     begin = {name: int(first or 0) for name, _, first in (part.partition(":") for part in parts)}
     for name, arguments, runs in (("small", small(folder, "carry=rest", "finetune.mode=qat"), 20 if long else 2),
                                   *([("smoke", ["--exp", "4", "--smoke", "--device", "cpu", "--no-table"], 50)]
