@@ -1064,63 +1064,77 @@ def _run_experiment(config, log, resume, restart, owner, trained):
         log.note(note)
     log.info(f"{config.data.name}: {len(splits.train)} training and {len(splits.test)} test images, "
              f"{splits.num_classes} classes, {config.data.image_size} px")
+    model, survey = _network(config, splits, device, ranks, log)
+    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log,
+                 save=lambda r: save(r, path) if ranks.first else None,
+                 network=_describe(model, config, splits.train), ranks=ranks,
+                 given=_fitted(policy, survey.blocks, config, log), progress=Progress(store, ranks), trained=trained)
+    _take_up(run, config, path, owner, resume)
+    with stoppable(run.progress):
+        result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
+                  "policy_source": policy and policy.source}
+    return _finish(run, result, path, run.elapsed + time.monotonic() - started)
+
+
+def _network(config: Config, splits, device, ranks: Ranks, log: Log):
+    """(model with its weights on the device, survey of its kernels)."""
     if config.model.source:
         model = own_network(config.model.source, splits.num_classes)
         with ranks.one_before_the_others():
             _load_weights(model, config, log)
-        model, survey = _prepare(model.to(device), splits.train, splits.test, log, config)
-    else:
-        model = models.build(config.model.name, splits.num_classes, config.data.image_size, config.model.width,
-                             config.model.patch_size)
-        with ranks.one_before_the_others():
-            _load_weights(model, config, log)
-        # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
-        model, survey = model.to(device, memory_format=torch.channels_last), models.survey(
-            model, scope=config.compress.scope)
-        log.info(f"{config.model.name}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
-                 f"{sum(kernel.params for kernel in survey.compressed):,} kernel parameters")
+        return _prepare(model.to(device), splits.train, splits.test, log, config)
+    model = models.build(config.model.name, splits.num_classes, config.data.image_size, config.model.width,
+                         config.model.patch_size)
+    with ranks.one_before_the_others():
+        _load_weights(model, config, log)
+    # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
+    model = model.to(device, memory_format=torch.channels_last)
+    survey = models.survey(model, scope=config.compress.scope)
+    log.info(f"{config.model.name}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
+             f"{sum(kernel.params for kernel in survey.compressed):,} kernel parameters")
+    return model, survey
 
-    progress = Progress(store, ranks)
-    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log,
-                 save=lambda r: save(r, path) if ranks.first else None,
-                 network=_describe(model, config, splits.train), ranks=ranks,
-                 given=_fitted(policy, survey.blocks, config, log), progress=progress, trained=trained)
+
+def _take_up(run: HiReLC, config: Config, path: Path, owner: Owner, resume: bool) -> None:
+    """The run's state as it was saved, where it goes on; its directory with everything that is known at the start."""
+    ranks, log, parts = run.ranks, run.log, {}
     if resume:
         with ranks.one_before_the_others():
-            parts = progress.load()
+            parts = run.progress.load()
         ranks.same(None)  # nobody writes while another one reads
         if "run" in parts:
             with understood():
                 run.load_state(parts)
-        log.info(f"resumed after {progress.done[-1] if progress.done else 'the start'}")
-    if ranks.first:
-        path.mkdir(parents=True, exist_ok=True)
-        owner.take(path)
-        if not resume:
-            clear(path)
-        log.open(path / "run.log", resume)
-        if resume:
-            for note in moved(path, device, ranks.size):
-                log.note(note)
-            if "run" in parts:
-                save(run, path)  # the process before may have ended between the state and these
-        else:
-            write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size,
-                                              **provenance(device)})
-    with stoppable(progress):
-        result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
-                  "policy_source": policy and policy.source}
-    total = run.elapsed + time.monotonic() - started
+        log.info(f"resumed after {run.progress.done[-1] if run.progress.done else 'the start'}")
+    if not ranks.first:
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    owner.take(path)
+    if not resume:
+        clear(path)
+    log.open(path / "run.log", resume)
+    if resume:
+        for note in moved(path, run.device, ranks.size):
+            log.note(note)
+        if "run" in parts:
+            save(run, path)  # the process before may have ended between the state and these
+    else:
+        write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size, **provenance(run.device)})
+
+
+def _finish(run: HiReLC, result: dict, path: Path, total: float) -> dict:
+    """``result`` with where the time went, ``total`` seconds in all; the first process writes it and removes the state."""
+    log = run.log
     result["timings"]["other"] = round(total - sum(result["timings"].values()), 2)
     result["time_shares"] = {phase: round(seconds / total, 4) for phase, seconds in result["timings"].items()}
-    result["timings"] |= {"total": round(total, 2), "saving": round(progress.spent, 2)}
-    if not ranks.first:
+    result["timings"] |= {"total": round(total, 2), "saving": round(run.progress.spent, 2)}
+    if not run.ranks.first:
         return result
     result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
     save(run, path, finished=True)
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
-    store.remove()
+    run.progress.store.remove()
     for phase, share in sorted(result["time_shares"].items(), key=lambda item: -item[1]):
         log.info(f"  {phase:12} {result['timings'][phase]:10.1f} s  {100 * share:5.1f} %")
     log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
