@@ -49,7 +49,7 @@ PARTS = {"no-hla": "search=no-hla", "none": "sensitivity=none", "a2c": "lla.algo
 HELD = f"{MATCHED}1"
 CHANGED = "surrogate=off lla.timesteps=32 search.cycles="
 METHODS = {
-    "hirelc": PAPER, "null": f"{PAPER} search=null",
+    "hirelc": PAPER, "null": f"{PAPER} search=null", "hirelc-proxy": f"{PAPER} surrogate=off lla.timesteps=32",
     "enforced": f"{MATCHED}4", "plus": f"preset=plus {MATCHED}4",
     "drawn": f"preset=plus {MATCHED}4 lla.start=drawn",  # without the allocations by sensitivity to begin with
     "untrained": f"preset=plus {MATCHED}4 lla.lr_factor=0",  # what is left of plus when the policies stay as they begin
