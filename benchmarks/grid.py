@@ -53,7 +53,7 @@ METHODS = {
     "enforced": f"{MATCHED}4", "plus": f"preset=plus {MATCHED}4",
     "drawn": f"preset=plus {MATCHED}4 lla.start=drawn",  # without the allocations by sensitivity to begin with
     "untrained": f"preset=plus {MATCHED}4 lla.lr_factor=0",  # what is left of plus when the policies stay as they begin
-    **{name: f"{MATCHED}4 search={name}" for name in ("random", "uniform", "null-enforced")},
+    **{name: f"{MATCHED}4 search={name}" for name in ("random", "uniform")},
     **{name: f"{MATCHED}1 search={name}" for name in ("greedy", "evolution", "sequential")},
     **{f"{name}-1": f"{SEARCHED} {own}" for name, own in {
         "enforced": "", "visited": "lla.choose=visited", "tiers": "hla.tiers=relative", "mode": "vote=mode",
@@ -62,12 +62,11 @@ METHODS = {
         "visited-start": "lla.choose=visited lla.start=greedy", "plus": "preset=plus",
         "plus-drawn": "preset=plus lla.start=drawn", "plus-rounds8": "preset=plus lla.rounds=8",
         **{name: f"search={name}" for name in ("random", "uniform", "greedy", "evolution", "sequential")}}.items()},
-    "held": HELD, **{f"{name}-held": f"{HELD} {own}" for name, own in PARTS.items()},
+    "held": HELD, **{f"{name}-held": f"{HELD} {own}" for name, own in {**PARTS, "null": "search=null"}.items()},
     "proxy": f"{CHANGED}1", **{name: f"{CHANGED}1 {own}" for name, own in PARTS.items()},
     **{name: f"{CHANGED}1 sensitivity={name}" for name in ("gradient", "snip", "grasp", "hessian")},
     **{name: f"{CHANGED}1 vote={name}" for name in ("confidence", "mode")},
     **{f"carry-{name}": f"{CHANGED}2 carry={name}" for name in ("none", "rest", "all")}}
-METHODS["null-enforced"] = f"{MATCHED}4 search=null"
 FRESH, TUNED = (45, 46, 47), (42, 43, 44)  # plus was put together on the latter
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "test_images", "baseline_acc", "final_acc",
         "deployed_acc", "mode", "search", "cr", "retained", "packed_bytes", "whole_model_ratio", "compliance",
