@@ -358,6 +358,14 @@ def test_a_preset_is_its_settings_and_gives_way_to_later_ones():
     assert from_flat(flatten(changed("preset=plus", "lla.rounds=2"))) == changed("preset=plus", "lla.rounds=2")
 
 
+def test_winograd_needs_float32():
+    for lower in ("search.dtype=bfloat16", "tf32=true"):
+        with pytest.raises(InputError, match=f"search.winograd .*leave out .*{lower}"):
+            changed("search.winograd=true", lower)
+        assert not changed(lower).search.winograd
+    assert changed("search.winograd=true").search.winograd
+
+
 def test_rounds_need_the_candidates_that_were_tried():
     refused("lla.rounds=2", "lla.choose=visited")
     assert changed("lla.choose=visited", "lla.rounds=2").lla.rounds == 2
