@@ -264,7 +264,7 @@ class HiReLC:
         s = c.search
         proxy = Proxy(self.model, self.blocks, batches, s.cache, s.dtype, s.cache_mb, s.together, s.fold, s.winograd)
         for name in proxy.without_effect():
-            self.log.note(f"search.{name}: this network has no convolutions for it, and is computed as it is")
+            self.log.note(f"search.{name} finds nothing in this network that it applies to, and changes nothing")
         self.estimator = DropEstimator(proxy, self.surrogate, self.baseline_acc, self.progress.once)
         params = [sum(shape.params for shape in block) for block in self.shapes]
         self.hla = HLAEnsemble(params, self.sensitivity, c)

@@ -72,8 +72,8 @@ KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "test_images"
         "deployed_acc", "mode", "search", "cr", "retained", "packed_bytes", "whole_model_ratio", "compliance",
         "surrogate_mae", "mean_kl", "searches", "evaluations", "null_controller", "best_cycle", "skipped_steps", "timings",
         "notes")
-OF_CYCLE = ("cycle", "acc", "acc_before_finetune", "deployed_acc", "retained", "cr", "compliance", "voted_retained",
-            "surrogate_prediction")
+OF_CYCLE = ("cycle", "acc", "acc_before_finetune", "deployed_acc", "retained", "cr", "average_bits", "average_keep",
+            "compliance", "voted_retained", "surrogate_prediction")
 
 
 def cells(args) -> list[tuple[str, str, int]]:
@@ -190,8 +190,8 @@ def difference(before, after) -> str:
 def table(cells, network: str, methods, reference: str) -> str:
     """Markdown: a row per method, and how far its packed file's accuracy is from ``reference``'s, paired by seed and
     image over the seeds that both have."""
-    lines = [f"| {network} | seeds | evaluations | CR | packed bytes | compliance | before fine-tuning (n = 1,280) | "
-             f"final | deployed | deployed - {reference}'s [95 %]; by seed |", "|---" * 10 + "|"]
+    lines = [f"| {network} | seeds | evaluations | CR | mean bits, keep | packed bytes | compliance | before fine-tuning "
+             f"(n = 1,280) | final | deployed | deployed - {reference}'s [95 %]; by seed |", "|---" * 11 + "|"]
     of = {method: {seed: cell for (n, m, seed), cell in cells.items() if (n, m) == (network, method)}
           for method in (*methods, reference)}
     for method in methods:
@@ -206,7 +206,8 @@ def table(cells, network: str, methods, reference: str) -> str:
         lines.append(
             f"| {method} | {' '.join(str(cell['seed']) for cell in rows)} | "
             f"{spread([cell['evaluations'] for cell in rows]).split(' ')[0].removesuffix('.00')} | "
-            f"{spread([cell['cr'] for cell in rows])} | {np.mean([cell['packed_bytes'] for cell in rows]):,.0f} | "
+            f"{spread([cell['cr'] for cell in rows])} | {np.mean([row['average_bits'] for row in best]):.2f}, "
+            f"{np.mean([row['average_keep'] for row in best]):.2f} | {np.mean([cell['packed_bytes'] for cell in rows]):,.0f} | "
             f"{spread([cell['compliance'] for cell in rows])} | {spread([row['acc_before_finetune'] for row in best])} | "
             f"{spread(final)} | {spread(deployed)} | {against} |")
     return "\n".join(lines)

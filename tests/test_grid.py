@@ -38,7 +38,7 @@ def test_every_cell_is_a_command_that_is_understood():
 def cell(method, seed, deployed, final=None, **more):
     digits = {name: grid.digits(torch.tensor(hits, dtype=torch.bool)) for name, hits in
               (("deployed", deployed), ("final", final or deployed), ("baseline", [1] * 8))}
-    row = {"cycle": 1, "acc_before_finetune": 25.0}
+    row = {"cycle": 1, "acc_before_finetune": 25.0, "average_bits": seed / 8, "average_keep": 0.75}
     return {"network": "resnet18", "method": method, "seed": seed, "evaluations": 480, "cr": 10.0 + seed % 2,
             "packed_bytes": 1000, "compliance": 50.0, "best_cycle": 1, "cycles": [row], "test_images": 8,
             "eval_images": 2, **{f"{name}_hits": text for name, text in digits.items()},
@@ -54,8 +54,8 @@ def test_tables_by_hand(tmp_path):
     text = grid.tables(tmp_path)
     assert "baseline of resnet18: 100.00 % of 8" in text and "mobilenetv2" not in text
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.split("\n\n")[1].splitlines()}
-    assert rows["random"].split(" | ")[1:9] == ["44 45", "480", "10.50 ± 0.71", "1,000", "50.00 ± 0.00", "25.00 ± 0.00",
-                                                "37.50 ± 17.68", "37.50 ± 17.68"]
+    assert rows["random"].split(" | ")[1:10] == ["44 45", "480", "10.50 ± 0.71", "5.56, 0.75", "1,000", "50.00 ± 0.00",
+                                                 "25.00 ± 0.00", "37.50 ± 17.68", "37.50 ± 17.68"]
     # By image the differences are 0 0 1/2 1/2 1/2 1/2 0 0, of variance 1/14; the seeds' are equal.
     half = 100 * 1.959963984540054 * (1 / 14 / 8) ** 0.5
     assert rows["random"].endswith(f"| -25.00 [{-25 - half:+.2f}, {-25 + half:+.2f}]; -25.00, -25.00 |")
