@@ -22,6 +22,7 @@ from files import member, quoted
 
 QTYPES = ("INT", "FLOAT")  # in the order of the action's type index
 GRANULARITIES = ("uniform", "log", "per-channel", "learned")  # in the order of the action's granularity index
+PER_CHANNEL = ("per-channel", "learned")  # those with a grid for every row
 FULL_BITS = 32
 SMALLEST_SCALE = 1e-8
 
@@ -230,6 +231,13 @@ class Grid:
     zero: Tensor | None = None
     high: Tensor | None = None
 
+    def rows(self, part: slice) -> "Grid":
+        """The grid of some of the kernel's rows."""
+        if self.granularity not in PER_CHANNEL:
+            return self
+        scale, zero, high = (None if end is None else end[part] for end in (self.scale, self.zero, self.high))
+        return Grid(self.bits, self.qtype, self.granularity, scale, zero, high)
+
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
@@ -251,7 +259,7 @@ def find_grid(values: Tensor, config: KernelConfig) -> Grid:
     ``uniform`` and ``log`` have one range for the tensor, ``per-channel`` and ``learned`` one per output channel.
     """
     bits, qtype, granularity = config.bits, config.qtype, config.granularity
-    per_channel = granularity in ("per-channel", "learned")
+    per_channel = granularity in PER_CHANNEL
     shape = (-1, *[1] * (values.dim() - 1)) if per_channel else ()
     rows = values.reshape(values.shape[0], -1) if per_channel else values.reshape(1, -1)
     if granularity in ("log", "log-script"):
@@ -361,7 +369,7 @@ class PreparedKernel:
     the configuration, its pruning order and the range of every row, is computed once. The weight must stay as it is.
     """
 
-    CHUNK = 2 ** 17  # weights that a CPU takes at a time, so that all passes over them stay in its cache
+    CHUNK = 2 ** 18  # weights that a CPU takes at a time, so that all passes over them stay in its cache
 
     def __init__(self, weight: Tensor):
         self.weight, self.order = weight.detach(), channel_order(weight)
@@ -377,19 +385,22 @@ class PreparedKernel:
 
     def compressed(self, config: KernelConfig, factor: Tensor | None = None) -> Tensor:
         """The weight that :func:`compress_kernel` gives, in the layout of the kernel's, times ``factor`` [n_out]."""
-        kept = self.order[:channels_kept(config.keep, len(self.order))]
+        count = channels_kept(config.keep, len(self.order))
+        kept = self.order[:count].sort().values
         grid = find_grid(self.ends.index_select(0, kept), config) if config.bits < FULL_BITS else None
         result = torch.empty_like(self.weight)
         rows, target = self._rows(self.weight), self._rows(result)
-        target.index_fill_(0, self.order[len(kept):], 0)
-        width = max(1, self.CHUNK // len(kept)) if rows.device.type == "cpu" else rows.shape[1]
-        for part, out in zip(rows.split(width, dim=1), target.split(width, dim=1)):
-            values = part.index_select(0, kept)
+        target.index_fill_(0, self.order[count:], 0)
+        height = max(1, self.CHUNK // rows.shape[1]) if rows.device.type == "cpu" else count
+        for start in range(0, count, height):
+            part = slice(start, start + height)
+            values = rows.index_select(0, kept[part])
             if grid is not None:
-                values = decode(encode(values.float(), grid), grid).to(values.dtype)
+                own = grid.rows(part)
+                values = decode(encode(values.float(), own), own).to(values.dtype)
             if factor is not None:
-                values.mul_(factor.index_select(0, kept)[:, None])
-            out.index_copy_(0, kept, values)
+                values.mul_(factor.index_select(0, kept[part])[:, None])
+            target.index_copy_(0, kept[part], values)
         return result
 
 
@@ -504,7 +515,7 @@ def kernel_bytes(config: KernelConfig, shape: KernelShape) -> int:
     if config.granularity in ("log", "log-script"):
         grid = 8
     else:
-        per_channel = config.granularity in ("per-channel", "learned")
+        per_channel = config.granularity in PER_CHANNEL
         zero_point = math.ceil(config.bits / 8) if config.qtype == "FLOAT" and config.granularity != "learned" else 0
         grid = (kept if per_channel else 1) * (4 + zero_point)
     return math.ceil(weights * config.storage_bits / 8) + grid + bitmap

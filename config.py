@@ -244,7 +244,7 @@ class Config:
 PRESETS = {
     "none": {},
     # The hierarchy with what makes it win under the same number of evaluations (README, "Baselines and plus").
-    "plus": {"lla.choose": "visited", "lla.start": "greedy", "lla.rounds": 4, "lla.refine": 2.0, "hla.tiers": "relative",
+    "plus": {"lla.choose": "visited", "lla.start": "greedy", "lla.refine": 2.0, "hla.tiers": "relative",
              "enforce_target": True, "finetune.mode": "qat", "surrogate.enabled": False},
 }
 

@@ -427,8 +427,7 @@ class HiReLC:
         """Step 6: theta = T(theta_0, C); what else a cycle takes over is ``carry`` (ledger D12). Returns the masks."""
         start = dict(self.carried)
         if self.config.carry != "all":
-            kernels = {key for block in self.blocks for key in block.state_names}
-            start.update({key: self.theta0[key] for key in (self.theta0 if self.config.carry == "none" else kernels)})
+            start.update({key: self.theta0[key] for key in (self.theta0 if self.config.carry == "none" else self._kernels)})
         self.model.load_state_dict(start)
         return compress_network(self.blocks, chosen)
 
@@ -639,7 +638,9 @@ class HiReLC:
         elif self.stored_theta0 is not self.theta0:
             parts["theta0.pt"], drop = lambda file: torch.save(self.theta0, file), ("network",)
         if self.cycles and self.config.carry != "none" and self.stored_carried is not self.carried:
-            parts["carried"] = self.stored_carried = self.carried
+            of_theta0 = self._kernels if self.config.carry == "rest" else ()
+            parts["carried"] = {key: value for key, value in self.carried.items() if key not in of_theta0}
+            self.stored_carried = self.carried
         if self.best is not None and self.stored_best is not self.best:
             parts["best"] = coded(self.best_state, self.blocks, self.best_masks, self.best_grids)
             parts["packed.pt"] = lambda file: file.write(self.best_packed)
@@ -681,7 +682,7 @@ class HiReLC:
         state = parts["run"]
         if "theta0.pt" in parts:
             self.theta0 = self.stored_theta0 = self._like(read_checkpoint(str(parts["theta0.pt"])))
-            self.carried = self._like(parts["carried"]) if "carried" in parts else self.theta0
+            self.carried = self._like({**self.theta0, **parts["carried"]}) if "carried" in parts else self.theta0
             self.model.load_state_dict(self.theta0)
         elif "network" in parts:
             self.model.load_state_dict(self._like(parts["network"]))
@@ -711,6 +712,11 @@ class HiReLC:
         return {key: torch.empty_like(own[key]).copy_(value) for key, value in tensors.items()}
 
     # -- helpers
+
+    @property
+    def _kernels(self) -> set[str]:
+        """Names of the kernels' weights in the network's state dict."""
+        return {key for block in self.blocks for key in block.state_names}
 
     @property
     def half(self) -> bool:

@@ -53,6 +53,7 @@ METHODS = {
     "enforced": f"{MATCHED}4", "plus": f"preset=plus {MATCHED}4",
     "drawn": f"preset=plus {MATCHED}4 lla.start=drawn",  # without the allocations by sensitivity to begin with
     "untrained": f"preset=plus {MATCHED}4 lla.lr_factor=0",  # what is left of plus when the policies stay as they begin
+    "plus-surrogate": f"preset=plus {MATCHED}4 surrogate=on surrogate.warmup=3",
     **{name: f"{MATCHED}4 search={name}" for name in ("random", "uniform")},
     **{name: f"{MATCHED}1 search={name}" for name in ("greedy", "evolution", "sequential")},
     **{f"{name}-1": f"{SEARCHED} {own}" for name, own in {
@@ -60,7 +61,8 @@ METHODS = {
         "relative": "lla.reward=relative", "project": "lla.project=true",
         "visited-rounds": "lla.choose=visited lla.rounds=4", "visited-refine": "lla.choose=visited lla.refine=2",
         "visited-start": "lla.choose=visited lla.start=greedy", "plus": "preset=plus",
-        "plus-drawn": "preset=plus lla.start=drawn", "plus-rounds8": "preset=plus lla.rounds=8",
+        "plus-drawn": "preset=plus lla.start=drawn", "plus-unrefined": "preset=plus lla.refine=0",
+        "plus-paper-tiers": "preset=plus hla.tiers=paper", "plus-rounds4": "preset=plus lla.rounds=4",
         **{name: f"search={name}" for name in ("random", "uniform", "greedy", "evolution", "sequential")}}.items()},
     "held": HELD, **{f"{name}-held": f"{HELD} {own}" for name, own in {**PARTS, "null": "search=null"}.items()},
     "proxy": f"{CHANGED}1", **{name: f"{CHANGED}1 {own}" for name, own in PARTS.items()},

@@ -1,7 +1,6 @@
 """Tests of baselines.py: each search against a problem whose optimum is known, its evaluations against its budget."""
 
 import math
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,29 +13,14 @@ import data
 import hirelc
 from baselines import Problem, Space
 from compress import QTYPES, KernelConfig, channels_kept, kernel_shapes
-from config import BASELINES, LLA, Compress, Config, InputError, override
-from log import Log
-from problems import CURVATURE, LIMITS, TARGET, SixKernels
+from config import BASELINES, LLA, Compress, InputError
+from problems import BUDGET, CURVATURE, LIMITS, TARGET, SixKernels, found, hierarchy, problem
 from target import allocations
 from test_hirelc import small_network, small_run
-
-BUDGET = 2 * 3 * 64  # less than the 432 candidates that the blocks have
-
 
 @pytest.fixture(scope="module")
 def six():
     return SixKernels()
-
-
-def problem(six, **changes):
-    values = dict(blocks=six.blocks, sensitivity=list(CURVATURE), limits=LIMITS, target=TARGET, drops=six.drops,
-                  budget=BUDGET)
-    return Problem(**{**values, **changes})
-
-
-def found(six, method, seed=0, **changes):
-    six.asked.clear()
-    return baselines.find(method, problem(six, **changes), seed)
 
 
 def space(limits=LIMITS, target=0.2, channels=(2, 16, 4), whole=(), drops=None, budget=100, inputs=8):
@@ -168,42 +152,10 @@ def test_greedy_takes_the_type_and_granularity_of_least_error():
     assert (kernel.qtype, kernel.granularity) == ("FLOAT", "per-channel")
 
 
-class Wired(nn.Module):
-    """The six kernels as a network: each takes its first inputs of the image."""
-
-    def __init__(self, blocks):
-        super().__init__()
-        self.kernels = nn.ModuleDict({name: module for b in blocks for name, module in b.kernels.items()})
-
-    def forward(self, x):
-        return sum(kernel(x.flatten(1)[:, :kernel.in_features]) for kernel in self.kernels.values())
-
-
-def hierarchy(six, seed, timesteps, **changes):
-    """One cycle's search by the two levels, as HiReLC.run has it: the chosen configuration and the row about it."""
-    config = override(Config(), {"model.weights": "given", "search.cycles": 1, "seed": seed, "search.target": TARGET,
-                                 "device": "cpu", "enforce_target": True, "compress.bits_max": 5,
-                                 "compress.max_pruning": 0.5, "data.batch_size": 4, "search.proxy_batches": 1,
-                                 "lla.timesteps": timesteps, "surrogate.enabled": False, "sensitivity.images": 4,
-                                 **{key.replace("__", "."): value for key, value in changes.items()}})
-    train, test = data.synthetic(2, 8, 8, 8, 0)
-    run = hirelc.HiReLC(Wired(six.blocks), six.blocks, train, test, config, Log(stream=open(os.devnull, "w")))
-    run.theta0, run.baseline_acc, run.sensitivity = run._state(), 50.0, list(CURVATURE)
-    run.make_agents()
-    six.asked.clear()
-    run.estimator.proxy.drops = six.drops
-    run.train_hla(config.hla.timesteps)
-    run.hla.feedback(0.0, 1.0, 1)
-    run.budgets = run.hla.budgets(deterministic=True)
-    run.search_blocks(1)
-    chosen = run.meet_target(run.voted)
-    return chosen, run.searches[-1]
-
-
 def test_plus_finds_the_optimum_within_its_budget(six):
     gains = []
     for seed in range(3):
-        chosen, row = hierarchy(six, seed, 64, preset="plus")
+        chosen, row = hierarchy(six, seed, preset="plus")
         gains.append(six.gain(chosen))
         assert chosen.retained <= TARGET
         assert row["evaluations"] == BUDGET and len(six.asked) == BUDGET + 2 * 5  # the last five compare, uncounted
@@ -212,7 +164,7 @@ def test_plus_finds_the_optimum_within_its_budget(six):
 
 def test_with_a_greedy_start_the_first_candidates_are_the_allocations(six):
     """Of both blocks, at the sizes asked for; with bits alone, and with bits and keep; inside the budget of evaluations."""
-    chosen, row = hierarchy(six, 0, 64, preset="plus")
+    chosen, row = hierarchy(six, 0, preset="plus")
     proposed = [allocations(six.blocks, [kernel_shapes(block) for block in six.blocks], CURVATURE, LIMITS, share * TARGET)
                 for share in hirelc.PROPOSED]
     assert [len(found) for found in proposed] == [2, 1, 2]  # 0.7 of the target is less than bits alone can reach
@@ -221,7 +173,7 @@ def test_with_a_greedy_start_the_first_candidates_are_the_allocations(six):
         wanted = list(dict.fromkeys(found.config.blocks[index] for pair in proposed for found in pair))
         assert asked[:len(wanted)] == wanted
     assert row["evaluations"] == BUDGET
-    hierarchy(six, 0, 64, preset="plus", lla__start="drawn")
+    hierarchy(six, 0, preset="plus", lla__start="drawn")
     asked = [config for i, config in six.asked if i == 0]
     assert asked[0] != proposed[0][0].config.blocks[0]
 
@@ -229,7 +181,7 @@ def test_with_a_greedy_start_the_first_candidates_are_the_allocations(six):
 @pytest.mark.parametrize("method", ["hirelc", "no-hla"])
 def test_the_papers_hierarchy_meets_the_target_within_its_budget(six, method):
     """It is not held to the optimum: with a cycle's steps the policies hardly leave the uniform one (README)."""
-    chosen, row = hierarchy(six, 0, 64, search__method=method)
+    chosen, row = hierarchy(six, 0, search__method=method)
     assert chosen.retained <= TARGET and row["evaluations"] == BUDGET
     assert row["entropy"][0] > 0.99 and 0.9 < row["entropy"][1] <= row["entropy"][0] + 1e-3
 
