@@ -117,6 +117,9 @@ class Search:
     target: float = setting(0.25, "rho_target, retained fraction to reach", low=0.01, high=1.0)
     max_drop: float = setting(1.0, "delta_max, allowed accuracy drop in points", low=0.0)
     proxy_batches: int = setting(2, "calibration batches (of data.batch_size) of the logit-MSE proxy", low=1)
+    around: str = setting("theta0", "what the proxy has in a candidate's other blocks: theta0's weights (ledger D17), or "
+                                    "last: those that the last cycle chose, compressed",
+                          choices=("theta0", "last"))
     cache: bool = setting(True, "the proxy starts at the block, from activations that it keeps; off = whole forwards")
     cache_mb: int = setting(1024, "MB of activations that the proxy keeps at most; what is more is computed again",
                             low=0)

@@ -320,6 +320,8 @@ class HiReLC:
             return
         budgets = self.budgets
         self.model.load_state_dict(self.theta0)
+        if self.config.search.around == "last" and cycle > 1:
+            self.estimator.proxy.around = NetworkConfig(tuple(self.estimator.consensus))
         if self.config.search.method in BASELINES:
             return self.search_baseline(cycle)
         if not self.lla[0].proposals:

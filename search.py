@@ -9,6 +9,7 @@ environments only put them together. Accuracies and drops are in percentage poin
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import zlib
 from dataclasses import asdict, dataclass
@@ -290,9 +291,10 @@ class Proxy:
 
     ``batches``: list of images [n, 3, H, W] on the network's device, drawn and augmented once per run. The network
     must hold theta_0 whenever :meth:`drops` is called; it is never changed: the candidate's weights are passed
-    beside it, so every other block is judged at theta_0 (ledger D17). ``cache``, ``dtype``, ``cache_mb``,
-    ``together``, ``fold``, ``winograd``: settings of config.Search; without ``cache`` every candidate is a whole forward
-    pass.
+    beside it, so every other block is judged at theta_0 (ledger D17). Where ``around`` is set, a configuration of the
+    whole network, the other blocks are compressed by it; the logits to come close to stay theta_0's. ``cache``,
+    ``dtype``, ``cache_mb``, ``together``, ``fold``, ``winograd``: settings of config.Search; without ``cache`` every
+    candidate is a whole forward pass.
 
     Whatever is kept belongs to the weights that it was computed with, and goes when a parameter or buffer has been
     written to or replaced, so that restoring theta_0 costs one forward pass and no call here. Only a write through
@@ -308,6 +310,7 @@ class Proxy:
         self.model, self.blocks, self.batches, self.dtype = model, blocks, batches, dtype
         self.cache, self.cache_mb, self.together, self.fold, self.winograd = cache, cache_mb, together, fold, winograd
         self.held, self.versions = [], None
+        self.around: NetworkConfig | None = None
 
     @property
     def cache_bytes(self) -> int:
@@ -343,26 +346,40 @@ class Proxy:
         return [proxy_drop(sum(row) / len(row)) for row in rows]
 
     def _follow_weights(self):
-        """Start anew where the network has other weights than at the last call."""
+        """Start anew where the network, or what is around a candidate, is another than at the last call."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        versions = [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        versions = [self.around, *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)]
         if versions == self.versions:
             return
         self.held = tensors  # as long as they live no other tensor takes their place in memory
-        staged = isinstance(self.model, Staged)
-        self.network, self.factors = folded(self.model) if self.fold and staged else (self.model, {})
+        staged, model = isinstance(self.model, Staged), self._surroundings()
+        self.network, self.factors = folded(model) if self.fold and staged else (model, {})
         if self.winograd and staged:
             self.network = with_winograd(self.network)
         self.chain, self.tensors = Chain(self.network), dict(self.network.named_parameters(remove_duplicate=False))
         self._divide(split(self.network) if self.cache else whole(self.network))
         self.versions, self.kernels, self.checked = versions, {}, set()
 
+    def _surroundings(self):
+        """The network in which candidates are judged: theta_0, or a copy that is compressed by ``around``."""
+        if self.around is None:
+            return self.model
+        model = copy.deepcopy(self.model)
+        own = dict(model.named_parameters(remove_duplicate=False))
+        for block, config in zip(self.blocks, self.around.blocks):
+            weights = (compress_kernel(holder.weight, kernel)[0]
+                       for holder, kernel in zip(block.kernels.values(), config.kernels))
+            for name, weight in block.replaced(weights).items():
+                own[name].copy_(weight)
+        return model
+
     def _divide(self, stages):
         """Take ``stages`` for the network; nothing is kept yet but the logits of theta_0, one tensor per batch."""
         # Somebody else's network may write into its input.
         self.stages = stages
         self.entering = Entering(stages, self.batches, self.cache_mb * 10**6, copy=not isinstance(self.model, Staged))
-        self.reference = [run(stages, self.entering.at(0, b)).float() for b in range(len(self.batches))]
+        theta0 = stages if self.around is None else whole(self.model)
+        self.reference = [run(theta0, self.entering.at(0, b)).float() for b in range(len(self.batches))]
 
     def _group(self, device):
         """Candidates per pass. Only stages that treat images one by one may see several candidates as one batch."""

@@ -54,11 +54,12 @@ METHODS = {
     "drawn": f"preset=plus {MATCHED}4 lla.start=drawn",  # without the allocations by sensitivity to begin with
     "untrained": f"preset=plus {MATCHED}4 lla.lr_factor=0",  # what is left of plus when the policies stay as they begin
     "plus-surrogate": f"preset=plus {MATCHED}4 surrogate=on surrogate.warmup=3",
+    "plus-around": f"preset=plus {MATCHED}4 search.around=last",
     **{name: f"{MATCHED}4 search={name}" for name in ("random", "uniform")},
     **{name: f"{MATCHED}1 search={name}" for name in ("greedy", "evolution", "sequential")},
     **{f"{name}-1": f"{SEARCHED} {own}" for name, own in {
         "enforced": "", "visited": "lla.choose=visited", "tiers": "hla.tiers=relative", "mode": "vote=mode",
-        "relative": "lla.reward=relative", "project": "lla.project=true",
+        "relative": "lla.reward=relative", "project": "lla.project=true", "steps128": "lla.timesteps=128",
         "visited-rounds": "lla.choose=visited lla.rounds=4", "visited-refine": "lla.choose=visited lla.refine=2",
         "visited-start": "lla.choose=visited lla.start=greedy", "plus": "preset=plus",
         "plus-drawn": "preset=plus lla.start=drawn", "plus-unrefined": "preset=plus lla.refine=0",

@@ -16,7 +16,7 @@ import data
 import hirelc
 import models
 import pack
-from compress import KernelConfig, from_policy, kernel_retained, prune_mask
+from compress import KernelConfig, NetworkConfig, from_policy, kernel_retained, prune_mask
 from config import Config, InputError, override
 from hirelc import Cycle, HiReLC
 from log import Log
@@ -146,6 +146,17 @@ def test_the_best_cycle_is_the_most_accurate_and_the_first_of_equals():
     for cycle, acc in enumerate((50.0, 60.0, 60.0, 55.0), start=1):
         run.keep_best(Cycle(cycle, acc, 0.0), f"config {cycle}", {}, ())
     assert run.best.cycle == 2 and run.best_config == "config 2"
+
+
+def test_the_search_may_be_around_what_the_last_cycle_chose():
+    for around, surrounded in (("theta0", False), ("last", True)):
+        run, seen = small_run(**{"surrogate.enabled": False, "search.around": around}), []
+        search, measure = run.search_blocks, run.measure
+        run.search_blocks = lambda cycle: (search(cycle), seen.append(run.estimator.proxy.around))
+        run.measure = lambda cycle: (measure(cycle), seen.append(NetworkConfig(tuple(run.estimator.consensus))))
+        run.run()
+        assert seen[0] is None and seen[2] == (seen[1] if surrounded else None)
+        assert seen[1].cr == run.cycles[1].cr
 
 
 def test_the_reported_network_is_the_best_cycle_and_scores_what_is_reported():

@@ -16,7 +16,8 @@ from torch import nn
 import models
 import stages
 import winograd
-from compress import GRANULARITIES, QTYPES, BlockConfig, KernelConfig, PreparedKernel, compress_kernel, kernel_shapes
+from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, PreparedKernel, compress_kernel,
+                      compress_network, kernel_shapes)
 from config import Config, override
 from config import Surrogate as SurrogateSettings
 from search import DropEstimator, LayerBudget, LLAEnsemble, Proxy, Surrogate
@@ -150,6 +151,31 @@ def test_the_plain_path_is_whole_forwards_of_a_compressed_copy():
         wanted = np.mean([20 * F.mse_loss(other(x), model(x)).item() for x in batches])
     for cache in (True, False):
         assert close(Proxy(model, blocks, batches, cache=cache).drops(2, [config]), [wanted], rel=1e-4)
+
+
+def test_other_blocks_may_be_compressed_around_a_candidate(family):
+    """The candidate is theta_0's kernels compressed by itself, not what is around it compressed again."""
+    model, blocks, batches = family
+    rng = np.random.default_rng(2)
+    around = NetworkConfig(tuple(drawn(block, rng) for block in blocks))
+    questions = [(i, drawn(blocks[i], rng)) for i in (0, len(blocks) // 2, len(blocks) - 1)]
+    wanted = []
+    for index, config in questions:
+        other = copy.deepcopy(model)
+        compress_network(models.find_blocks(other), NetworkConfig(
+            tuple(config if i == index else own for i, own in enumerate(around.blocks))))
+        with torch.no_grad():
+            wanted.append(np.mean([20 * F.mse_loss(other(x), model(x)).item() for x in batches]))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for settings in ({}, {"cache": False}, {"together": 2}, {"fold": True}):
+        proxy = Proxy(model, blocks, batches, **settings)
+        alone = [proxy.drops(i, [config])[0] for i, config in questions]
+        proxy.around = around
+        found = [proxy.drops(i, [config])[0] for i, config in questions]
+        assert close(found, np.minimum(wanted, 50.0).tolist(), rel=1e-4) and not close(found, alone)
+        proxy.around = None
+        assert [proxy.drops(i, [config])[0] for i, config in questions] == alone
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_blocks_of_the_whole_scope_with_kernels_at_both_ends(family):
