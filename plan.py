@@ -385,7 +385,8 @@ def _memory(config, kept, size, counts, train, device) -> list[str]:
              "batches": 3 * 4 * max(config.data.batch_size, config.eval.batch_size) * channels * height * width,
              "the proxy's cache at most": 0 if config.policy else config.search.cache_mb * 1e6,
              "the proxy's network at most": 0 if config.policy else size * (
-                 (config.search.fold or config.search.winograd) + 4 * config.search.winograd)}
+                 (config.search.fold or config.search.winograd) + 4 * config.search.winograd +
+                 (config.search.around == "last"))}
     images = min(sum(counts) * channels * side * side, 2 * sources.IN_MEMORY)
     host = available_memory()
     if device.type == "cuda":

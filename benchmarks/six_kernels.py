@@ -37,7 +37,7 @@ CHANGES = {
         ("policies that do not learn, `lla.lr_factor=0`", "lla__lr_factor", 0.0))},
     **{f"`plus`, `lla.start=drawn` and `{key}={value}`": {
         "preset": "plus", "lla__start": "drawn", key.replace(".", "__"): value} for key, value in (
-        ("lla.refine", 0.0), ("lla.refine", 1.5), ("lla.refine", 3.0), ("lla.rounds", 4), ("lla.rounds", 8),
+        ("lla.refine", 0), ("lla.refine", 1.5), ("lla.refine", 3), ("lla.rounds", 4), ("lla.rounds", 8),
         ("hla.tiers", "paper"))}}
 SEEDS, MANY = range(6), range(16)
 
