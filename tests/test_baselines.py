@@ -1,6 +1,9 @@
 """Tests of baselines.py: each search against a problem whose optimum is known, its evaluations against its budget."""
 
+import importlib.util
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +16,13 @@ import data
 import hirelc
 from baselines import Problem, Space
 from compress import QTYPES, KernelConfig, channels_kept, kernel_shapes
-from config import BASELINES, LLA, Compress, InputError
+from config import BASELINES, LLA, Compress, Config, InputError, override
 from problems import BUDGET, CURVATURE, LIMITS, TARGET, SixKernels, found, hierarchy, problem
 from target import allocations
 from test_hirelc import small_network, small_run
+
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture(scope="module")
 def six():
@@ -184,6 +190,23 @@ def test_the_papers_hierarchy_meets_the_target_within_its_budget(six, method):
     chosen, row = hierarchy(six, 0, search__method=method)
     assert chosen.retained <= TARGET and row["evaluations"] == BUDGET
     assert row["entropy"][0] > 0.99 and 0.9 < row["entropy"][1] <= row["entropy"][0] + 1e-3
+
+
+def test_the_benchmark_of_these_searches(six, monkeypatch, capsys):
+    """Each change is another configuration; its tables are of the searches that the tests above judge."""
+    spec = importlib.util.spec_from_file_location("six_kernels", ROOT / "benchmarks" / "six_kernels.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    known = [override(Config(), {key.replace("__", "."): value for key, value in settings.items()})
+             for settings in bench.CHANGES.values()]
+    assert known[0] == Config() and len(set(known)) == len(known)
+    monkeypatch.setattr(bench, "SEEDS", (0,))
+    monkeypatch.setattr(bench, "MANY", (1,))
+    monkeypatch.setattr(bench, "CHANGES", {"plus": {"preset": "plus"}})
+    bench.main()
+    rows = dict(re.findall(r"^\| ([\w, -]+) \| (\d\.\d+) \|", capsys.readouterr().out, re.M))
+    assert rows["plus"] == f"{six.gain(hierarchy(six, 1, preset='plus')[0]):.3f}"
+    assert rows["evolution"] == f"{six.gain(found(six, 'evolution').config):.3f}" and len(rows) == len(BASELINES) + 4
 
 
 # ---------------------------------------------------------------------------------------------------------------
