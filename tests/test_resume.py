@@ -142,7 +142,8 @@ def program(folder, long, *parts):
     torch.set_num_threads(1)
     Path(folder).mkdir(parents=True, exist_ok=True)
     begin = {name: int(first or 0) for name, _, first in (part.partition(":") for part in parts)}
-    for name, arguments, runs in (("small", small(folder, "carry=rest", "finetune.mode=qat"), 20 if long else 2),
+    past = small(folder, "carry=rest", "finetune.mode=qat", "surrogate=off", "search.around=last")
+    for name, arguments, runs in (("small", past, 20 if long else 2),
                                   *([("smoke", ["--exp", "4", "--smoke", "--device", "cpu", "--no-table"], 50)]
                                     if long else [])):
         if name not in (begin or (name,)):
