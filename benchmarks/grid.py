@@ -59,7 +59,7 @@ METHODS = {
     **{name: f"{MATCHED}1 search={name}" for name in ("greedy", "evolution", "sequential")},
     **{f"{name}-1": f"{SEARCHED} {own}" for name, own in {
         "enforced": "", "visited": "lla.choose=visited", "tiers": "hla.tiers=relative", "mode": "vote=mode",
-        "relative": "lla.reward=relative", "project": "lla.project=true", "steps128": "lla.timesteps=128",
+        "relative": "lla.reward=relative", "project": "lla.project=true",
         "visited-rounds": "lla.choose=visited lla.rounds=4", "visited-refine": "lla.choose=visited lla.refine=2",
         "visited-start": "lla.choose=visited lla.start=greedy", "plus": "preset=plus",
         "plus-drawn": "preset=plus lla.start=drawn", "plus-unrefined": "preset=plus lla.refine=0",
