@@ -89,3 +89,8 @@ def test_a_cell_that_is_stopped_is_left_for_the_next_time(tmp_path, monkeypatch,
         assert grid.main() == 0 and len(calls) == 2
     else:
         assert "plus seed 45 ended with 3" in capsys.readouterr().err
+
+
+def test_every_cell_that_is_kept_was_run_with_its_methods_settings():
+    kept = grid.read(ROOT / "results")
+    assert kept and all(cell["settings"] == grid.METHODS[method] for (_, method, _), cell in kept.items())
