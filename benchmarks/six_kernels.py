@@ -34,6 +34,7 @@ CHANGES = {
     **{f"`plus`, {change}": {"preset": "plus", key: value} for change, key, value in (
         ("`lla.start=drawn`", "lla__start", "drawn"), ("`lla.refine=0`", "lla__refine", 0.0),
         ("`hla.tiers=paper`", "hla__tiers", "paper"), ("`lla.rounds=4`", "lla__rounds", 4),
+        ("`lla.project=true`", "lla__project", True),
         ("policies that do not learn, `lla.lr_factor=0`", "lla__lr_factor", 0.0))},
     **{f"`plus`, `lla.start=drawn` and `{key}={value}`": {
         "preset": "plus", "lla__start": "drawn", key.replace(".", "__"): value} for key, value in (
