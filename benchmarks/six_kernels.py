@@ -49,6 +49,7 @@ def row(name, gains) -> str:
 
 
 def main() -> None:
+    """Print the two tables, a row as soon as it is known."""
     torch.set_num_threads(1)
     six = SixKernels()
     print(f"{six.configurations:,} configurations, rho <= {TARGET}, at most {BUDGET} evaluations\n")

@@ -101,12 +101,12 @@ class Wired(nn.Module):
         return sum(kernel(x.flatten(1)[:, :kernel.in_features]) for kernel in self.kernels.values())
 
 
-def hierarchy(six, seed, timesteps=TIMESTEPS, **changes):
+def hierarchy(six, seed, **changes):
     """One cycle's search by the two levels, as HiReLC.run has it: the chosen configuration and the row about it."""
     config = override(Config(), {"model.weights": "given", "search.cycles": 1, "seed": seed, "search.target": TARGET,
                                  "device": "cpu", "enforce_target": True, "compress.bits_max": 5,
                                  "compress.max_pruning": 0.5, "data.batch_size": 4, "search.proxy_batches": 1,
-                                 "lla.timesteps": timesteps, "surrogate.enabled": False, "sensitivity.images": 4,
+                                 "lla.timesteps": TIMESTEPS, "surrogate.enabled": False, "sensitivity.images": 4,
                                  **{key.replace("__", "."): value for key, value in changes.items()}})
     train, test = data.synthetic(2, 8, 8, 8, 0)
     run = hirelc.HiReLC(Wired(six.blocks), six.blocks, train, test, config, Log(stream=open(os.devnull, "w")))
