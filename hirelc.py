@@ -35,7 +35,6 @@ import pack
 import plan
 import policies
 from blocks import Survey
-from checkpoints import read_checkpoint
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
 from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
@@ -43,14 +42,15 @@ from files import read_json, shown
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Ranks, leave, start
-from qat import GridTraining, coded, decoded
+from qat import GridTraining, coded, decoded, plain_grids, read_grids
 from report import results_table, survive_ascii, write_json
 from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
                   stop_at_once, stoppable)
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, least_drop, null_controller, random_config, train_together)
 from sensitivity import sensitivity
-from state import Progress, SaveError, Stopped, Store, random_states, set_random_states, understood
+from state import (Progress, SaveError, Stopped, Store, difference, random_states, restored, set_random_states,
+                   understood)
 from stats import mcnemar, paired_interval, wilson
 from target import allocations, enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import TooLarge, Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
@@ -427,6 +427,9 @@ class HiReLC:
 
     def apply(self, chosen: NetworkConfig) -> dict:
         """Step 6: theta = T(theta_0, C); what else a cycle takes over is ``carry`` (ledger D12). Returns the masks."""
+        if self.carried is None:  # the training that was broken off needs it no more, and has them
+            with understood():
+                return self.progress.broken_off["trainer"]["masks"]
         start = dict(self.carried)
         if self.config.carry != "all":
             start.update({key: self.theta0[key] for key in (self.theta0 if self.config.carry == "none" else self._kernels)})
@@ -472,15 +475,21 @@ class HiReLC:
 
         Weights that are on no grids yet are put there; then BatchNorm's statistics are estimated again.
         """
-        if grids is None:
-            grids = snap_to_grid(self.blocks, chosen, masks)
+        grids = grids or snap_to_grid(self.blocks, chosen, masks)
         estimate_batchnorm(self.model, self.train_set, self.config.data.batch_size, self.config.finetune.bn_images,
                            self._generator("batchnorm"), self.progress)
+        self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        packed = self._pack(chosen, masks, grids)
+        pack.load(packed, self.model)
+        return packed
+
+    def _pack(self, chosen: NetworkConfig, masks, grids) -> bytes:
+        """The packed file of the network as it stands; its weights are put on grids where there are none."""
         notes: list[str] = []
-        packed = pack.pack(self.model, self.blocks, chosen, masks, grids, self.network, self.config.pack.rest, notes)
+        packed = pack.pack(self.model, self.blocks, chosen, masks, grids or snap_to_grid(self.blocks, chosen, masks),
+                           self.network, self.config.pack.rest, notes)
         for note in notes:
             self.log.note(note)
-        pack.load(packed, self.model)
         return packed
 
     def update_surrogate(self, chosen: NetworkConfig, row: Cycle) -> None:
@@ -499,6 +508,7 @@ class HiReLC:
     def _keep(self, row: Cycle, chosen: NetworkConfig, masks, budgets) -> None:
         self.best, self.best_config, self.best_masks, self.best_budgets = row, chosen, masks, budgets
         self.best_state, self.best_grids, self.best_packed = self.carried, self.grids, self.packed
+        self.best_buffers = self.buffers
 
     def merit(self, row: Cycle) -> tuple:
         """What the best cycle has most of. Under a goal: the packed file's drop holds; then, unless a size was asked
@@ -630,24 +640,35 @@ class HiReLC:
             self.resumed = None
 
     def _changed(self) -> tuple[dict, tuple]:
-        """(parts to write, parts to drop) of the state after a phase. theta_0, the best network and its packed file are
-        written when they are new; the network alone only where theta_0 does not stand for it."""
+        """(parts to write, parts to drop) of the state after a phase. theta_0 and the best network are written when they
+        are new; the network alone only where theta_0 does not stand for it."""
         if self.progress.store is None:
             return {}, ()
-        parts, drop = {"run": self.state_dict()}, ()
+        parts, drop = {"run": self.state_dict()}, []
         if not self.cycles:
             parts["network"] = self._state()
         elif self.stored_theta0 is not self.theta0:
-            parts["theta0.pt"], drop = lambda file: torch.save(self.theta0, file), ("network",)
-        if self.cycles and self.config.carry != "none" and self.stored_carried is not self.carried:
+            parts["theta0"] = self.theta0
+            drop.append("network")
+        if self._carries() != "own":
+            drop.append("carried")
+        elif self.stored_carried is not self.carried:
             of_theta0 = self._kernels if self.config.carry == "rest" else ()
-            parts["carried"] = {key: value for key, value in self.carried.items() if key not in of_theta0}
+            parts["carried"] = difference({key: value for key, value in self.carried.items() if key not in of_theta0},
+                                          self.theta0)
             self.stored_carried = self.carried
         if self.best is not None and self.stored_best is not self.best:
-            parts["best"] = coded(self.best_state, self.blocks, self.best_masks, self.best_grids)
-            parts["packed.pt"] = lambda file: file.write(self.best_packed)
+            best = coded(self.best_state, self.blocks, self.best_masks, self.best_grids)
+            parts["best"] = {"network": difference(best, self.theta0), "masks": self.best_masks,
+                             "grids": plain_grids(self.best_grids), "deployed": self.best_buffers}
         self.stored_theta0, self.stored_best = (self.theta0 if self.cycles else None), self.best
         return parts, drop
+
+    def _carries(self) -> str:
+        """Which network the next cycle takes over from: theta0, best, or one of its own."""
+        if not self.cycles or self.config.carry == "none" or self.carried is self.theta0:
+            return "theta0"
+        return "best" if self.best is not None and self.carried is self.best_state else "own"
 
     def best_network(self) -> dict:
         """Content of best.pt."""
@@ -663,7 +684,7 @@ class HiReLC:
         agents = hasattr(self, "hla")
         consensus = self.estimator.consensus if agents else [None]
         best = None if self.best is None else {
-            "cycle": self.best.cycle, "policy": to_policy(self.blocks, self.best_config), "masks": self.best_masks,
+            "cycle": self.best.cycle, "policy": to_policy(self.blocks, self.best_config),
             "budgets": [dataclasses.asdict(budget) for budget in self.best_budgets]}
         return {
             "baseline_acc": self.baseline_acc, "sensitivity": self.sensitivity,
@@ -673,7 +694,7 @@ class HiReLC:
             "consensus": to_policy(self.blocks, NetworkConfig(tuple(consensus))) if all(consensus) else None,
             "surrogate": self.surrogate.state_dict() if agents else None,
             "hla": self.hla.state_dict() if agents else None, "lla": self._lla_states() if agents else [],
-            "best": best, "updates": self.updates, "searches": self.searches,
+            "best": best, "carried": self._carries(), "updates": self.updates, "searches": self.searches,
             "cycle_budgets": self.cycle_budgets,
             "timings": dict(self.timings), "notes": list(self.log.notes),
             "skipped_steps": self.skipped_steps, "elapsed": self.elapsed + time.monotonic() - self.started,
@@ -682,9 +703,12 @@ class HiReLC:
     def load_state(self, parts: dict) -> None:
         """Take over the parts of a state; :meth:`run` then goes on behind the last phase that was done."""
         state = parts["run"]
-        if "theta0.pt" in parts:
-            self.theta0 = self.stored_theta0 = self._like(read_checkpoint(str(parts["theta0.pt"])))
-            self.carried = self._like({**self.theta0, **parts["carried"]}) if "carried" in parts else self.theta0
+        if "theta0" in parts:
+            self.theta0 = self.stored_theta0 = self._like(parts["theta0"])
+            self.carried = self.theta0
+            if state["carried"] == "own":  # without it, a training that has gone on from it was broken off
+                self.carried = self._like({**self.theta0, **restored(parts["carried"], self.theta0)}) if (
+                    "carried" in parts) else None
             self.model.load_state_dict(self.theta0)
         elif "network" in parts:
             self.model.load_state_dict(self._like(parts["network"]))
@@ -695,10 +719,16 @@ class HiReLC:
         best = state["best"]
         if best is not None:
             self.best = self.stored_best = self.cycles[best["cycle"]]
-            self.best_config, self.best_masks = from_policy(best["policy"], self.blocks), best["masks"]
+            self.best_config, network = from_policy(best["policy"], self.blocks), parts["best"]
+            self.best_masks, self.best_grids = network["masks"], read_grids(network["grids"])
             self.best_budgets = tuple(LayerBudget(**budget) for budget in best["budgets"])
-            self.best_state = self._like(decoded(parts["best"]))
-            self.best_packed = Path(parts["packed.pt"]).read_bytes()
+            self.best_state = self._like(decoded(restored(network["network"], self.theta0)))
+            if state["carried"] == "best":
+                self.carried = self.best_state
+            self.best_buffers = network["deployed"]
+            self.model.load_state_dict({**self.best_state, **self.best_buffers})
+            self.best_packed = self._pack(self.best_config, self.best_masks, self.best_grids)
+            self.model.load_state_dict(self.theta0)
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
         self.log.notes, self.skipped_steps = list(state["notes"]), state["skipped_steps"]
         self.elapsed, self.searches = state["elapsed"], list(state["searches"])
@@ -807,7 +837,9 @@ class HiReLC:
                           eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
                           blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
                           ranks=self.ranks, unused_parameters=self.config.model.weights == "given", half=self.half)
-        self.progress.train(phase, trainer)
+        known = self.best_state if self.best is not None else self.theta0 if self.cycles else None
+        needless = ("carried",) if phase.startswith("finetune") and self.config.carry == "all" and not on_grid else ()
+        self.progress.train(phase, trainer, known, needless)
         return trainer
 
     def _timed(self, phase: str):
@@ -1138,8 +1170,8 @@ def _finish(run: HiReLC, result: dict, path: Path, total: float) -> dict:
     result["timings"] |= {"total": round(total, 2), "saving": round(run.progress.spent, 2)}
     if not run.ranks.first:
         return result
-    result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
     save(run, path, finished=True)
+    result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
     write_json(path / "policy.json", run.policy())
     write_json(path / "result.json", result)
     run.progress.store.remove()

@@ -128,6 +128,16 @@ def decoded(state: dict) -> dict:
     return {name: _weight(value) if isinstance(value, dict) else value for name, value in state.items()}
 
 
+def plain_grids(grids: dict[str, Grid | None] | None) -> dict | None:
+    """Grids as dictionaries, for the disk."""
+    return grids and {name: None if grid is None else vars(grid) for name, grid in grids.items()}
+
+
+def read_grids(grids: dict | None) -> dict[str, Grid | None] | None:
+    """The grids that :func:`plain_grids` was given."""
+    return grids and {name: None if grid is None else Grid(**grid) for name, grid in grids.items()}
+
+
 def _weight(entry) -> Tensor:
     rows, kept = decode(entry["codes"].float(), Grid(**entry["grid"])), entry["kept"]
     if kept.dtype != torch.bool or kept.dim() != 1 or len(kept) > MAX_ZEROS * len(rows):

@@ -26,7 +26,7 @@ import pack
 from config import Config, InputError, flatten, from_flat
 from files import read_json, replace_file, shown
 from report import write_text
-from state import SaveError, Stopped, publish
+from state import SaveError, Stopped
 
 
 try:
@@ -113,27 +113,22 @@ def provenance(device) -> dict:
 
 
 def save(run, path: Path, finished: bool = False) -> None:
-    """After every phase: cycles.csv, updates.csv, and theta_0 and the best cycle's packed file, which are the files of
-    the state under the names that users look for; best.pt when the run is ``finished``. Raises state.SaveError."""
-    store = run.progress.store
+    """After every phase: cycles.csv, updates.csv and the best cycle's packed file; theta_0 and best.pt when the run is
+    ``finished``. Raises state.SaveError."""
+    packed = path / "packed.pt"
     try:
         if run.cycles:
             write_text(path / "cycles.csv", _csv([dataclasses.asdict(row) for row in run.cycles]))
         if run.updates:
             write_text(path / "updates.csv", _csv(run.updates))
-        for part, name in (("theta0.pt", "baseline.pt"), ("packed.pt", "packed.pt")):
-            if part in store.parts and not _same(store.path(part), path / name):
-                publish(store.path(part), path / name)
+        if run.best is not None and not (packed.exists() and packed.read_bytes() == run.best_packed):
+            replace_file(packed, lambda file: file.write(run.best_packed))
         if finished:
+            replace_file(path / "baseline.pt", lambda file: torch.save(run.theta0, file))
             replace_file(path / "best.pt", lambda file: torch.save(run.best_network(), file))
     except OSError as error:
         raise SaveError(f"cannot write to {path}: {error.strerror or error}; the state there is intact: make room, or "
                         "give the folder back, and go on with --resume") from None
-
-
-def _same(one: Path, other: Path) -> bool:
-    return other.exists() and (one.samefile(other) or one.stat().st_mtime_ns <= other.stat().st_mtime_ns
-                               and one.stat().st_size == other.stat().st_size)
 
 
 def clear(path: Path) -> None:
@@ -216,7 +211,10 @@ def stoppable(progress):
         progress.asked = number
 
     with _handling(ask):
-        yield
+        try:
+            yield
+        finally:
+            progress.wait()  # nobody else may have the run before
 
 
 @contextlib.contextmanager

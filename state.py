@@ -7,8 +7,9 @@ was not saved when a process was killed is at most about ``INTERVAL`` seconds of
 
 On the disk a state is a folder: a file per part, and ``manifest.json``, which names the current ones with their sizes
 and checksums. Files never change; a new manifest is renamed over the old one, so that there is one whole state at every
-moment. Parts hold plain values and tensors (:func:`encode`), without the rows that are pruned; reading them executes
-nothing.
+moment. Parts hold plain values and tensors (:func:`encode`), without the rows that are pruned, and with the exponents
+of what is left in fewer bits; reading them executes nothing. Within a phase a thread writes them, from a copy, while
+the run goes on.
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ import shutil
 import signal
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import files
 from config import InputError
 from files import replace_file, shown
 from parallel import Ranks
 
-FORMAT = 2
+FORMAT = 3
 INTERVAL = 20.0  # seconds between two saves within a phase
-SHARE = 0.02  # of a run's time that saving within phases may take
+SHARE = 0.02  # of the machine's time that saving within phases may take
 MAGIC = b"HiReLC state\n"
 MAX_HEADER, MAX_MANIFEST = 32 << 20, 1 << 20
 MAX_ZEROS = 16  # rows of a tensor for each that is in the file
+PLAIN = 4096  # elements of a tensor that is too small to be worth coding
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool)}
@@ -63,24 +65,36 @@ class SaveError(Exception):
 def encode(value, file) -> None:
     """Write None, bool, int, float, str, bytes, tensors, and lists, tuples and dictionaries of them; a tuple comes back
     as a list. Raises TypeError for anything else."""
+    frozen(value)(file)
+
+
+def frozen(value):
+    """A function that writes ``value`` to a file, as :func:`encode`, as it is now, whatever becomes of its tensors."""
     blobs = []
     header = json.dumps(_plain(value, blobs)).encode()
-    file.write(MAGIC + len(header).to_bytes(8, "little") + header)
-    for blob in blobs:
-        file.write(blob)
+
+    def write(file):
+        file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+        for blob in blobs:
+            for part in _planes(blob) if isinstance(blob, np.ndarray) and blob.itemsize == 4 else (blob,):
+                file.write(part)
+
+    return write
 
 
 def _plain(value, blobs):
-    """``value`` as JSON; tensors and bytes go to ``blobs``. Every dictionary there has one key, which tells its kind."""
+    """``value`` as JSON; copies of tensors, and bytes, go to ``blobs``, float32 and int32 ones as they are, others as
+    bytes. Every dictionary there has one key, which tells its kind."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
         tensor = value.detach().cpu().contiguous()
         used = _used_rows(tensor)
         if used is not None:
-            blobs += [np.packbits(used.numpy()).tobytes(), tensor[used].reshape(-1).view(torch.uint8).numpy()]
+            blobs += [np.packbits(used.numpy()).tobytes(), tensor[used].reshape(-1).numpy()]
             return {"rows": [list(tensor.shape), int(used.sum())]}
-        blobs.append(tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b"")
+        copy = tensor.reshape(-1).clone() if tensor.data_ptr() == value.data_ptr() else tensor.reshape(-1)
+        blobs.append(copy.numpy() if tensor.itemsize == 4 else copy.view(torch.uint8).numpy() if len(copy) else b"")
         return {"tensor": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]}
     if isinstance(value, (bytes, bytearray)):
         blobs.append(bytes(value))
@@ -94,12 +108,62 @@ def _plain(value, blobs):
     raise TypeError(f"a state cannot hold {type(value).__name__}")
 
 
+def _planes(values):
+    """float32 or int32 [n] for the disk: turned left by a bit, so that a float's exponent is a byte; then the four planes
+    of bytes, the highest first, each behind its length. Exponents of weights and moments are worth two or three bits and
+    Huffman-coded, the two high bytes of differences likewise."""
+    bits, worth = values.view(np.uint32), (3,) if values.dtype == np.float32 else (3, 2)
+    turned = ((bits << np.uint32(1)) | (bits >> np.uint32(31))).astype("<u4", copy=False)
+    for index in (3, 2, 1, 0):
+        plane = turned.view(np.uint8)[index::4]
+        data = plane.tobytes()
+        if index in worth and len(bits) >= PLAIN and _entropy(plane[::len(bits) // PLAIN]) < 7:
+            coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+            data = min(coder.compress(data) + coder.flush(), data, key=len)
+        yield len(data).to_bytes(8, "little")
+        yield data
+
+
+def _entropy(sample) -> float:
+    """Bits per byte."""
+    share = np.bincount(sample) / len(sample)
+    share = share[share > 0]
+    return float(-(share * np.log2(share)).sum())
+
+
+def _joined(count, take):
+    """float32 [count] out of its planes; ``take(n)`` gives the next n bytes. Raises ValueError for what _planes never
+    writes."""
+    turned = None
+    for index in (3, 2, 1, 0):
+        data = take(int.from_bytes(take(8), "little"))
+        if len(data) != count:
+            if not len(data) < count <= 8 * len(data):  # a Huffman code has no less than a bit for each
+                raise ValueError("a code that cannot be")
+            coder = zlib.decompressobj(-15)
+            try:
+                data = coder.decompress(data, count)
+                rest = coder.decompress(coder.unconsumed_tail, 1)
+            except zlib.error as error:
+                raise ValueError(str(error)) from None
+            if len(data) != count or rest or not coder.eof or coder.unused_data:
+                raise ValueError("a code of another length")
+        if turned is None:
+            turned = np.empty((count, 4), np.uint8)
+        turned[:, index] = np.frombuffer(data, np.uint8)
+    bits = turned.reshape(-1).view("<u4")
+    return torch.from_numpy(((bits >> np.uint32(1)) | (bits << np.uint32(31))).view(np.float32))
+
+
 def _used_rows(tensor):
     """Which rows of a float32 matrix or kernel are not all +0, bool [n]; None where leaving out the others is no gain, or
     leaves so little that whoever reads it would have to believe in the rest."""
     if tensor.dtype != torch.float32 or tensor.dim() < 2 or not tensor.numel():
         return None
-    used = tensor.view(torch.int32).flatten(1).ne(0).any(1)
+    bits = tensor.view(torch.int32).flatten(1)
+    if bits[:, 0].ne(0).all():  # the common case, at once
+        return None
+    used = bits.ne(0).any(1)
     return used if len(used) <= MAX_ZEROS * int(used.sum()) < MAX_ZEROS * len(used) else None
 
 
@@ -139,13 +203,15 @@ def decode(path):
                 used = np.unpackbits(np.frombuffer(take(-(-shape[0] // 8)), np.uint8))[:shape[0]].astype(bool)
                 if used.sum() != count:
                     raise ValueError("another number of rows")
-                kept = torch.frombuffer(take(4 * count * math.prod(shape[1:])), dtype=torch.float32)
+                kept = _joined(count * math.prod(shape[1:]), take)
                 found = torch.zeros(shape)
                 found[torch.from_numpy(used)] = kept.reshape(count, *shape[1:])
                 return found
             dtype, shape = what
             if kind != "tensor" or not all(type(n) is int and n >= 0 for n in shape):
                 raise ValueError(f"unknown entry {kind}")
+            if DTYPES[dtype].itemsize == 4:
+                return _joined(math.prod(shape), take).view(DTYPES[dtype]).reshape(shape)
             data = take(math.prod(shape) * DTYPES[dtype].itemsize)
             return torch.frombuffer(data, dtype=DTYPES[dtype]).reshape(shape) if data else torch.empty(
                 shape, dtype=DTYPES[dtype])
@@ -154,6 +220,25 @@ def decode(path):
         if left:
             raise ValueError("bytes behind its end")
         return found
+
+
+def difference(tensors: dict, other: dict | None) -> dict:
+    """``tensors`` by name, float32 ones as the bits (int32) in which they differ from ``other``'s; for two networks of
+    which one was trained on from the other that is fewer. Those with pruned rows stay, and all where there is no other."""
+    return {name: value.view(torch.int32) ^ other[name].view(torch.int32) if other and _alike(value, other[name]) else value
+            for name, value in tensors.items()}
+
+
+def _alike(value, other) -> bool:
+    return (isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == other.shape
+            and value.dim() > 0 and _used_rows(value.detach()) is None)
+
+
+def restored(tensors: dict, other: dict | None) -> dict:
+    """What :func:`difference` was given, with the same ``other``."""
+    return {name: (value ^ other[name].cpu().view(torch.int32)).view(torch.float32)
+            if other and isinstance(value, torch.Tensor) and value.dtype == torch.int32
+            and other[name].dtype == torch.float32 else value for name, value in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -177,7 +262,8 @@ class Store:
     def write(self, parts: dict, drop=()) -> None:
         """Put new parts in the place of those of their names, leave out ``drop``, keep the others.
 
-        A value is encoded, a callable writes the file itself. Raises SaveError; the state before is then intact.
+        A value is encoded; a callable, as :func:`frozen` gives it, writes the file itself. Raises SaveError; the state
+        before is then intact.
         """
         self.number += 1
         new = {name: kept for name, kept in self.parts.items() if name not in drop}
@@ -212,7 +298,7 @@ class Store:
                     entry.unlink(missing_ok=True)
 
     def read(self) -> dict:
-        """The manifest's parts: name → value, and name → path for those that a callable wrote.
+        """The manifest's parts: name → value.
 
         Raises InputError for a state of other settings or another version, with the differing keys, and for one that is
         damaged.
@@ -247,13 +333,12 @@ class Store:
                 if path.stat().st_size != size:
                     raise ValueError(f"{path.stat().st_size} bytes, not {size}")
                 with open(path, "rb") as content:
-                    found_crc, magic = 0, b""
+                    found_crc = 0
                     while block := content.read(1 << 22):
-                        magic = magic or block[:len(MAGIC)]
                         found_crc = zlib.crc32(block, found_crc)
                 if found_crc != crc:
                     raise ValueError("its checksum is another")
-                found[name] = decode(path) if magic == MAGIC else path
+                found[name] = decode(path)
             except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError,
                     RuntimeError) as error:
                 raise self._damaged(self.folder / str(name), error) from None
@@ -264,10 +349,6 @@ class Store:
     def _damaged(self, path, error) -> InputError:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         return InputError(f"{path}: damaged, or not a state of this program ({reason}); start anew with --restart")
-
-    def path(self, name: str) -> Path:
-        """The file of a part."""
-        return self.folder / self.parts[name][0]
 
     def remove(self) -> None:
         """The run is finished: its state goes, first what makes it one."""
@@ -286,20 +367,6 @@ def understood():
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as error:
         raise InputError(f"the state holds something else than this program writes ({type(error).__name__}: "
                          f"{shown(' '.join(str(error).split())[:160])}); start anew with --restart") from None
-
-
-def publish(source: Path, target: Path) -> None:
-    """Let ``target`` be the same file as ``source``, or a copy of it where the disk knows no second name for a file."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        files.rename(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)  # a rename between two names of one file does nothing
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -346,8 +413,11 @@ class Progress:
         self.counts: dict[str, int] = {}
         self.training = None  # (name, Trainer) of the training that is going on
         self.broken_off: dict | None = None  # the state of the one that was
+        self.reference: dict | None = None  # a network on the disk, of which its best epoch's is the difference there
+        self.needless: tuple[str, ...] = ()  # parts that it makes so
         self.stored_best: dict | None = None  # its best epoch's network, as the disk has it
         self.saved, self.cost, self.spent = time.monotonic(), 0.0, 0.0
+        self.writer, self.writing = ThreadPoolExecutor(1), None  # a thread once it has something to do
         self.asked: int | None = None  # the signal that asks for a stop
 
     def begin(self) -> None:
@@ -383,12 +453,14 @@ class Progress:
             self.tick()
         return value if number >= last else None
 
-    def train(self, name: str, trainer) -> None:
-        """``trainer`` is the training that is going on; it takes over where it was broken off."""
+    def train(self, name: str, trainer, reference: dict | None = None, needless=()) -> None:
+        """``trainer`` is the training that is going on; it takes over where it was broken off. ``reference``: a network
+        that is on the disk already, the same whenever the run is resumed; ``needless``: parts that its state makes so."""
         if self.broken_off is not None and self.broken_off.get("name") == name:
             with understood():
-                trainer.load_state_dict(self.broken_off["trainer"])
-        self.broken_off, self.training = None, (name, trainer)
+                state = self.broken_off["trainer"]
+                trainer.load_state_dict({**state, "best_state": restored(state["best_state"], reference)})
+        self.broken_off, self.training, self.reference, self.needless = None, (name, trainer), reference, needless
         trainer.progress = self
 
     def trained(self) -> None:
@@ -401,13 +473,18 @@ class Progress:
         if self.store is None:
             return
         now = time.monotonic()
+        if self.writing is not None and self.writing.done():
+            self.wait()
         due = now - self.saved >= (0.0 if epoch else INTERVAL) and now - self.saved >= self.cost / SHARE
         if (self.alone and (due or self.asked is not None)) or (epoch and due):
             self._save_phase()
         if self.asked is not None and self.alone:
+            self.wait()
             raise Stopped(self.asked)
 
     def _save_phase(self) -> None:
+        start = time.monotonic()
+        self.wait()
         parts = {"known": self.known}
         if self.training is not None:
             name, trainer = self.training
@@ -415,27 +492,50 @@ class Progress:
             best = state.pop("best_state")
             parts["trainer"] = {"name": name, "trainer": state}
             if best is not self.stored_best:  # it changes with epochs, not with steps
-                parts["trainer.best"], self.stored_best = trainer.coded(best), best
-        self._write(parts)
+                parts["trainer.best"], self.stored_best = difference(trainer.coded(best), self.reference), best
+        if not self.writes:
+            return
+        self.saved = time.monotonic()
+        self.writing = self.writer.submit(self._write, {name: frozen(value) for name, value in parts.items()},
+                                          self.needless if "trainer" in parts else ())
+        self.cost = time.monotonic() - start
+        self.spent += self.cost
+
+    def wait(self) -> None:
+        """Until what is being written is on the disk. Raises SaveError where it could not be written."""
+        if self.writing is None:
+            return
+        start = time.monotonic()
+        try:
+            seconds = self.writing.result()
+        finally:
+            if self.writing.done():  # a signal may have come first
+                self.writing = None
+        seconds += time.monotonic() - start
+        self.cost += seconds
+        self.spent += seconds
+
+    def _write(self, parts, drop=()) -> float:
+        """Put them on the disk; the seconds that this took of all cores."""
+        start = time.thread_time()
+        self.store.write(parts, drop)
+        return (time.thread_time() - start) / (os.cpu_count() or 1)
 
     def commit(self, phase: str, parts: dict, drop=()) -> None:
         """The end of a phase: ``parts`` are what the next ones depend on."""
+        self.wait()
         self.done.append(phase)
         self.known, self.training, self.broken_off = {}, None, None
         self.stored_best = None
-        if self.store is not None:
-            self._write({**parts, "done": self.done}, drop=("known", "trainer", "trainer.best", *drop))
-            if self.asked is not None and self.alone:
-                raise Stopped(self.asked)
-
-    def _write(self, parts, drop=()) -> None:
-        if not self.writes:
+        if self.store is None:
             return
-        start = time.monotonic()
-        self.store.write(parts, drop)
-        self.saved = time.monotonic()
-        self.cost = self.saved - start
-        self.spent += self.cost
+        if self.writes:
+            start = time.monotonic()
+            self._write({**parts, "done": self.done}, ("known", "trainer", "trainer.best", *drop))
+            self.saved = time.monotonic()
+            self.spent += self.saved - start
+        if self.asked is not None and self.alone:
+            raise Stopped(self.asked)
 
     def load(self) -> dict:
         """The parts of the last commit; what was known after it is taken over here."""

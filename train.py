@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from compress import Grid, apply_factors, apply_masks, eval_mode, mask_factors
+from compress import apply_factors, apply_masks, eval_mode, mask_factors
 from parallel import Ranks
-from qat import coded, decoded
+from qat import coded, decoded, plain_grids, read_grids
 from state import Progress, random_states, set_random_states
 
 
@@ -132,7 +132,7 @@ class Trainer:
         self.epochs, self.lr, self.patience, self.warmup_epochs = epochs, lr, patience, warmup_epochs
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
         self.generator, self.half = generator, half
-        self.factors = None if masks is None else mask_factors(blocks, masks)
+        self.masks, self.factors = masks, None if masks is None else mask_factors(blocks, masks)
         if masks is not None:
             apply_masks(blocks, masks)
         self.on_grid, self.best_grids, self.ranks = on_grid, None, ranks
@@ -274,10 +274,10 @@ class Trainer:
                 model[name] = self.on_grid.kept.get(id(parameter), model[name])
         return {"model": model, "optimizer": self.optimizer.state_dict(), "generator": self.generator.get_state(),
                 "best_state": self.best_state, "history": [asdict(e) for e in self.history], "skipped": self.skipped,
+                "masks": self.masks,
                 "at": None if self.at is None else {**self.at, "loss": float(self.at["loss"]),
                                                     "random": random_states()},
-                "grids": None if self.best_grids is None else
-                    {name: None if grid is None else vars(grid) for name, grid in self.best_grids.items()},
+                "grids": plain_grids(self.best_grids),
                 "scales": dict(self.on_grid.log_scales) if self.on_grid is not None else {}}
 
     def coded(self, best_state: dict) -> dict:
@@ -299,8 +299,7 @@ class Trainer:
         self.generator.set_state(state["generator"])
         self.best_state, self.at, self.skipped = decoded(state["best_state"]), state["at"], state["skipped"]
         self.history = [Epoch(**e) for e in state["history"]]
-        self.best_grids = None if state["grids"] is None else {
-            name: None if grid is None else Grid(**grid) for name, grid in state["grids"].items()}
+        self.best_grids = read_grids(state["grids"])
 
 
 @torch.no_grad()

@@ -156,7 +156,7 @@ def disk(tmp_path):
 
 def test_a_full_disk_leaves_the_last_state(tmp_path, disk, capfd, undisturbed, command):
     filler = disk / "filler"
-    filler.write_bytes(b"\0" * 5_600_000)
+    filler.write_bytes(b"\0" * 7_000_000)
     arguments = [*command, "--out", str(disk / "out")]
     assert hirelc.main(arguments) == 1
     said = capfd.readouterr().err.strip().splitlines()

@@ -245,8 +245,8 @@ def test_a_state_holds_no_more_networks_than_it_says(tmp_path, monkeypatch, mode
     cycles = json.loads((path / "result.json").read_text())["cycles"]
     left, network = 1 - min(row["sparsity"] for row in cycles[1:]), (path / "baseline.pt").stat().st_size
     at_most = 1.02 * network * (1 + 5 * left if mode == "paper" else 4 + 2 * 0.3) + 50_000
-    full = [sizes for sizes in taken if sizes.keys() >= {"theta0.pt", "best", "trainer", "trainer.best"}]
-    most = max(sum(sizes[name] for name in ("theta0.pt", "best", "trainer", "trainer.best")) for sizes in full)
+    full = [sizes for sizes in taken if sizes.keys() >= {"theta0", "best", "trainer", "trainer.best"}]
+    most = max(sum(sizes[name] for name in ("theta0", "best", "trainer", "trainer.best")) for sizes in full)
     assert 3 * network < most < at_most and (mode == "qat" or left < 0.9)
 
 
