@@ -36,11 +36,14 @@ from parallel import Ranks
 
 FORMAT = 3
 INTERVAL = 20.0  # seconds between two saves within a phase
-SHARE = 0.02  # of the machine's time that saving within phases may take
+SHARE = 0.025  # of the machine's time that saving within phases may take
+NETWORKS = 5  # times the size of the network that a state may take besides the agents
 MAGIC = b"HiReLC state\n"
 MAX_HEADER, MAX_MANIFEST = 32 << 20, 1 << 20
 MAX_ZEROS = 16  # rows of a tensor for each that is in the file
+RAW, PLANES = b"r", b"p"  # what precedes numbers of four bytes
 PLAIN = 4096  # elements of a tensor that is too small to be worth coding
+AGENTS = {"run", "known", "done"}  # parts without networks
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool)}
@@ -65,21 +68,29 @@ class SaveError(Exception):
 def encode(value, file) -> None:
     """Write None, bool, int, float, str, bytes, tensors, and lists, tuples and dictionaries of them; a tuple comes back
     as a list. Raises TypeError for anything else."""
-    frozen(value)(file)
+    Frozen(value)(file)
 
 
-def frozen(value):
-    """A function that writes ``value`` to a file, as :func:`encode`, as it is now, whatever becomes of its tensors."""
-    blobs = []
-    header = json.dumps(_plain(value, blobs)).encode()
+class Frozen:
+    """A function that writes ``value`` to a file, as :func:`encode`, as it is now, whatever becomes of its tensors.
 
-    def write(file):
-        file.write(MAGIC + len(header).to_bytes(8, "little") + header)
-        for blob in blobs:
-            for part in _planes(blob) if isinstance(blob, np.ndarray) and blob.itemsize == 4 else (blob,):
-                file.write(part)
+    ``bytes``: how long the file is if ``coded`` is False; True leaves out what exponents do not need, which takes longer.
+    """
 
-    return write
+    def __init__(self, value, coded: bool = True):
+        self.blobs, self.coded = [], coded
+        self.header = json.dumps(_plain(value, self.blobs)).encode()
+        self.bytes = len(self.header) + sum(blob.nbytes if isinstance(blob, np.ndarray) else len(blob)
+                                            for blob in self.blobs)
+
+    def __call__(self, file) -> None:
+        file.write(MAGIC + len(self.header).to_bytes(8, "little") + self.header)
+        for blob in self.blobs:
+            if isinstance(blob, np.ndarray) and blob.itemsize == 4:
+                for part in _planes(blob) if self.coded else (RAW, blob.view(np.uint8)):
+                    file.write(part)
+            else:
+                file.write(blob)
 
 
 def _plain(value, blobs):
@@ -109,10 +120,11 @@ def _plain(value, blobs):
 
 
 def _planes(values):
-    """float32 or int32 [n] for the disk: turned left by a bit, so that a float's exponent is a byte; then the four planes
-    of bytes, the highest first, each behind its length. Exponents of weights and moments are worth two or three bits and
-    Huffman-coded, the two high bytes of differences likewise."""
+    """float32 or int32 [n] for the disk, other than behind RAW as they are: turned left by a bit, so that a float's
+    exponent is a byte; then the four planes of bytes, the highest first, each behind its length. Exponents of weights and
+    moments are worth two or three bits and Huffman-coded, the two high bytes of differences likewise."""
     bits, worth = values.view(np.uint32), (3,) if values.dtype == np.float32 else (3, 2)
+    yield PLANES
     turned = ((bits << np.uint32(1)) | (bits >> np.uint32(31))).astype("<u4", copy=False)
     for index in (3, 2, 1, 0):
         plane = turned.view(np.uint8)[index::4]
@@ -132,9 +144,14 @@ def _entropy(sample) -> float:
 
 
 def _joined(count, take):
-    """float32 [count] out of its planes; ``take(n)`` gives the next n bytes. Raises ValueError for what _planes never
-    writes."""
-    turned = None
+    """float32 [count], as it is or out of its planes; ``take(n)`` gives the next n bytes. Raises ValueError for what
+    is never written."""
+    kind, turned = take(1), None
+    if kind == RAW:
+        data = take(4 * count)
+        return torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+    if kind != PLANES:
+        raise ValueError("numbers of no known kind")
     for index in (3, 2, 1, 0):
         data = take(int.from_bytes(take(8), "little"))
         if len(data) != count:
@@ -262,7 +279,7 @@ class Store:
     def write(self, parts: dict, drop=()) -> None:
         """Put new parts in the place of those of their names, leave out ``drop``, keep the others.
 
-        A value is encoded; a callable, as :func:`frozen` gives it, writes the file itself. Raises SaveError; the state
+        A value is encoded; a callable, as :class:`Frozen` gives it, writes the file itself. Raises SaveError; the state
         before is then intact.
         """
         self.number += 1
@@ -485,19 +502,22 @@ class Progress:
     def _save_phase(self) -> None:
         start = time.monotonic()
         self.wait()
-        parts = {"known": self.known}
+        parts = {"known": Frozen(self.known)}
         if self.training is not None:
             name, trainer = self.training
             state = trainer.state_dict()
             best = state.pop("best_state")
-            parts["trainer"] = {"name": name, "trainer": state}
             if best is not self.stored_best:  # it changes with epochs, not with steps
-                parts["trainer.best"], self.stored_best = difference(trainer.coded(best), self.reference), best
+                parts["trainer.best"], self.stored_best = Frozen(difference(trainer.coded(best), self.reference)), best
+            parts["trainer"] = part = Frozen({"name": name, "trainer": state}, coded=False)
+            sizes = {kept: size for kept, (_, size, _) in self.store.parts.items() if kept not in self.needless}
+            sizes |= {new: made.bytes for new, made in parts.items()}
+            network = sum(tensor.nbytes for tensor in state["model"].values())
+            part.coded = sum(sizes[name] for name in sizes.keys() - AGENTS) > NETWORKS * network
         if not self.writes:
             return
         self.saved = time.monotonic()
-        self.writing = self.writer.submit(self._write, {name: frozen(value) for name, value in parts.items()},
-                                          self.needless if "trainer" in parts else ())
+        self.writing = self.writer.submit(self._write, parts, self.needless if "trainer" in parts else ())
         self.cost = time.monotonic() - start
         self.spent += self.cost
 

@@ -228,6 +228,7 @@ def state_parts():
     draw = torch.Generator().manual_seed(0)
     weights = {f"layer{i}.weight": torch.randn(3, 4, generator=draw) for i in range(5)}
     weights["layer1.weight"][1], weights["layer3.weight"][:2] = 0.0, 0.0  # pruned
+    weights["wide.weight"] = torch.randn(70, 70, generator=draw)  # with coded exponents
     return {"network": {**weights, "count": torch.tensor(3), "none": torch.empty(0, 2), "order": torch.arange(5)},
             "cycles": [{"acc": 51.25, "cycle": 1, "budgets": [[0.25, "auto"]]}, {1: [True, None]}, b"packed"]}
 
