@@ -114,8 +114,8 @@ class HiReLC:
     model: an nn.Module on the device of choice, mapping [n, C, H, W] to logits; it is changed in place and holds
     the best compressed weights at the end. blocks: from ``models.find_blocks``. train, test: sets of images as
     ``data.Images``. ``save``: called as save(self) after every phase. given: (NetworkConfig, budgets) that take
-    the place of the search. progress: where the state is kept, if at all. trained: trainings of uncompressed networks
-    that runs of this process have in common; they are looked up and put there.
+    the place of the search. progress: where the state is kept, if at all. trained: trainings of uncompressed networks,
+    and of the warm-up's samples, that runs of this process have in common; they are looked up and put there.
     """
 
     def __init__(self, model, blocks, train, test, config: Config, log: Log, save=lambda run: None, network=None,
@@ -221,18 +221,26 @@ class HiReLC:
     def _train(self, phase, what, *settings):
         """The best epoch of a training of the uncompressed network, with which the network is left; of one that a run
         before had with the same settings, what that gave (``trained``)."""
-        key = phase, *((key, str(value)) for key, value in flatten(self.config).items() if key.split(".")[0] in TRAINED_BY)
-        if key in self.trained:
-            self.log.note(f"{what}: the network that the run before trained with the same settings")
-        else:
+        def train():
             trainer = self._trainer(phase, *settings)
             best = trainer.run(self.log.progress, what, self.log.info)
-            self.trained[key] = best, trainer.skipped, self._state(), random_states()
-        best, skipped, state, random = self.trained[key]
+            return best, trainer.skipped, self._state(), random_states()
+
+        (best, skipped, state, random), known = self._common(phase, TRAINED_BY, train)
+        if known:
+            self.log.note(f"{what}: the network that the run before trained with the same settings")
         self.model.load_state_dict(state)
         set_random_states(random)
         self.skipped_steps += skipped
         return best
+
+    def _common(self, phase, groups, compute):
+        """(compute(), or what it gave in a run before with the same settings of these ``groups``; whether that was so)"""
+        key = phase, *((key, str(value)) for key, value in flatten(self.config).items() if key.split(".")[0] in groups)
+        known = key in self.trained
+        if not known:
+            self.trained[key] = compute()
+        return self.trained[key], known
 
     def estimate_sensitivity(self) -> None:
         """s_i of every block on calibration images from the training set (Eq. 14-15, or another measure)."""
@@ -288,9 +296,13 @@ class HiReLC:
                 def measured():
                     trainer = self._trainer(f"warmup {n}", 1, s.warmup_lr, self.config.finetune.weight_decay,
                                             patience=0, masks=masks)
-                    return trainer.run(None, f"warm-up sample {n + 1}").acc, trainer.skipped
+                    return trainer.run(None, f"warm-up sample {n + 1}").acc, trainer.skipped, random_states()
 
-                acc, skipped = self.progress.once("warm-up", measured)
+                (acc, skipped, random), known = self.progress.once("warm-up", lambda: self._common(
+                    f"warmup {n}", (*TRAINED_BY, "compress", "surrogate", "finetune"), measured))
+                if known and n == 0:
+                    self.log.note("warm-up: what the run before measured with the same settings")
+                set_random_states(random)
                 self.skipped_steps += skipped
                 self.surrogate.add(sample, acc)
                 self.log.info(f"  warm-up {n + 1}/{s.warmup}: CR {sample.cr:.2f}, accuracy {acc:.2f}")

@@ -381,6 +381,7 @@ def _memory(config, kept, size, counts, train, device) -> list[str]:
     channels, height, width = train.batch(torch.arange(1))[0].shape[1:]
     side = getattr(train, "images", torch.empty(1, 1, height, width)).shape[-1]
     parts = {"network, gradients, optimiser": 4 * size, "copies of the network": 4 * size,
+             "a training's state, while it is written": 3 * size * (device.type == "cpu"),
              "activations of a training batch (measured)": kept,
              "batches": 3 * 4 * max(config.data.batch_size, config.eval.batch_size) * channels * height * width,
              "the proxy's cache at most": 0 if config.policy else config.search.cache_mb * 1e6,

@@ -69,24 +69,30 @@ def test_a_training_that_runs_have_in_common_is_done_once(monkeypatch):
         return run_epoch(trainer, *rest)
 
     monkeypatch.setattr(hirelc.Trainer, "run_epoch", counted)
-    alone, trained, runs = small_run(**{"search": "null"}), {}, []
+    warm = {"surrogate.enabled": True, "surrogate.warmup": 2, "surrogate.min_samples": 2}
+    alone, trained, runs = small_run(**{"search": "null", **warm}), {}, []
     alone.trained = {}
     wanted = alone.run()
     count = len(epochs)
     for search in ("hirelc", "null"):
         epochs.clear()
-        run = small_run(**{"search": search})
+        run = small_run(**{"search": search, **warm})
         run.trained = trained
         runs.append(run.run())
-    assert len(epochs) == count - 1 and len(trained) == 1
-    assert any("the run before trained" in note for note in runs[1]["notes"]) and not runs[0]["notes"]
+    assert len(epochs) == count - 1 - 2 and len(trained) == 1 + 2  # the baseline, two samples of the warm-up
+    said = [note for note in runs[1]["notes"] if "the run before" in note]
+    assert len(said) == 2 and not any("the run before" in note for note in runs[0]["notes"])
     for result in (wanted, runs[1]):
         del result["timings"], result["notes"]
     assert runs[1] == wanted and tensors_equal(run.best_state, alone.best_state)
     other = small_run(**{"baseline.lr": 2e-4})  # another training
     other.trained = trained
     other.train_baseline()
-    assert len(trained) == 2
+    assert len(trained) == 4
+    other = small_run(**warm, **{"compress.bits_max": 6})  # the same training, other samples
+    other.trained = trained
+    other.run()
+    assert len(trained) == 6
 
 
 @pytest.mark.parametrize("code", [130, 143])
