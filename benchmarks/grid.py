@@ -64,7 +64,7 @@ METHODS = {
         "visited-start": "lla.choose=visited lla.start=greedy", "plus": "preset=plus",
         "plus-drawn": "preset=plus lla.start=drawn", "plus-unrefined": "preset=plus lla.refine=0",
         "plus-paper-tiers": "preset=plus hla.tiers=paper", "plus-rounds4": "preset=plus lla.rounds=4",
-        "plus-project": "preset=plus lla.project=true",
+        "plus-project": "preset=plus lla.project=true", "plus-snip": "preset=plus sensitivity=snip",
         **{name: f"search={name}" for name in ("random", "uniform", "greedy", "evolution", "sequential")}}.items()},
     "held": HELD, **{f"{name}-held": f"{HELD} {own}" for name, own in {**PARTS, "null": "search=null"}.items()},
     "proxy": f"{CHANGED}1", **{name: f"{CHANGED}1 {own}" for name, own in PARTS.items()},
