@@ -33,6 +33,7 @@ import torch
 from config import InputError
 from files import replace_file, shown
 from parallel import Ranks
+from sources import cores
 
 FORMAT = 3
 INTERVAL = 20.0  # seconds between two saves within a phase
@@ -539,7 +540,7 @@ class Progress:
         """Put them on the disk; the seconds that this took of all cores."""
         start = time.thread_time()
         self.store.write(parts, drop)
-        return (time.thread_time() - start) / (os.cpu_count() or 1)
+        return (time.thread_time() - start) / cores()
 
     def commit(self, phase: str, parts: dict, drop=()) -> None:
         """The end of a phase: ``parts`` are what the next ones depend on."""
