@@ -138,7 +138,7 @@ class HiReLC:
         self.cycle_budgets: list[dict] = []
         self.best: Cycle | None = None
         self.baseline_acc, self.sensitivity, self.budgets, self.voted = 0.0, [], (), None
-        self.skipped_steps, self.resumed, self.grids = 0, None, None
+        self.skipped_steps, self.resumed, self.grids, self.buffers = 0, None, None, {}
         self.stored_theta0 = self.stored_carried = self.stored_best = None  # what the state on the disk holds
         self.started, self.elapsed = time.monotonic(), 0.0  # of this process; seconds of those before it
         self.goal = parse_goal(config.goal)

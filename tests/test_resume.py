@@ -150,8 +150,8 @@ def program(folder, long, *parts):
     begin = {name: int(first or 0) for name, _, first in (part.partition(":") for part in parts)}
     past = small(folder, "carry=rest", "finetune.mode=qat", "surrogate=off", "search.around=last")
     for name, arguments, runs in (("small", past, 20 if long else 2),
-                                  ("carried", small(folder, *CARRIED), 20 if long else 1),
-                                  *([("smoke", ["--exp", "4", "--smoke", "--device", "cpu", "--no-table"], 50)]
+                                  *([("carried", small(folder, *CARRIED), 20),
+                                     ("smoke", ["--exp", "4", "--smoke", "--device", "cpu", "--no-table"], 50)]
                                     if long else [])):
         if name not in (begin or (name,)):
             continue
