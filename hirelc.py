@@ -308,8 +308,8 @@ class HiReLC:
                 self.log.info(f"  warm-up {n + 1}/{s.warmup}: CR {sample.cr:.2f}, accuracy {acc:.2f}")
             self.model.load_state_dict(self.theta0)
             loss = self.surrogate.train(s.epochs_after_warmup)
-        self.log.info(f"surrogate: {len(self.surrogate.buffer)} samples, root of the training loss "
-                      f"{math.sqrt(loss):.2f} points")
+        said = "too few to train on yet" if math.isnan(loss) else f"root of the training loss {math.sqrt(loss):.2f} points"
+        self.log.info(f"surrogate: {len(self.surrogate.buffer)} samples, {said}")
 
     # -- the steps of a cycle (§3.7)
 
