@@ -490,7 +490,8 @@ class HiReLC:
         grids = grids or snap_to_grid(self.blocks, chosen, masks)
         estimate_batchnorm(self.model, self.train_set, self.config.data.batch_size, self.config.finetune.bn_images,
                            self._generator("batchnorm"), self.progress)
-        self.buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        self.buffers = {name: value.clone() for name, value in self.model.state_dict().items() if name in buffers}
         packed = self._pack(chosen, masks, grids)
         pack.load(packed, self.model)
         return packed

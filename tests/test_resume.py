@@ -401,6 +401,47 @@ def test_a_training_stands_for_the_network_that_it_began_with(tmp_path, monkeypa
     assert outcome(tmp_path / "out" / path.name) == wanted
 
 
+BUFFERS = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, 1, 1)
+        self.again, self.last = self.norm, nn.Linear(8, classes)
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).relu()
+        return self.last(self.again(self.second(x)).relu().mean((2, 3)) * self.scale)
+
+def make(num_classes):
+    return Net(num_classes)
+"""
+
+
+def test_buffers_that_are_shared_or_not_kept(tmp_path, monkeypatch):
+    """The packed file is made again from the best network after a stop."""
+    import hirelc
+    arguments = small(tmp_path, "search.cycles=3", "surrogate=off", "finetune.lr=0.01")
+    (tmp_path / "net.py").write_text(BUFFERS)
+    assert hirelc.main([*arguments, "--out", str(tmp_path / "plain")]) == 0
+    path, = (tmp_path / "plain").iterdir()
+    search, again = hirelc.HiReLC.search_blocks, [*arguments, "--out", str(tmp_path / "out"), "--resume"]
+
+    def broken(run, cycle):
+        if cycle == 3:
+            raise FloatingPointError("broken off")
+        return search(run, cycle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hirelc.HiReLC, "search_blocks", broken)
+        assert hirelc.main(again) == 1
+    assert hirelc.main(again) == 0
+    assert outcome(tmp_path / "out" / path.name) == outcome(path)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The thread that writes
 
