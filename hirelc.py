@@ -497,10 +497,9 @@ class HiReLC:
         return packed
 
     def _pack(self, chosen: NetworkConfig, masks, grids) -> bytes:
-        """The packed file of the network as it stands; its weights are put on grids where there are none."""
+        """The packed file of the network as it stands, its weights on their grids."""
         notes: list[str] = []
-        packed = pack.pack(self.model, self.blocks, chosen, masks, grids or snap_to_grid(self.blocks, chosen, masks),
-                           self.network, self.config.pack.rest, notes)
+        packed = pack.pack(self.model, self.blocks, chosen, masks, grids, self.network, self.config.pack.rest, notes)
         for note in notes:
             self.log.note(note)
         return packed
@@ -740,7 +739,8 @@ class HiReLC:
                 self.carried = self.best_state
             self.best_buffers = network["deployed"]
             self.model.load_state_dict({**self.best_state, **self.best_buffers})
-            self.best_packed = self._pack(self.best_config, self.best_masks, self.best_grids)
+            grids = self.best_grids or snap_to_grid(self.blocks, self.best_config, self.best_masks)
+            self.best_packed = self._pack(self.best_config, self.best_masks, grids)
             self.model.load_state_dict(self.theta0)
         self.updates, self.timings = list(state["updates"]), dict(state["timings"])
         self.log.notes, self.skipped_steps = list(state["notes"]), state["skipped_steps"]
@@ -850,9 +850,9 @@ class HiReLC:
                           eval_batch_size=self.config.eval.batch_size, generator=self._generator(phase),
                           blocks=self.blocks, masks=masks, warmup_epochs=warmup_epochs, on_grid=on_grid,
                           ranks=self.ranks, unused_parameters=self.config.model.weights == "given", half=self.half)
-        known = self.best_state if self.best is not None else self.theta0 if self.cycles else None
+        reference = self.best_state if self.best is not None else self.theta0 if self.cycles else None
         needless = ("carried",) if phase.startswith("finetune") and self.config.carry == "all" and not on_grid else ()
-        self.progress.train(phase, trainer, known, needless)
+        self.progress.train(phase, trainer, reference, needless)
         return trainer
 
     def _timed(self, phase: str):

@@ -501,6 +501,8 @@ class Progress:
             raise Stopped(self.asked)
 
     def _save_phase(self) -> None:
+        if not self.writes:
+            return
         start = time.monotonic()
         self.wait()
         parts = {"known": Frozen(self.known)}
@@ -515,8 +517,6 @@ class Progress:
             sizes |= {new: made.bytes for new, made in parts.items()}
             network = sum(tensor.nbytes for tensor in state["model"].values())
             part.coded = sum(sizes[name] for name in sizes.keys() - AGENTS) > NETWORKS * network
-        if not self.writes:
-            return
         self.saved = time.monotonic()
         self.writing = self.writer.submit(self._write, parts, self.needless if "trainer" in parts else ())
         self.cost = time.monotonic() - start
