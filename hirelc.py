@@ -41,7 +41,7 @@ from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
 from files import read_json, shown
 from log import Log, duration
 from own import copy_network, forward, own_network, try_network, untouched
-from parallel import Ranks, leave, start
+from parallel import Elsewhere, Ranks, leave, lost, several, start
 from qat import GridTraining, coded, decoded, plain_grids, read_grids
 from report import results_table, survive_ascii, write_json
 from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
@@ -1081,25 +1081,30 @@ def run_experiment(config: Config, log: Log | None = None, resume: bool = False,
 def _run_experiment(config, log, resume, restart, owner, trained):
     started, ranks = time.monotonic(), start(config.device)
     log = (log or Log()) if ranks.first else Log(open(os.devnull, "w"))
-    parse_goal(config.goal)
-    policy = policies.read(config.policy) if config.policy else None
-    config = policy.settings(config) if policy else config
-    if config.data.batch_size < 2 * ranks.size:
-        raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each "
-                         "needs two images of a batch")
-    device, path = _device(config, ranks), run_directory(config)
-    store = Store(path / "state", identity(config))
-    if ranks.first:
-        check_directory(path, config)
-        owner.take(path)
-    if resume and (path / "result.json").exists() and not store.exists:
-        log.info(f"{path}: finished already")
+    with ranks.alike():
+        parse_goal(config.goal)
+        policy = policies.read(config.policy) if config.policy else None
+        config = policy.settings(config) if policy else config
+        if config.data.batch_size < 2 * ranks.size:
+            raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each "
+                             "needs two images of a batch")
+        if config.model.source and config.data.normalize == "pretrained":
+            raise InputError("data.normalize=pretrained: mean and std of the weights of a network of one's own are not "
+                             "known; leave it at dataset, or normalise inside the network")
+        device, path = _device(config, ranks), run_directory(config)
+        store, finished = Store(path / "state", identity(config)), None
         if ranks.first:
-            store.remove()  # the process before may have ended at this
-        return _finished(path / "result.json")
-    if store.exists and not (resume or restart):
-        raise _begun(path)
-    resume = resume and store.exists
+            check_directory(path, config)
+            owner.take(path)
+            if store.exists and not (resume or restart):
+                raise _begun(path)
+            if resume and (path / "result.json").exists() and not store.exists:
+                log.info(f"{path}: finished already")
+                store.remove()  # the process before may have ended at this
+                finished = _finished(path / "result.json")
+    resume, finished = ranks.same((resume and store.exists, finished))  # the others may have another disk
+    if finished:
+        return finished
     title = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
     log.info(f"{title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}"
              + (f", {ranks.size} processes" if ranks.size > 1 else ""))
@@ -1108,20 +1113,18 @@ def _run_experiment(config, log, resume, restart, owner, trained):
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     torch.manual_seed(config.seed)
-    if config.model.source and config.data.normalize == "pretrained":
-        raise InputError("data.normalize=pretrained: mean and std of the weights of a network of one's own are not "
-                         "known; leave it at dataset, or normalise inside the network")
-    with ranks.one_before_the_others():  # downloads and builds caches
+    with ranks.in_turn():  # downloads and builds caches
         splits = data.load(config.data, log.progress, models.PRETRAINED_STATS[config.model.name])
     for note in splits.notes:
         log.note(note)
     log.info(f"{config.data.name}: {len(splits.train)} training and {len(splits.test)} test images, "
              f"{splits.num_classes} classes, {config.data.image_size} px")
     model, survey = _network(config, splits, device, ranks, log)
-    run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log,
-                 save=lambda r: save(r, path) if ranks.first else None,
-                 network=_describe(model, config, splits.train), ranks=ranks,
-                 given=_fitted(policy, survey.blocks, config, log), progress=Progress(store, ranks), trained=trained)
+    with ranks.alike():
+        run = HiReLC(model, survey.blocks, splits.train, splits.test, config, log,
+                     save=lambda r: save(r, path) if ranks.first else None,
+                     network=_describe(model, config, splits.train), ranks=ranks,
+                     given=_fitted(policy, survey.blocks, config, log), progress=Progress(store, ranks), trained=trained)
     _take_up(run, config, path, owner, resume)
     with stoppable(run.progress):
         result = {**run.run(), **_account(run, survey), "skipped_images": splits.skipped,
@@ -1132,13 +1135,14 @@ def _run_experiment(config, log, resume, restart, owner, trained):
 def _network(config: Config, splits, device, ranks: Ranks, log: Log):
     """(model with its weights on the device, survey of its kernels)."""
     if config.model.source:
-        model = own_network(config.model.source, splits.num_classes)
-        with ranks.one_before_the_others():
+        with ranks.in_turn():
+            model = own_network(config.model.source, splits.num_classes)
             _load_weights(model, config, log)
-        return _prepare(model.to(device), splits.train, splits.test, log, config)
-    model = models.build(config.model.name, splits.num_classes, config.data.image_size, config.model.width,
-                         config.model.patch_size)
-    with ranks.one_before_the_others():
+        with ranks.alike():
+            return _prepare(model.to(device), splits.train, splits.test, log, config)
+    with ranks.in_turn():
+        model = models.build(config.model.name, splits.num_classes, config.data.image_size, config.model.width,
+                             config.model.patch_size)
         _load_weights(model, config, log)
     # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
     model = model.to(device, memory_format=torch.channels_last)
@@ -1152,27 +1156,31 @@ def _take_up(run: HiReLC, config: Config, path: Path, owner: Owner, resume: bool
     """The run's state as it was saved, where it goes on; its directory with everything that is known at the start."""
     ranks, log, parts = run.ranks, run.log, {}
     if resume:
-        with ranks.one_before_the_others():
-            parts = run.progress.load()
-        ranks.same(None)  # nobody writes while another one reads
-        if "run" in parts:
-            with understood():
+        parts = run.progress.load()
+        with ranks.alike(), understood():
+            if "run" in parts:
                 run.load_state(parts)
         log.info(f"resumed after {run.progress.done[-1] if run.progress.done else 'the start'}")
-    if not ranks.first:
-        return
+    with ranks.alike():
+        if ranks.first:
+            _open_directory(run, config, path, owner, resume, known="run" in parts)
+
+
+def _open_directory(run, config, path, owner, resume, known) -> None:
+    """``known``: whether a phase of the run was at its end."""
     path.mkdir(parents=True, exist_ok=True)
     owner.take(path)
     if not resume:
         clear(path)
-    log.open(path / "run.log", resume)
+    run.log.open(path / "run.log", resume)
     if resume:
-        for note in moved(path, run.device, ranks.size):
-            log.note(note)
-        if "run" in parts:
+        for note in moved(path, run.device, run.ranks.size):
+            run.log.note(note)
+        if known:
             save(run, path)  # the process before may have ended between the state and these
     else:
-        write_json(path / "config.json", {"settings": flatten(config), "processes": ranks.size, **provenance(run.device)})
+        write_json(path / "config.json", {"settings": flatten(config), "processes": run.ranks.size,
+                                          **provenance(run.device)})
 
 
 def _finish(run: HiReLC, result: dict, path: Path, total: float) -> dict:
@@ -1199,9 +1207,6 @@ def _finish(run: HiReLC, result: dict, path: Path, total: float) -> dict:
 
 def dry_run(config: Config, resume: bool = False, restart: bool = False) -> str:
     """The plan of :func:`run_experiment`, which is not begun. Raises InputError where that would."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("--dry-run plans for one process; run it without torchrun")
-
     path = run_directory(config)
     if Store(path / "state", {}).exists and not (resume or restart):
         raise _begun(path)
@@ -1349,25 +1354,16 @@ def main(argv=None, trained: dict | None = None) -> int:
     survive_ascii()
     keep_freed_memory()
     try:
-        args = _parser().parse_args(argv)
-        if args.resume and args.restart:
-            raise InputError("--resume goes on with a run, --restart begins it anew; give one of them")
-        if args.list:
-            print(list_experiments())
-            return 0
-        if bool(args.exp) == bool(args.model):
-            raise InputError("give either --exp N, for example --exp 3 --smoke, or --model FILE.py:FUNCTION, or --list")
-        flags = {key: getattr(args, name) for name, key in FLAGS.items() if getattr(args, name) not in (None, False)}
-        if args.load and len(args.exp or [0]) > 1:
-            raise InputError("--load evaluates one file on one experiment's images; give one --exp")
-        if args.policy is not None and (args.load or len(args.exp or [0]) > 1 or not args.policy):
-            raise InputError("--policy applies one policy.json to one network; give one --exp, or --model, a file, and "
-                             "no --load")
-        configs = [resolve(exp, flags, args.set) for exp in args.exp or ()] or [
-            resolve_own(args.model, flags, args.set)]
-    except InputError as error:
+        try:
+            args, configs = _arguments(argv)
+        except InputError as error:
+            start("cpu").agree(error)
+    except (InputError, Elsewhere) as error:
         return _fail(error, 2)
-    code, done, first = 0, [], os.environ.get("RANK", "0") == "0"
+    if args.list:
+        print(list_experiments())
+        return 0
+    code, done, first = 0, [], not several() or os.environ["RANK"] == "0"
     for config in configs:
         log = Log()
         try:
@@ -1378,7 +1374,7 @@ def main(argv=None, trained: dict | None = None) -> int:
                     evaluate_packed(config, args.load, log)
                 else:
                     done.append(run_experiment(config, log, args.resume, args.restart, trained))
-        except (InputError, OSError) as error:
+        except (InputError, OSError, Elsewhere) as error:
             code = max(code, _fail(error, 2))
         except (FloatingPointError, SaveError, TooLarge) as error:
             code = max(code, _fail(error, 1))
@@ -1386,7 +1382,13 @@ def main(argv=None, trained: dict | None = None) -> int:
             stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
             again = shlex.join(["python", "hirelc.py", *(a for a in argv or sys.argv[1:] if a != "--restart"),
                                 *([] if args.resume else ["--resume"])])
-            return _fail(str(stopped) if args.load or args.dry_run else f"{stopped}; go on with: {again}", stopped.code)
+            again = "the same command and --resume" if several() else again
+            text = str(stopped) if args.load or args.dry_run else f"{stopped}; go on with: {again}"
+            return _fail(text if first else Elsewhere(), stopped.code)
+        except RuntimeError as error:
+            if not lost(error):
+                raise
+            return _fail("another process of this run has ended; go on with the same command and --resume", 1)
         finally:
             log.close()
     if done and not args.no_table and first:
@@ -1399,9 +1401,32 @@ def main(argv=None, trained: dict | None = None) -> int:
     return code
 
 
+def _arguments(argv):
+    """(arguments, a Config per run) of the command line."""
+    args = _parser().parse_args(argv)
+    if several() and (args.dry_run or args.load or args.list):
+        raise InputError("--dry-run, --load and --list are for one process; leave out torchrun")
+    if args.resume and args.restart:
+        raise InputError("--resume goes on with a run, --restart begins it anew; give one of them")
+    if args.list:
+        return args, []
+    if bool(args.exp) == bool(args.model):
+        raise InputError("give either --exp N, for example --exp 3 --smoke, or --model FILE.py:FUNCTION, or --list")
+    flags = {key: getattr(args, name) for name, key in FLAGS.items() if getattr(args, name) not in (None, False)}
+    if args.load and len(args.exp or [0]) > 1:
+        raise InputError("--load evaluates one file on one experiment's images; give one --exp")
+    if args.policy is not None and (args.load or len(args.exp or [0]) > 1 or not args.policy):
+        raise InputError("--policy applies one policy.json to one network; give one --exp, or --model, a file, and "
+                         "no --load")
+    return args, [resolve(exp, flags, args.set) for exp in args.exp or ()] or [
+        resolve_own(args.model, flags, args.set)]
+
+
 def _fail(error, code: int) -> int:
+    """Say why on stderr, unless another process of this run does."""
     sys.stdout.flush()
-    print(f"hirelc: {' '.join(str(error).split())}", file=sys.stderr)
+    if not isinstance(error, Elsewhere):
+        print(f"hirelc: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from dataclasses import dataclass
 
@@ -18,6 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import InputError
+
+TURNS = 3  # rank 0, the first process of every other machine, all others
+
+
+class Elsewhere(Exception):
+    """Another process of this run has failed, and says why."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,37 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def agree(self, error: Exception | None = None) -> None:
+        """Go on where no process has an ``error``. Otherwise none does: the first that has one raises it, and so says
+        why, all others raise Elsewhere."""
+        failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
+        if failed:
+            raise error if failed[0] == self.rank else Elsewhere
+
     @contextlib.contextmanager
-    def one_before_the_others(self):
-        """Rank 0 goes through the body first, so that the others find on the disk what it made."""
-        if self.size > 1 and not self.first:
-            dist.barrier()
-        yield
-        if self.size > 1 and self.first:
-            dist.barrier()
+    def alike(self):
+        """What cannot be used or found in the body on one process ends all of them, with one message. The body itself
+        exchanges nothing."""
+        error = None
+        try:
+            yield
+        except (InputError, OSError) as caught:
+            error = caught
+        self.agree(error)
+
+    @contextlib.contextmanager
+    def in_turn(self):
+        """:meth:`alike`, rank 0 first, then a process of every other machine, then the others: each finds on its
+        machine's disk what was made there."""
+        turn, error = 0 if self.first else 1 if self.local == 0 else 2, None
+        for _ in range(turn):
+            self.agree()
+        try:
+            yield
+        except (InputError, OSError) as caught:
+            error = caught
+        for _ in range(turn, TURNS):
+            self.agree(error)
 
     def part(self, x: Tensor) -> Tensor:
         """This rank's rows of a batch [n, …]: every ``size``-th from its number on."""
@@ -96,10 +126,9 @@ def start(device: str) -> Ranks:
 
     Raises InputError where a machine has fewer GPUs than processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or not dist.is_torchelastic_launched():
+    if not several():
         return Ranks()
-    ranks = Ranks(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         if ranks.local >= torch.cuda.device_count():
@@ -107,8 +136,19 @@ def start(device: str) -> Ranks:
                              "--nproc_per_node or give --device cpu")
         torch.cuda.set_device(ranks.local)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # Objects, a whole state among them, go from memory to memory, not through that of the GPUs.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return ranks
+
+
+def several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return dist.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def lost(error: Exception) -> bool:
+    """Whether an exchange failed because another process has ended."""
+    return dist.is_initialized() and re.search(r"closed by peer|reset by peer|remote process exited", str(error)) is not None
 
 
 def leave(code: int) -> None:

@@ -425,7 +425,7 @@ class Progress:
 
     def __init__(self, store: Store | None = None, ranks: Ranks = Ranks(), note=lambda text: None):
         self.note = note
-        self.store, self.alone, self.writes = store, ranks.size == 1, ranks.first
+        self.store, self.ranks, self.alone, self.writes = store, ranks, ranks.size == 1, ranks.first
         self.done: list[str] = []
         self.known: dict[str, object] = {}
         self.counts: dict[str, int] = {}
@@ -559,8 +559,11 @@ class Progress:
             raise Stopped(self.asked)
 
     def load(self) -> dict:
-        """The parts of the last commit; what was known after it is taken over here."""
-        parts = self.store.read()
+        """The parts of the last commit, which the first process reads for all: the others may be on machines that know
+        nothing of its disk. What was known after it is taken over here."""
+        with self.ranks.alike():
+            parts = self.store.read() if self.writes else None
+        parts = self.ranks.same(parts)
         with understood():
             self.done = list(parts.pop("done", []))
             self.known = dict(parts.pop("known", {}))
