@@ -31,7 +31,7 @@ from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkC
                       kernel_retained, kernel_shapes)
 from config import InputError
 from rl import LLA_PPO, PPO
-from search import LEVELS, derive_seed
+from search import LEVELS
 from target import allocations
 
 PARENTS, CHILDREN, TOURNAMENT = 32, 16, 3

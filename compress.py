@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -250,6 +251,27 @@ class Grid:
         q_max = 2 ** (self.bits - 1) - 1
         return -q_max - (self.granularity == "uniform"), q_max
 
+    @cached_property
+    def log_steps(self) -> tuple[Tensor, Tensor]:
+        """log2 of a log grid's smallest magnitude, and the step. In float64, like the table: the last bit of a float32
+        logarithm differs between processors, and a packed file holds the ends alone."""
+        low, high = self.scale.double().log2().unbind()
+        levels = self.code_range[1]
+        return low, ((high - low) / max(levels - 1, 1)).clamp_min(torch.finfo(torch.float32).tiny)
+
+    @cached_property
+    def log_table(self) -> Tensor:
+        """What a log grid's codes stand for, float32, from the smallest code on. The ends are exact, so that a second
+        pass finds the same table; with a single level it is the middle."""
+        levels, (low, step) = self.code_range[1], self.log_steps
+        smallest, largest = self.scale.unbind()
+        if levels == 1:
+            middle = smallest if bool(largest == smallest) else torch.exp2(low + step / 2).float()
+            return torch.stack([-middle, torch.zeros_like(middle), middle])
+        magnitudes = torch.exp2(low + step * torch.arange(levels, device=self.scale.device)).float()
+        magnitudes[0], magnitudes[-1] = smallest, largest
+        return torch.cat([-magnitudes.flip(0), torch.zeros_like(magnitudes[:1]), magnitudes])
+
 
 def find_grid(values: Tensor, config: KernelConfig) -> Grid:
     """The grid of Eq. 19-20 over the range of ``values`` float32 [n, …], a kernel's kept rows.
@@ -281,14 +303,15 @@ def find_grid(values: Tensor, config: KernelConfig) -> Grid:
     return Grid(bits, qtype, granularity, scale, (-low / scale).round_(), torch.where(usable, high, torch.inf))
 
 
-def encode(values: Tensor, grid: Grid) -> Tensor:
-    """Codes of ``values`` float32 [n, …]: the nearest of the grid, clipped to its ends."""
+def encode(values: Tensor, grid: Grid, logs: Tensor | None = None) -> Tensor:
+    """Codes of ``values`` float32 [n, …]: the nearest of the grid, clipped to its ends. ``logs``: :func:`logarithms` of
+    them, where they are known; they are written to."""
     low, high = grid.code_range
     if grid.granularity in ("log", "log-script"):
         if high == 1:
             return values.sign()
-        start, step = _log_steps(grid)
-        position = values.abs().double().log2_().sub_(start).div_(step).float()
+        start, step = grid.log_steps
+        position = (logarithms(values) if logs is None else logs).sub_(start).div_(step).float()
         return position.round_().clamp_(0, high - 1).add_(1).mul_(values.sign())
     codes = (values / grid.scale).round_()
     if grid.zero is None:
@@ -303,37 +326,20 @@ def encode(values: Tensor, grid: Grid) -> Tensor:
     return codes
 
 
+def logarithms(values: Tensor) -> Tensor:
+    """log2 of magnitudes, float64, of which a log grid's codes follow."""
+    return values.abs().double().log2_()
+
+
 def decode(codes: Tensor, grid: Grid) -> Tensor:
     """The values, float32 like ``codes``, that codes stand for; zero is +0."""
     if grid.granularity in ("log", "log-script"):
-        magnitudes = _log_table(grid)
-        table, zero = torch.cat([-magnitudes[1:].flip(0), magnitudes]), len(magnitudes) - 1
+        table, zero = grid.log_table, grid.code_range[1]
         # A CPU makes whole numbers of 32 bits in a fifth of the time of 64, and selects in a fifth of that of indexing.
         return table.index_select(0, (codes + zero).int().flatten()).reshape(codes.shape)
     if grid.zero is not None:
         codes = codes - grid.zero
     return (codes * grid.scale).add_(0.0)  # -0 + 0 is +0: a code has no sign of zero
-
-
-def _log_steps(grid: Grid) -> tuple[Tensor, Tensor]:
-    """log2 of the smallest magnitude, and the step. In float64, like the table: the last bit of a float32 logarithm
-    differs between processors, and a packed file holds the ends alone."""
-    low, high = grid.scale.double().log2().unbind()
-    levels = grid.code_range[1]
-    return low, ((high - low) / max(levels - 1, 1)).clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _log_table(grid: Grid) -> Tensor:
-    """Magnitude of every code from 0, float32 [levels + 1]. The ends are exact, so that a second pass finds the same
-    table; with a single level it is the middle."""
-    levels, (low, step) = grid.code_range[1], _log_steps(grid)
-    smallest, largest = grid.scale.unbind()
-    if levels == 1:
-        middle = smallest if bool(largest == smallest) else torch.exp2(low + step / 2).float()
-        return torch.stack([torch.zeros_like(middle), middle])
-    table = torch.exp2(low + step * torch.arange(-1, levels, device=grid.scale.device)).float()
-    table[0], table[1], table[-1] = 0.0, smallest, largest
-    return table
 
 
 def quantize(weight: Tensor, bits: int, qtype: str = "INT", granularity: str = "uniform") -> Tensor:
@@ -377,6 +383,7 @@ class PreparedKernel:
         # A grid follows from three weights of each row as it does from all: the ends and the one nearest to zero.
         nearest = torch.where(rows == 0, torch.inf, rows.abs()).argmin(1, keepdim=True)
         self.ends = torch.cat([rows.amin(1, True), rows.amax(1, True), rows.gather(1, nearest)], dim=1)
+        self.logs: Tensor | None = None  # from the first log grid on; eight bytes per weight, and may be dropped
 
     def _rows(self, tensor):
         """A dense tensor like the weight as a view [n_out, weights of a channel], in the order that they lie in."""
@@ -391,13 +398,17 @@ class PreparedKernel:
         result = torch.empty_like(self.weight)
         rows, target = self._rows(self.weight), self._rows(result)
         target.index_fill_(0, self.order[count:], 0)
+        of_logs = grid is not None and grid.granularity in ("log", "log-script")
+        if of_logs and self.logs is None:
+            self.logs = logarithms(rows.float())
         height = max(1, self.CHUNK // rows.shape[1]) if rows.device.type == "cpu" else count
         for start in range(0, count, height):
             part = slice(start, start + height)
             values = rows.index_select(0, kept[part])
             if grid is not None:
                 own = grid.rows(part)
-                values = decode(encode(values.float(), own), own).to(values.dtype)
+                logs = self.logs.index_select(0, kept[part]) if of_logs else None
+                values = decode(encode(values.float(), own, logs), own).to(values.dtype)
             if factor is not None:
                 values.mul_(factor.index_select(0, kept[part])[:, None])
             target.index_copy_(0, kept[part], values)

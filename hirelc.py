@@ -44,8 +44,8 @@ from own import copy_network, forward, own_network, try_network, untouched
 from parallel import Elsewhere, Ranks, leave, lost, several, start
 from qat import GridTraining, coded, decoded, plain_grids, read_grids
 from report import results_table, survive_ascii, write_json
-from runs import (Owner, check_directory, clear, identity, keep_freed_memory, moved, provenance, run_directory, save,
-                  stop_at_once, stoppable)
+from runs import (Owner, check_directory, clear, identity, keep_freed_memory, lacks_bfloat16, moved, provenance,
+                  run_directory, save, stop_at_once, stoppable)
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, least_drop, null_controller, random_config, train_together)
 from sensitivity import sensitivity
@@ -145,6 +145,9 @@ class HiReLC:
         if self.goal:
             self.config = override(config, self._goal_settings())
         self._check_sizes()
+        for name, asked in (("precision", config.precision), ("search.dtype", config.search.dtype)):
+            if asked == "bfloat16" and lacks_bfloat16(self.device):
+                log.note(f"{name}=bfloat16: this hardware has no instructions for it; float32 is faster here")
 
     def run(self) -> dict:
         """Algorithm 1; returns the content of result.json.

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 
 import torch
 from torch import Tensor, nn
 
-from compress import FULL_BITS, Grid, NetworkConfig, decode, encode, find_grid, set_rows
+from compress import FULL_BITS, Grid, NetworkConfig, decode, encode, find_grid
 from state import MAX_ZEROS
 
 
@@ -117,7 +116,7 @@ def coded(state: dict, blocks, masks: dict[str, Tensor], grids: dict[str, Grid |
             if grid is None or weight.dtype != torch.float32 or len(kept) > MAX_ZEROS * int(kept.sum()):
                 continue
             codes = encode(weight[kept], grid)
-            entry = {"codes": codes.to(_smallest(*grid.code_range)), "grid": vars(grid), "kept": kept}
+            entry = {"codes": codes.to(_smallest(*grid.code_range)), "grid": _plain(grid), "kept": kept}
             if torch.equal(_weight(entry).view(torch.int32), weight.contiguous().view(torch.int32)):
                 found |= {same: entry for same in block.tensors.get(name, (key,))}
     return found
@@ -130,12 +129,16 @@ def decoded(state: dict) -> dict:
 
 def plain_grids(grids: dict[str, Grid | None] | None) -> dict | None:
     """Grids as dictionaries, for the disk."""
-    return grids and {name: None if grid is None else vars(grid) for name, grid in grids.items()}
+    return grids and {name: None if grid is None else _plain(grid) for name, grid in grids.items()}
 
 
 def read_grids(grids: dict | None) -> dict[str, Grid | None] | None:
     """The grids that :func:`plain_grids` was given."""
     return grids and {name: None if grid is None else Grid(**grid) for name, grid in grids.items()}
+
+
+def _plain(grid: Grid) -> dict:
+    return {field.name: getattr(grid, field.name) for field in dataclasses.fields(grid)}  # not what it has worked out
 
 
 def _weight(entry) -> Tensor:

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 import torchvision
 
-import pack
 from config import Config, InputError, flatten, from_flat
 from files import read_json, replace_file, shown
 from report import write_text
@@ -33,6 +33,8 @@ try:
     import fcntl
 except ImportError:  # not on Windows, where nothing then keeps two processes off one run
     fcntl = None
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 # where things lie, and how they are read, does not change the result
 PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
@@ -110,6 +112,18 @@ def provenance(device) -> dict:
                          "torchvision": torchvision.__version__, "numpy": np.__version__},
             "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
                          "threads": torch.get_num_threads()}}
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware is known to have no instructions for bfloat16, which is then slower than float32."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        told = CPU_INFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", told, re.MULTILINE)
+    return bool(flags) and "bf16" not in flags[0]
 
 
 def save(run, path: Path, finished: bool = False) -> None:

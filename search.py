@@ -337,6 +337,9 @@ class Proxy:
         lower = torch.autocast(device, torch.bfloat16) if self.dtype == "bfloat16" else contextlib.nullcontext()
         with eval_mode(self.model), lower:
             self._follow_weights()
+            for name, kernel in self.kernels.items():
+                if name not in block.kernels:
+                    kernel.logs = None
             size = self._group(device)
             for start in range(0, len(configs), size):
                 group = [block.replaced(self._compressed(block, config)) for config in configs[start:start + size]]

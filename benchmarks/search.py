@@ -33,6 +33,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch._inductor.config as inductor
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +52,7 @@ from winograd import fits, with_winograd  # noqa: E402
 NETWORKS = ("deit_tiny_patch16_224", "resnet18")
 LIMITS = {"INT uniform": Compress(), "types and granularities chosen": Compress(qtype="any", granularity="any")}
 BUDGET = LayerBudget(0.25, 0.6, 3, 1.0, "auto")
-TOGETHER = 2  # candidates that an environment hands over at once by default
+TOGETHER = len(Config().lla.algorithms) * Config().lla.envs  # candidates that a block's agents hand over at once by default
 
 
 class StartOnly(Proxy):
@@ -84,11 +85,15 @@ class Bare:
         own = list(self.own(index).values())
         return next(i for i, stage in enumerate(self.stages) if stage.holds(own))
 
+    def lower(self):
+        """The proxy's precision."""
+        return torch.autocast(self.proxy.batches[0].device.type, torch.bfloat16, enabled=self.proxy.dtype == "bfloat16")
+
     @torch.inference_mode()
     def drops(self, index, configs):
         first = self.first(index)
         others = {f"model.{name}": weight.detach() for name, weight in self.own(index).items()}
-        with torch.autocast(self.proxy.batches[0].device.type, torch.bfloat16, enabled=self.proxy.dtype == "bfloat16"):
+        with self.lower():
             for _ in configs:
                 for b in range(len(self.proxy.batches)):
                     functional_call(self.chain, others, (self.stages[first:], self.entering.at(first, b)))
@@ -97,7 +102,7 @@ class Bare:
     def gflop(self, index):
         """10^9 multiplications and additions of one candidate's suffix, as torch counts them."""
         first, counter = self.first(index), FlopCounterMode(display=False)
-        with counter:
+        with self.lower(), counter:
             for b in range(len(self.proxy.batches)):
                 run(self.stages[first:], self.entering.at(first, b))
         return counter.get_total_flops() / 1e9
@@ -175,22 +180,32 @@ def proxy_section(args, clock) -> None:
         for what, limits in LIMITS.items():
             made = variants(model, batches, not args.no_bfloat16)
             blocks = made["plain"].blocks
+            rates = [matmul_rate(args.device, torch.float32, clock)]
             times = measured(made, blocks, limits, args, clock)
+            rates.append(matmul_rate(args.device, torch.float32, clock))
             count, middle = args.steps * len(blocks), len(blocks) // 2
             print(f"{network}, {args.size} px, {args.images} images, {what}; {args.steps} candidates in each of "
                   f"{len(blocks)} blocks, {args.rounds} rounds")
             print(f"  {'':27} {'candidates/s':>24} {'block ' + str(middle):>8}   times plain")
             for name, taken in times.items():
-                rates, ratios = count / taken.sum(1), times["plain"].sum(1) / taken.sum(1)
+                speeds, ratios = count / taken.sum(1), times["plain"].sum(1) / taken.sum(1)
                 at_middle = statistics.median(args.steps / taken[:, middle])
-                print(f"  {name:27} {spread(rates.tolist()):>24} {at_middle:8.2f}   {spread(ratios.tolist())}")
+                print(f"  {name:27} {spread(speeds.tolist()):>24} {at_middle:8.2f}   {spread(ratios.tolist())}")
+            together = f"+ {TOGETHER} candidates together"
             for bound, name in (("  bound of it", "+ BatchNorm folded"), ("  bound of those", "+ Winograd's convolutions"),
+                                ("  bound of those" if "  bound of those" in times else "  bound of it", together),
                                 ("  bound of that", "folded, bfloat16")):
                 if bound in times:
                     share = times[bound].sum(1) / times[name].sum(1)
                     gflop = sum(made[bound].gflop(i) for i in range(len(blocks))) * args.steps
                     print(f"  {name.removeprefix('+ ')}: {spread((100 * share).tolist(), '{:.0f}')} % of the bound, "
                           f"suffixes at {spread((gflop / times[bound].sum(1)).tolist(), '{:.0f}')} GFLOP/s")
+            gflop = sum(made["  bound of it"].gflop(i) for i in range(len(blocks))) / len(blocks)
+            taken = {name: 1000 * statistics.median(times[name].sum(1) / count) for name in (
+                "  bound of it", "+ BatchNorm folded", together)}
+            print(f"  a step: the suffix's {gflop:.2f} GFLOP take {1000 * gflop / max(rates):.1f} ms at the matrix product's "
+                  f"{max(rates):.0f} GFLOP/s; measured " + ", ".join(f"{took:.1f} ms ({name.strip(' +')})"
+                                                                    for name, took in taken.items()))
             kept = made["+ BatchNorm folded"].entering
             print(f"  states kept: {kept.bytes / 1e6:.1f} MB in float32", flush=True)
 
@@ -248,7 +263,7 @@ def take_turns(variants: dict, steps: int, rounds: int) -> None:
               f"{statistics.median(own):7.0f} [{own[0]:.0f}, {own[-1]:.0f}]", flush=True)
 
 
-def agents_section(args) -> None:
+def agents_section(args, clock) -> None:
     """Steps of all agents, updates included, at several ways of training the same ones together."""
     config = Config()
     low, high = ensembles(12, 4, config)
@@ -265,6 +280,47 @@ def agents_section(args) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+class Behind(nn.Module):
+    """The stages of a network from ``first`` on."""
+
+    def __init__(self, network, first):
+        super().__init__()
+        self.network, self.first = network, first
+
+    def forward(self, state):
+        return run(split(self.network)[self.first:], state)
+
+
+@torch.no_grad()
+def compile_section(args, clock) -> None:
+    """What torch.compile would save behind the middle block, whose layers every candidate has in common, and what it
+    costs to start, nothing of it known from an earlier time."""
+    inductor.force_disable_caches = True
+    inductor.freezing = args.device == "cpu"  # the weights as constants, in the order that products like best
+    count = Config().search.cycles * len(Config().lla.algorithms) * Config().lla.timesteps
+    for name in args.networks:
+        torch.manual_seed(0)
+        network, _ = folded(models.build(name, 1000, args.size).to(args.device, memory_format=torch.channels_last).eval())
+        stages, images = split(network), torch.randn(args.images, 3, args.size, args.size, device=args.device)
+        first = len(stages) // 2
+        state = run(stages[:first], images.contiguous(memory_format=torch.channels_last))
+        eager = Behind(network, first)
+        faster = torch.compile(Behind(network, first), mode="reduce-overhead" if args.device == "cuda" else None)
+        start = seconds(lambda: faster(state), time.perf_counter, args.device)
+        torch.testing.assert_close(faster(state), eager(state), rtol=1e-3, atol=1e-3)
+        times = [[seconds(lambda: module(state), clock, args.device) for module in (eager, faster)]
+                 for _ in range(10 * args.rounds)]
+        before, after = (statistics.median(column) for column in zip(*times))
+        paid = f"paid after {start / (before - after):.0f} candidates" if after < before else "never paid"
+        print(f"{name}, stages {first} to {len(stages) - 1}, {args.images} images: {1e3 * before:.1f} ms, compiled "
+              f"{1e3 * after:.1f} ms, {spread([b / a for b, a in times])} times as fast; start-up {start:.1f} s, {paid}; "
+              f"a block has {count} in a run", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Several processes
 
 RUN = ("--smoke --exp {exp} --device cpu --no-table --restart --set data.image_size=64 model.width=1 surrogate=off "
@@ -272,7 +328,7 @@ RUN = ("--smoke --exp {exp} --device cpu --no-table --restart --set data.image_s
        "data.test_images=64 finetune.bn_images=0 eval.full=false")
 
 
-def processes_section(args) -> None:
+def processes_section(args, clock) -> None:
     """The search of one process and of two, one thread each, from the same theta_0, in turn."""
     script = str(Path(__file__).resolve().parent.parent / "hirelc.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -304,12 +360,15 @@ def processes_section(args) -> None:
                   "policy.json", flush=True)
 
 
+SECTIONS = {"proxy": proxy_section, "agents": agents_section, "compile": compile_section, "processes": processes_section}
+
+
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sections", nargs="+", default=["proxy", "agents"], choices=("proxy", "agents", "processes"))
+    parser.add_argument("--sections", nargs="+", default=["proxy", "agents"], choices=tuple(SECTIONS))
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=sorted([*models.VITS, *models.CNNS]))
-    parser.add_argument("--steps", type=int, default=4, help="candidates per block and round")
+    parser.add_argument("--steps", type=int, default=TOGETHER, help="candidates per block and round")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, all variants in turn")
     parser.add_argument("--images", type=int, default=8, help="calibration images")
     parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
@@ -329,12 +388,8 @@ def main() -> int:
                       for dtype in (torch.float32, torch.bfloat16))
     print(f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
           f"{torch.__version__}, {args.clock} clock, {time.strftime('%Y-%m-%d')}; matrix product {rates} GFLOP/s")
-    if "proxy" in args.sections:
-        proxy_section(args, clock)
-    if "agents" in args.sections:
-        agents_section(args)
-    if "processes" in args.sections:
-        processes_section(args)
+    for section in args.sections:
+        SECTIONS[section](args, clock)
     return 0
 
 

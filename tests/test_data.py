@@ -2,7 +2,6 @@
 images in memory, adapters for one's own data, and the synthetic images."""
 
 import multiprocessing
-import os
 import time
 
 import numpy as np

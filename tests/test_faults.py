@@ -16,7 +16,7 @@ import files
 import hirelc
 import runs
 import state
-from config import Config, InputError
+from config import InputError
 from log import Log
 from models import Block
 from sensitivity import PROBES, sensitivity

@@ -16,6 +16,7 @@ import data
 import hirelc
 import models
 import pack
+import runs
 from compress import KernelConfig, NetworkConfig, from_policy, kernel_retained, prune_mask
 from config import Config, InputError, override
 from hirelc import Cycle, HiReLC
@@ -239,6 +240,26 @@ def test_budgets_above_the_most_bits_are_cut_and_noted():
     result = run.run()
     assert any("compress.bits_max=4" in note for note in result["notes"])
     assert all(kernel.bits == 4 for block in run.best_config.blocks for kernel in block.kernels)
+
+
+@pytest.mark.parametrize("told, lacks", [
+    ("processor\t: 0\nflags\t\t: fpu avx512_vnni\n", True), ("flags : fpu avx512_bf16 sse\nflags : fpu\n", False),
+    ("flags\t: amx_bf16 fpu\n", False), ("Features\t: fp asimd bf16\n", False), ("Features : fp asimd\n", True),
+    ("cpu\t: POWER9\n", False), (None, False)])
+def test_hardware_without_bfloat16_is_said(tmp_path, monkeypatch, told, lacks):
+    """Where nothing is known of the hardware nothing is said of it."""
+    file = tmp_path / "cpuinfo"
+    if told is not None:
+        file.write_text(told)
+    monkeypatch.setattr(runs, "CPU_INFO", file)
+    assert runs.lacks_bfloat16(torch.device("cpu")) is lacks
+    model, log = models.build("resnet18", 10, 32, 0.0625), Log(open(os.devnull, "w"))
+    config = override(Config(), ["search.dtype=bfloat16", "precision=float32"])
+    pictures = data.load(override(Config(), ["data.name=synthetic", "data.image_size=32", "data.train_images=64",
+                                             "data.test_images=16"]).data)
+    HiReLC(model, models.find_blocks(model), pictures.train, pictures.test, config, log)
+    assert [note for note in log.notes if "bfloat16" in note] == (
+        ["search.dtype=bfloat16: this hardware has no instructions for it; float32 is faster here"] if lacks else [])
 
 
 def test_compress_model_leaves_the_given_network_untouched():

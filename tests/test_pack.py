@@ -13,7 +13,6 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-import zipfile
 import zlib
 from pathlib import Path
 

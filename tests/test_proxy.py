@@ -5,7 +5,10 @@ Every family is built narrow and compared with the plain path, a whole forward p
 
 import copy
 import dataclasses
+import importlib.util
 import itertools
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from config import Surrogate as SurrogateSettings
 from search import DropEstimator, LayerBudget, LLAEnsemble, Proxy, Surrogate
 from stages import Entering, Stage, split, state_bytes
 
+ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = {"deit": ("deit_tiny_patch16_224", 0.125, 16), "clip": ("vit_base_patch32_clip_224", 0.07, 16),
             "quickgelu": ("vit_base_patch32_clip_224", 0.07, 16), "resnet18": ("resnet18", 0.125, 0),
             "resnet50": ("resnet50", 0.07, 0), "mobilenetv2": ("mobilenetv2_100", 0.125, 0)}
@@ -597,3 +601,34 @@ def test_settings_of_the_search():
         == dataclasses.asdict(search)
     assert override(Config(), ["search.cache=false", "search.dtype=bfloat16"]).search.cache is False
     assert state_bytes((torch.zeros(2, 3), torch.zeros(1))) == 28
+
+
+def test_logarithms_are_kept_of_one_block():
+    model = build("deit")
+    blocks = models.find_blocks(model)
+    proxy = Proxy(model, blocks, [images()])
+    for index in (0, 1, 0):
+        configs = [BlockConfig((KernelConfig(4, 0.7, "INT", granularity),) * len(shapes), shapes)
+                   for granularity in ("log", "uniform") for shapes in [tuple(kernel_shapes(blocks[index]))]]
+        proxy.drops(index, configs)
+        assert {name for name, kernel in proxy.kernels.items() if kernel.logs is not None} == set(blocks[index].kernels)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def test_the_benchmark_measures_every_part(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("search_benchmark", ROOT / "benchmarks" / "search.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    monkeypatch.setattr(benchmark, "LIMITS", dict([*benchmark.LIMITS.items()][1:]))
+    monkeypatch.setattr(benchmark, "matmul_rate", lambda device, dtype, clock: 100.0)  # takes longer than the rest
+    monkeypatch.setattr(sys, "argv", ["search.py", "--sections", "proxy", "--networks", "resnet18", "--size", "32",
+                                      "--images", "1", "--rounds", "1", "--steps", "1", "--device", "cpu"])
+    assert benchmark.main() == 0
+    printed = capsys.readouterr().out
+    for row in ("plain", "start at the block", "+ kernels prepared", "+ channels last", "+ BatchNorm folded",
+                "+ Winograd's convolutions", "+ 6 candidates together", "folded, bfloat16", "+ 6 together, bfloat16"):
+        assert printed.count(f"\n  {row} ") == 1, row
+    assert printed.count("% of the bound") == 4 and printed.count("a step: the suffix's") == 1
