@@ -209,8 +209,9 @@ class Trainer:
             self.progress.note(f"{what}, epoch {epoch + 1}: {at['skipped']} of {steps} steps were not taken, their loss "
                                "or gradient was not finite")
         if not at["seen"] or not all(p.isfinite().all() for p in self.model.parameters()):
-            raise FloatingPointError(f"{what}: epoch {epoch + 1} has no step with a finite loss and gradient; lower the "
-                                     f"learning rate ({self.lr:g}), or look for images that are not finite")
+            self.ranks.agree(FloatingPointError(
+                f"{what}: epoch {epoch + 1} has no step with a finite loss and gradient; lower the learning rate "
+                f"({self.lr:g}), or look for images that are not finite"))  # the same on all ranks
         mean_loss = self.ranks.total(total_loss.clone()).item() / at["seen"]
         with self.on_grid.in_place() if self.on_grid is not None else contextlib.nullcontext() as grids:
             acc = accuracy(correct(self.model, self.test_set, self.eval_batch_size, self.eval_images,
