@@ -48,7 +48,8 @@ def steps(exp: int, args) -> list[tuple[str, list[str]]]:
     settings = [*([] if args.tiny else SCALED[exp].split()), *([f"data.name={data}"] if data and not args.tiny else []),
                 *args.set]
     base = Path(args.out) / f"exp{exp}-paper-seed42"
-    found = [("paper", [*common, "--weights", "none", "--name", "paper", "--set", *settings])]
+    given = ["--set", *settings] if settings else []
+    found = [("paper", [*common, "--weights", "none", "--name", "paper", *given])]
     if (base / "result.json").exists() and not (base / "state").exists():
         target = json.loads((base / "result.json").read_text())["retained"]
         common += ["--weights", str(base / "baseline.pt")]
@@ -78,7 +79,7 @@ def keep(exp: int, variant: str, args) -> dict:
     result, config = (json.loads((path / f"{name}.json").read_text()) for name in ("result", "config"))
     kept = {key: result[key] for key in KEPT} | {key: config[key] for key in ("command", "started", "versions", "hardware")}
     kept["scaled"] = "smoke" if args.tiny else SCALED[exp]
-    Path(args.results).mkdir(exist_ok=True)
+    Path(args.results).mkdir(parents=True, exist_ok=True)
     (Path(args.results) / f"gpu-exp{exp}-{variant}.json").write_text(json.dumps(kept, indent=1) + "\n")
     return kept
 
@@ -98,14 +99,16 @@ def main() -> int:
     """Command line; exit code 0 when all is done, 143 where the time was over, else that of the run that failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", help="folder of the data sets")
-    parser.add_argument("--out", default="runs-gpu", help="folder of the run directories")
-    parser.add_argument("--results", default="results", help="folder of the small result files")
+    parser.add_argument("--out", help="folder of the run directories; runs-gpu, with --tiny runs-gpu-tiny")
+    parser.add_argument("--results", help="folder of the small result files; results, with --tiny the run directories'")
     parser.add_argument("--exp", type=int, nargs="+", default=ORDER, choices=ORDER)
     parser.add_argument("--minutes", type=float, default=9.0, help="time after which it stops, to be called again")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="in miniature, on drawn images")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings for every run")
     args = parser.parse_args()
+    args.out = args.out or ("runs-gpu-tiny" if args.tiny else "runs-gpu")
+    args.results = args.results or (args.out if args.tiny else "results")
     deadline, table = time.monotonic() + 60 * args.minutes, []
     for exp in args.exp:
         done = 0

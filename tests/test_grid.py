@@ -1,4 +1,4 @@
-"""benchmarks/grid.py: what it keeps of a cell, and its tables from cells made by hand."""
+"""benchmarks/grid.py: what it keeps of a cell, and its tables from cells made by hand; benchmarks/gpu.py: its steps."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from config import flatten
 from test_hirelc import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
 import grid  # noqa: E402
 
 
@@ -95,3 +96,25 @@ def test_a_cell_that_is_stopped_is_left_for_the_next_time(tmp_path, monkeypatch,
 def test_every_cell_that_is_kept_was_run_with_its_methods_settings():
     kept = grid.read(ROOT / "results")
     assert kept and all(cell["settings"] == grid.METHODS[method] for (_, method, _), cell in kept.items())
+
+
+@pytest.mark.parametrize("flags", [[], ["--tiny"], ["--tiny", "--set", "search.cycles=1"]])
+def test_what_the_gpu_script_asks_for_can_be_run(tmp_path, monkeypatch, flags):
+    """Every step of every experiment; three of the four need the result of the first."""
+    asked = []
+
+    def run(arguments, deadline):
+        args, (config,) = hirelc._arguments(arguments)
+        asked.append((config.exp, config.name, config.search.target))
+        (tmp_path / f"exp{config.exp}-{config.name}-seed42").mkdir()
+        (tmp_path / f"exp{config.exp}-{config.name}-seed42" / "result.json").write_text('{"retained": 0.125}')
+        return 0
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(gpu, "keep", lambda *kept: None)
+    monkeypatch.setattr(gpu, "row", lambda kept: "")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", str(tmp_path), *flags])
+    monkeypatch.chdir(tmp_path)
+    assert gpu.main() == 0
+    assert [(exp, name) for exp, name, _ in asked] == [
+        (exp, name) for exp in gpu.ORDER for name in ("paper", "qat", "null", "plus")]
+    assert {target for _, name, target in asked if name in ("null", "plus")} == {0.125}
