@@ -8,7 +8,6 @@ environments only put them together. Accuracies and drops are in percentage poin
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import zlib
@@ -329,13 +328,16 @@ class Proxy:
         found = {"fold": any(isinstance(module, nn.BatchNorm2d) for module in modules), "winograd": any(map(fits, modules))}
         return [name for name, there in found.items() if getattr(self, name) and not there]
 
+    def lower(self):
+        """The context of ``dtype``, in which forwards run."""
+        return torch.autocast(self.batches[0].device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
     @torch.inference_mode()
     def drops(self, index: int, configs) -> list[float]:
         """Estimated drop of each candidate configuration of block ``index``."""
         block, configs, errors = self.blocks[index], list(configs), []
         device = self.batches[0].device.type
-        lower = torch.autocast(device, torch.bfloat16) if self.dtype == "bfloat16" else contextlib.nullcontext()
-        with eval_mode(self.model), lower:
+        with eval_mode(self.model), self.lower():
             self._follow_weights()
             for name, kernel in self.kernels.items():
                 if name not in block.kernels:

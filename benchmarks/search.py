@@ -85,15 +85,11 @@ class Bare:
         own = list(self.own(index).values())
         return next(i for i, stage in enumerate(self.stages) if stage.holds(own))
 
-    def lower(self):
-        """The proxy's precision."""
-        return torch.autocast(self.proxy.batches[0].device.type, torch.bfloat16, enabled=self.proxy.dtype == "bfloat16")
-
     @torch.inference_mode()
     def drops(self, index, configs):
         first = self.first(index)
         others = {f"model.{name}": weight.detach() for name, weight in self.own(index).items()}
-        with self.lower():
+        with self.proxy.lower():
             for _ in configs:
                 for b in range(len(self.proxy.batches)):
                     functional_call(self.chain, others, (self.stages[first:], self.entering.at(first, b)))
@@ -102,7 +98,7 @@ class Bare:
     def gflop(self, index):
         """10^9 multiplications and additions of one candidate's suffix, as torch counts them."""
         first, counter = self.first(index), FlopCounterMode(display=False)
-        with self.lower(), counter:
+        with self.proxy.lower(), counter:
             for b in range(len(self.proxy.batches)):
                 run(self.stages[first:], self.entering.at(first, b))
         return counter.get_total_flops() / 1e9
