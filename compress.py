@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from config import InputError
-from files import member, quoted
+from support.files import member, quoted
 
 QTYPES = ("INT", "FLOAT")  # in the order of the action's type index
 GRANULARITIES = ("uniform", "log", "per-channel", "learned")  # in the order of the action's granularity index

@@ -28,31 +28,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import baselines
+from evidence import baselines
 import data
 import models
-import pack
-import plan
-import policies
-from blocks import Survey
+from deploy import pack
+from support import plan
+from support import policies
+from support.kernels import Survey
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, from_policy, kernel_bytes,
                       kernel_shapes, model_bytes, snap_to_grid, to_policy)
 from config import BASELINES, EXPERIMENTS, Config, InputError, flatten, override
-from files import read_json, shown
-from log import Log, duration
-from own import copy_network, forward, own_network, try_network, untouched
-from parallel import Elsewhere, Ranks, leave, lost, several, start
-from qat import GridTraining, coded, decoded, plain_grids, read_grids
-from report import results_table, survive_ascii, write_json
-from runs import (Owner, check_directory, clear, identity, keep_freed_memory, lacks_bfloat16, moved, provenance,
+from support.files import read_json, shown
+from support.log import Log, duration
+from support.own import copy_network, forward, own_network, try_network, untouched
+from support.ranks import Elsewhere, Ranks, leave, lost, several, start
+from deploy.qat import GridTraining, coded, decoded, plain_grids, read_grids
+from evidence.report import results_table, survive_ascii, write_json
+from support.runs import (Owner, check_directory, clear, identity, keep_freed_memory, lacks_bfloat16, moved, provenance,
                   run_directory, save, stop_at_once, stoppable)
 from search import (TIER_MIN_BITS, DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate,
                     block_features, compliance, derive_seed, least_drop, null_controller, random_config, train_together)
-from sensitivity import sensitivity
-from state import (Progress, SaveError, Stopped, Store, difference, random_states, restored, set_random_states,
+from evidence.sensitivities import sensitivity
+from support.state import (Progress, SaveError, Stopped, Store, difference, random_states, restored, set_random_states,
                    understood)
-from stats import mcnemar, paired_interval, wilson
-from target import allocations, enforce, give_back, max_give_back, parse_goal, retained_weights
+from evidence.stats import mcnemar, paired_interval, wilson
+from deploy.target import allocations, enforce, give_back, max_give_back, parse_goal, retained_weights
 from train import TooLarge, Trainer, accuracy, correct, estimate_batchnorm, fisher_sensitivity
 
 __all__ = ["EXPERIMENTS", "HiReLC", "compress_model", "fisher_sensitivity", "main", "run_experiment"]

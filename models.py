@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blocks import CLASSIFIER, LAST, PATCHES, SHORTCUT, Block, Survey, arrange, registered_kernels, traced_kernels
-from checkpoints import is_torchscript, read_checkpoint, shown
+from support.kernels import CLASSIFIER, LAST, PATCHES, SHORTCUT, Block, Survey, arrange, registered_kernels, traced_kernels
+from support.weights import is_torchscript, read_checkpoint, shown
 from config import InputError
-from files import cached, file_name, hash_prefix
-from stages import Stage, Staged, StagedBlock
+from support.files import cached, file_name, hash_prefix
+from support.stages import Stage, Staged, StagedBlock
 
 # ---------------------------------------------------------------------------------------------------------------
 # Vision transformers (DeiT, CLIP)

@@ -23,8 +23,8 @@ from torch.func import functional_call
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig, PreparedKernel,
                       compress_kernel, eval_mode, kernel_retained, kernel_shapes)
 from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO, categorical_stats, learn_together, threads
-from stages import Chain, Entering, Staged, concatenated, folded, run, split, whole
-from winograd import fits, with_winograd
+from support.stages import Chain, Entering, Staged, concatenated, folded, run, split, whole
+from support.winograd import fits, with_winograd
 
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
 TIERS = (0.35, 0.30, 0.25, 0.20, 0.15)  # rho* of the five compression levels (Eq. 8)

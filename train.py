@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from compress import apply_factors, apply_masks, eval_mode, mask_factors
-from parallel import Ranks
-from qat import coded, decoded, plain_grids, read_grids
-from state import Progress, random_states, set_random_states
+from support.ranks import Ranks
+from deploy.qat import coded, decoded, plain_grids, read_grids
+from support.state import Progress, random_states, set_random_states
 
 
 def device_of(model: nn.Module) -> torch.device:

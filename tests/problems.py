@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-import baselines
+from evidence import baselines
 import data
 import hirelc
 from compress import BlockConfig, KernelConfig, channels_kept, compress_kernel, kernel_shapes
 from config import Compress, Config, override
-from log import Log
+from support.log import Log
 
 LIMITS = Compress(bits_min=3, bits_max=5, max_pruning=0.5)  # with two channels: 3, 4 or 5 bits, one channel or both
 CURVATURE = (1.0, 0.3)

@@ -13,7 +13,7 @@ import torchvision.transforms.v2.functional
 from PIL import Image
 
 import data
-import sources
+from support import images as sources
 from config import Data, InputError
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))       # mean, std: black → -1, white → 1

@@ -15,13 +15,13 @@ import torch
 import data
 import hirelc
 import models
-import pack
-import runs
+from deploy import pack
+from support import runs
 from compress import KernelConfig, NetworkConfig, from_policy, kernel_retained, prune_mask
 from config import Config, InputError, override
 from hirelc import Cycle, HiReLC
-from log import Log
-from state import Progress, Store
+from support.log import Log
+from support.state import Progress, Store
 from train import accuracy, correct
 
 ROOT = Path(__file__).resolve().parent.parent

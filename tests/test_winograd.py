@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-import winograd
-from winograd import WinogradConv2d, fits, transforms, with_winograd
+from support import winograd
+from support.winograd import WinogradConv2d, fits, transforms, with_winograd
 
 
 @pytest.fixture

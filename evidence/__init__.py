@@ -1,0 +1,1 @@
+"""What the method is compared with and how it is shown: baselines, tables, figures, reports, measurements."""

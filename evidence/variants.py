@@ -1,0 +1,65 @@
+"""The ablations and baselines of one experiment, a run each, all in one process:
+``python variants.py --exp 4 --seeds 42 43 [flags of hirelc.py]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+
+import hirelc
+from config import BASELINES, InputError
+from support.ranks import leave
+
+# With bits <= 8 the paper's 0.25 constrains nothing; a surrogate of a few samples misleads whoever believes it.
+TARGET = "search.target=0.15 surrogate=off"
+# name → what it adds to the experiment's command line
+VARIANTS = {
+    "no-hla": "--set search=no-hla", "a2c": "--set lla.algorithms=A2C,A2C,A2C", "no-sens": "--set sensitivity=none",
+    **{name: f"--set sensitivity={name}" for name in ("gradient", "snip", "grasp", "hessian")},
+    "conf": "--set vote=confidence", "mode": "--set vote=mode", "proxy": "--set surrogate=off",
+    "carry-rest": "--set carry=rest", "carry-all": "--set carry=all", "null": "--set search=null",
+    "enforced": f"--set enforce_target=true {TARGET}", "plus": f"--preset plus --set {TARGET}",
+    **{name: f"--set search={name} {TARGET}" for name in BASELINES}}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def main(argv=None) -> int:
+    """Run every variant with every seed; one that fails does not stop the others. Returns the exit code: 0, 1 where one
+    failed, 2 for bad input, 130 or 143 where it was stopped."""
+    parser = _Parser(prog="variants.py", description="The ablations and baselines of one experiment. Every other flag "
+                     "goes to hirelc.py.", allow_abbrev=False)
+    parser.add_argument("--exp", type=int, required=True, metavar="N", help="experiment of the paper")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+                        help=f"some of {', '.join(VARIANTS)}")
+    try:
+        args, flags = parser.parse_known_args(argv)
+    except InputError as error:
+        print(f"variants: {error}", file=sys.stderr)
+        return 2
+    failed = []
+    for seed in args.seeds:
+        trained: dict = {}  # the uncompressed network is trained once for all
+        for name in args.only:
+            command = ["--exp", str(args.exp), "--seed", str(seed), *flags, "--name", name, *VARIANTS[name].split()]
+            try:
+                code = hirelc.main(command, trained)
+            except Exception:  # a fault of the program in one run is no reason to leave out the others
+                traceback.print_exc()
+                code = 1
+            if code in (130, 143):
+                return code
+            if code:
+                failed.append(f"exp {args.exp}-{name} seed {seed} (exit {code})")
+    for line in failed:
+        print(f"variants: failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,1 @@
+"""What a run needs around the method: run directories, files, images, weights, any network's kernels."""

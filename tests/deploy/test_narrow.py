@@ -1,0 +1,394 @@
+"""The narrow network against the masked one, with every constant that a pruned channel emits made different from 0."""
+
+import copy
+import importlib.util
+import operator
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import hirelc
+import models
+from deploy import narrow
+from compress import prune_mask
+from config import InputError
+from test_own_network import QUIET, TINY, Attend, Flattening, Shared, fingerprint, pictures, same, swin, tied
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = pytest.mark.skipif(not os.environ.get("HIRELC_LONG"), reason="minutes; HIRELC_LONG=1 runs it")
+
+
+def randomised(model, seed=0):
+    """Statistics, shifts, biases and weights such that neither a constant nor the images are lost on the way."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(tensor, mean, std):
+        tensor.copy_(mean + std * torch.randn(tensor.shape, generator=generator))
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                draw(parameter, 0, (2 / parameter[0].numel()) ** 0.5)
+            elif name.endswith("bias"):
+                draw(parameter, 0.2, 0.3)
+            else:
+                draw(parameter, 1, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                draw(buffer, 0, 0.2)
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return model.eval()
+
+
+def pruned(model, example, keep=None, everything=False, seed=0):
+    """Zero rows, in place: the kernels that are compressed, or every Conv2d and Linear; ``keep`` None: each its own."""
+    generator = torch.Generator().manual_seed(seed)
+    holders = [k for block in models.find_blocks(model, example) for k in block.kernels.values()]
+    if everything:
+        holders += [m for m in model.modules() if type(m) in (nn.Conv2d, nn.Linear) and m not in holders]
+    with torch.no_grad():
+        for holder in holders:
+            fraction = keep or 0.4 + 0.6 * float(torch.rand((), generator=generator))
+            holder.weight[~prune_mask(holder.weight, fraction)] = 0
+    return model
+
+
+def size(model):
+    return sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+
+
+def check(model, example, tolerance=1e-4):
+    """Materialise a network and compare the logits at three batch sizes → the narrow network."""
+    before, given = fingerprint(model), example.clone()
+    network = narrow.materialize(model, example)
+    assert same(before, fingerprint(model)) and torch.equal(example, given)
+    assert not any(module.training for module in network.modules())
+    for n in (1, 3, 16):
+        images = torch.randn(n, *example.shape[1:])
+        kept = images.clone()
+        with torch.no_grad():
+            wanted, logits = model(images.clone()), network(images)
+        assert torch.equal(images, kept) and logits.shape == wanted.shape
+        assert (wanted - logits).abs().max() <= tolerance * max(1, wanted.abs().max())
+    assert wanted.std(0).max() > 100 * (wanted - logits).abs().max()  # the images made a difference at all
+    return network
+
+
+class Plain(nn.Module):
+    """No BatchNorm and no padding; a 1x1 convolution, a layer that is used twice, weights handed to functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 3, 2, padding="valid")
+        self.w, self.fc = nn.Parameter(torch.randn(10, 6)), nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = F.silu(self.a(x))
+        x = F.gelu(self.b(F.leaky_relu(self.b(x))))
+        x = F.conv2d(x, self.c.weight, self.c.bias, 2).amax((2, 3))
+        return self.fc(torch.tanh(x @ self.w.t()))
+
+
+class Grouped(nn.Module):
+    """A convolution in groups between two others; a depthwise one with two channels per input; a gate; a concatenation
+    with padding; an operation that mixes the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1, groups=4)
+        self.dw, self.gate = nn.Conv2d(8, 16, 5, 2, padding=2, groups=8), nn.Conv2d(16, 16, 1)
+        self.end, self.fc = nn.Conv2d(32, 12, 3, 2, dilation=2, padding=2), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.dw(F.hardswish(self.b(F.elu(self.a(x)))))
+        gate = self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid()
+        x = F.max_pool2d(F.pad(torch.cat([x * gate, x], 1), (1, 0, 2, 1)), 2)
+        x = self.end(x)
+        return self.fc((x.softmax(1) + x).flatten(1).view(-1, 12, x.shape[2] * x.shape[3]).mean(2))
+
+
+NETWORKS = {
+    "deit": lambda: models.VisionTransformer(5, 16, 4, 2, 8, 3),
+    "clip": lambda: models.VisionTransformer(5, 16, 8, 2, 8, 2, clip=True, quick_gelu=True),
+    "resnet18": lambda: models.build("resnet18", 5, 32, 0.25),
+    "resnet50": lambda: models.ResNet(5, models.Bottleneck, (2, 2, 1, 1), 0.125),
+    "mobilenetv2": lambda: models.build("mobilenetv2_100", 5, 32, 0.5),
+    "attend": Attend, "flattening": Flattening, "plain": Plain, "grouped": Grouped, "swin": swin,
+    "shared": Shared, "tied": tied}
+SIDES = {"resnet18": 40, "resnet50": 40, "mobilenetv2": 40}
+
+
+def make(name, seed=0):
+    torch.manual_seed(seed)
+    side, channels = SIDES.get(name, 16), 1 if name in ("shared", "tied") else 3
+    return randomised(NETWORKS[name](), seed), torch.randn(2, channels, side, side)
+
+
+@pytest.mark.parametrize("name, keep, everything", [
+    *((name, 0.5, False) for name in NETWORKS if name not in ("mobilenetv2", "swin")),
+    *((name, None, True) for name in NETWORKS if name not in ("deit", "resnet50", "flattening", "tied"))])
+def test_same_logits_with_fewer_operations_and_parameters(name, keep, everything):
+    model, example = make(name)
+    before = narrow.multiply_adds(model, example)
+    network = check(pruned(model, example, keep, everything), example)
+    assert narrow.multiply_adds(model, example) == before > narrow.multiply_adds(network, example)
+    assert size(network) < size(model)
+    if name != "grouped":
+        assert narrow.stays(network) == {}
+
+
+@pytest.mark.parametrize("name", ["clip", "grouped"])
+def test_a_network_without_pruned_channels_keeps_all_operations(name):
+    model, example = make(name)
+    network = check(model, example)
+    assert narrow.multiply_adds(network, example) == narrow.multiply_adds(model, example)
+    assert size(network) <= size(model) and narrow.stays(network) == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the layers become, on networks that are small enough to say so
+
+
+def shapes(network):
+    """Shapes of the weights of the layers, in the order of the graph."""
+    return [tuple(operator.attrgetter(node.args[1].target)(network).shape) for node in network.graph.nodes
+            if str(node.target) in ("aten.conv2d.default", "aten.conv2d.padding", "aten.linear.default")]
+
+
+def rows(layer, *pruned):
+    """Zero some rows of a layer, in place."""
+    with torch.no_grad():
+        layer.weight[list(pruned)] = 0
+
+
+def chain(*layers):
+    torch.manual_seed(0)
+    end = nn.Linear(layers[-1].out_channels, 3)
+    return randomised(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), end))
+
+
+IMAGES = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("padding", [0, 1, "same"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.Identity])
+def test_both_sides_shrink_and_the_constant_is_a_map_where_zeros_pad_it(padding, norm):
+    model = chain(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 6, 3, padding=padding),
+                  norm(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    rows(model[0], 0, 3, 4), rows(model[3], 5)
+    network = check(model, IMAGES)
+    assert shapes(network) == [(5, 3, 3, 3), (5, 5, 3, 3), (4, 5, 1, 1), (3, 4)]
+    stored = [t for name, t in network.named_buffers() if "map" in name]
+    assert [tuple(t.shape) for t in stored] == ([] if padding == 0 else [(1, 3, 3, 5)])  # corners, edges and inside
+
+
+def test_a_depthwise_pair_keeps_what_both_keep():
+    model = chain(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, 2, 1, groups=8),
+                  nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 4, 1))
+    rows(model[0], 0, 1, 2), rows(model[3], 2, 3, 4)
+    network = check(model, IMAGES)
+    assert shapes(network) == [(3, 3, 1, 1), (3, 1, 3, 3), (4, 3, 1, 1), (3, 4)] and narrow.stays(network) == {}
+
+
+@pytest.mark.parametrize("gone, shape, stay", [
+    ((0, 5, 8, 13), (12, 3, 3, 3), None),  # one of each group of four
+    ((4, 5, 6, 7), (12, 3, 3, 3), None),  # a whole group
+    ((4, 5, 6, 7, 0), (12, 3, 3, 3), "1 of 5 pruned channels stay: a convolution in groups"),
+    ((0, 1, 2), (16, 3, 3, 3), "3 of 3 pruned channels stay: a convolution in groups")])
+def test_a_convolution_in_groups_shrinks_evenly_or_says_why_not(gone, shape, stay):
+    model = chain(nn.Conv2d(3, 16, 3), nn.GELU(), nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.ReLU(),
+                  nn.Conv2d(16, 4, 1))
+    rows(model[0], 1, 6, 9, 14), rows(model[2], *gone)
+    network = check(model, IMAGES)
+    assert shapes(network)[1] == shape and set(narrow.stays(network)) == ({"2"} if stay else set())
+    assert not stay or narrow.stays(network)["2"].startswith(stay)
+    assert shapes(network)[2][1] == shape[0]
+
+
+def test_a_kernel_in_an_operation_that_is_not_followed_is_named():
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(4, 3)
+            self.up, self.w = nn.ConvTranspose2d(8, 4, 2), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            x = self.up(self.a(x).relu()).mean((2, 3))
+            return self.fc(torch.einsum("ni,oi->no", x, self.w))
+
+    model = randomised(Transposed())
+    rows(model.a, 0, 1), rows(model.up, 2)
+    network = check(model, IMAGES)
+    assert shapes(network)[0] == (6, 3, 3, 3) and set(narrow.stays(network)) == {"up"}
+    assert "conv_transpose2d" in narrow.stays(network)["up"]
+
+
+def test_all_rows_may_be_gone():
+    model = chain(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+                  nn.Conv2d(8, 4, 3, padding=1))
+    rows(model[2], *range(8))
+    network = narrow.materialize(model, IMAGES)
+    with torch.no_grad():
+        assert (network(IMAGES) - model(IMAGES)).abs().max() < 1e-5
+    assert narrow.stays(network) == {"2": "1 of 8 pruned channels stay: none of its channels is both kept and read, "
+                                          "one is left"}
+
+
+def test_a_sum_needs_its_channels_in_place():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8))
+            self.norm, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.fc(self.c(x + self.norm(self.b(x))).mean((2, 3)))
+
+    model = randomised(Residual())
+    rows(model.a, 0, 1, 2), rows(model.b, 1, 2, 3, 4, 5), rows(model.c, 0)
+    assert shapes(check(model, IMAGES)) == [(5, 3, 3, 3), (3, 5, 3, 3), (7, 6, 3, 3), (3, 7)]
+
+
+def test_the_type_and_the_names_stay_and_a_second_time_gives_the_same():
+    model, example = make("clip")
+    pruned(model, example, 0.5).double()
+    one, two = (narrow.materialize(model) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+    names = dict(model.named_parameters())
+    assert set(dict(one.named_parameters())) == set(names)
+    assert all(p.dtype == torch.float64 for p in one.parameters())
+    with torch.no_grad():
+        assert (one(example.double()) - model(example.double())).abs().max() < 1e-9
+    again = copy.deepcopy(one)
+    assert narrow.stays(again) == {}
+
+
+def test_channels_last_gives_the_same():
+    model, example = make("resnet18")
+    network = check(pruned(model, example, 0.5), example).to(memory_format=torch.channels_last)
+    images = torch.randn(3, *example.shape[1:])
+    with torch.no_grad():
+        logits = network(images.contiguous(memory_format=torch.channels_last))
+        assert (logits - model(images)).abs().max() < 1e-4
+
+
+class Fixed(nn.Module):
+    """Reads the number of images into a Python number, or branches on values."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.fc = what, nn.Linear(3, 2)
+
+    def forward(self, x):
+        x = self.fc(x.mean((2, 3)))
+        return x + torch.ones(2, 2) if self.what == "batch" else x if x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("model, example, message", [
+    (lambda: Fixed("batch"), IMAGES, "Fixed cannot be exported for batches of any size"),
+    (lambda: Fixed("branch"), IMAGES, "Fixed cannot be exported: "),
+    (Attend, None, "Attend: give a batch of images"),
+    (Attend, torch.zeros(0, 3, 16, 16), "expected a batch of images"),
+    (Attend, torch.zeros(2, 5, 16, 16), "Attend fails on a batch of images"),
+    (nn.Flatten, IMAGES, "Flatten has no parameters"),
+])
+def test_what_cannot_be_made_narrower_is_said_in_one_line(model, example, message):
+    with pytest.raises(InputError, match=message) as error:
+        narrow.materialize(model(), example)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_that_went_through_compress_model():
+    images, labels = pictures()
+    compressed = hirelc.compress_model(Attend(), (images, labels), (images, labels), log=QUIET, **TINY)[0]
+    network = narrow.materialize(compressed, images[:2])
+    with torch.no_grad():
+        assert (network(images) - compressed(images)).abs().max() < 1e-4
+    assert narrow.multiply_adds(network, images) < narrow.multiply_adds(compressed, images)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The file
+
+
+def test_the_exported_file_needs_nothing_of_this_project(tmp_path):
+    model, example = make("resnet18")
+    network = check(pruned(model, example, 0.5), example)
+    path, images = tmp_path / "narrow.pt2", torch.randn(5, *example.shape[1:])
+    narrow.export(network, example, path)
+    assert os.listdir(tmp_path) == ["narrow.pt2"] and path.stat().st_size < 4 * size(model)
+    with torch.no_grad():
+        torch.save((images, model(images)), tmp_path / "logits.pt")
+    code = ("import sys, torch; sys.path = [p for p in sys.path if p]\n"
+            "images, wanted = torch.load('logits.pt')\n"
+            "network = torch.export.load('narrow.pt2').module()\n"
+            "for n in (1, 5): assert (network(images[:n]) - wanted[:n]).abs().max() < 1e-4\n"
+            "assert not {'narrow', 'models', 'config'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
+
+
+def test_an_export_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch):
+    model, example = make("clip")
+    network, path = narrow.materialize(pruned(model, example, 0.5)), tmp_path / "narrow.pt2"
+    path.write_text("before")
+
+    def broken(program, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch.export, "save", broken)
+    with pytest.raises(OSError, match="no space left"):
+        narrow.export(network, example, path)
+    assert os.listdir(tmp_path) == ["narrow.pt2"] and path.read_text() == "before"
+    with pytest.raises(InputError, match="cannot be exported"):
+        narrow.export(network, torch.zeros(2, 3, 5, 5), path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# How much goes at keep 0.5 everywhere
+
+
+@pytest.mark.parametrize("make", [
+    lambda: models.build("resnet18", 100),
+    lambda: models.VisionTransformer(100, depth=4),  # DeiT-Small has twelve of these blocks
+    pytest.param(lambda: models.build("deit_small_patch16_224", 100), marks=LONG)])
+def test_resnet18_and_deit_small_lose_half_of_their_multiply_adds(make):
+    model = make()
+    example = torch.zeros(1, 3, 224, 224)
+    before = narrow.multiply_adds(model, example)
+    network = narrow.materialize(pruned(model, example, 0.5))
+    assert narrow.multiply_adds(network, example) <= 0.5 * before
+
+
+@LONG
+@pytest.mark.parametrize("name", ["vgg11_bn", "densenet121", "regnet_y_400mf", "convnext_tiny", "swin_t",
+                                  "efficientnet_b0"])
+def test_networks_of_the_zoo_lose_a_third(name):
+    torch.manual_seed(0)
+    model = randomised(torchvision.models.get_model(name, weights=None, num_classes=10))
+    example = torch.randn(2, 3, 64, 64)
+    before = narrow.multiply_adds(model, example)
+    network = check(pruned(model, example, 0.5), example)
+    assert narrow.multiply_adds(network, example) <= 2 / 3 * before
+    assert size(network) <= 2 / 3 * size(model)
+    stays = narrow.stays(network)
+    assert all("in groups" in why for why in stays.values()) and (name == "regnet_y_400mf") == bool(stays)
+
+
+def test_the_benchmark_runs(capsys):
+    spec = importlib.util.spec_from_file_location("latency", ROOT / "benchmarks" / "latency.py")
+    latency = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(latency)
+    assert latency.main(["--threads", "1", "--rounds", "1", "--batches", "1", "--networks", "resnet18", "--side",
+                         "64"]) == 0
+    out = capsys.readouterr().out
+    assert "| resnet18 | 1 |" in out and "torch " in out

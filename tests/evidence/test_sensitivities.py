@@ -1,0 +1,181 @@
+"""sensitivity.py: every measure against numbers worked out by hand, and against autograd's own Hessian."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import models
+from models import Block
+from evidence.sensitivities import (PROBES, block_gradient, block_grasp, block_hessian, block_snip, sensitivity)
+from test_hirelc import small_run
+from train import fisher_sensitivity
+
+
+class Line(nn.Module):
+    """Logits (a x0 + b0 x1 + b1 x2, 0): loss log(1 + exp(-z)) for class 0, log(1 + exp(z)) for class 1."""
+
+    def __init__(self, a=0.0, b=(0.0, 0.0)):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor([a])), nn.Parameter(torch.tensor(b))
+
+    def forward(self, x):
+        z = x[:, :1] * self.a + (x[:, 1:] * self.b).sum(1, keepdim=True)
+        return torch.cat([z, torch.zeros_like(z)], dim=1)
+
+
+def block(*names):
+    return Block("".join(names), {}, tuple(names))
+
+
+BLOCKS = [block("a"), block("b")]
+X, Y = torch.tensor([[4.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, -8.0], [0.0, 0.0, 4.0]]), torch.tensor([0, 0, 1, 1])
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_gradient_by_hand():
+    """At z = 0 each image's gradient is -x/2 for class 0 and x/2 for class 1; a mean over four images."""
+    # a: -2/4; b0: -1/4; b1: (-4 + 2)/4
+    assert block_gradient(Line(), BLOCKS, X, Y) == pytest.approx([0.5, (0.25 + 0.5) / 2])
+
+
+def test_snip_by_hand():
+    """|theta g| with the sigmoid at 0 for images where the others' weights are zero."""
+    model = Line(b=(0.0, 0.5))  # z = 0, 0, -4, 2
+    g1 = (-8 * torch.tensor(-4.0).sigmoid() + 4 * torch.tensor(2.0).sigmoid()).item() / 4
+    assert block_snip(model, BLOCKS, X, Y) == pytest.approx([0.0, 0.5 * abs(g1)])
+    assert block_snip(Line(a=0.5), BLOCKS, X, Y) == pytest.approx(
+        [0.5 * 4 * (1 - torch.tensor(2.0).sigmoid().item()) / 4, 0.0])
+
+
+def test_hessian_of_a_diagonal_one_is_exact_with_any_vector():
+    """Each image touches one weight, so H is diagonal: x^2/4 at z = 0, mean over four images."""
+    for seed in range(3):
+        assert block_hessian(Line(), BLOCKS, X, Y, generator(seed), probes=1) == pytest.approx(
+            [16 / 4 / 4, (4 + 64 + 16) / 4 / 4])
+    # s (1 - s) x^2 elsewhere
+    s = torch.tensor(2.0).sigmoid().item()
+    assert block_hessian(Line(a=0.5), BLOCKS, X, Y, generator())[0] == pytest.approx(s * (1 - s) * 16 / 4)
+
+
+def test_grasp_by_hand():
+    """-theta H g with a diagonal H."""
+    model = Line(a=0.5)
+    s = torch.tensor(2.0).sigmoid().item()
+    g, h = -4 * (1 - s) / 4, s * (1 - s) * 16 / 4
+    assert block_grasp(model, BLOCKS, X, Y) == pytest.approx([abs(0.5 * h * g), 0.0])
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Dropout(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    return model, [block("0.weight", "0.bias"), block("3.weight")], torch.randn(40, 5), torch.arange(40) % 3
+
+
+def exact(model, blocks, x, y):
+    """theta, g and H of the blocks' parameters laid side by side, and each block's slice."""
+    names = [name for b in blocks for name in b.parameters]
+    start = [dict(model.named_parameters())[name].detach() for name in names]
+
+    def loss(flat):
+        parts = flat.split([p.numel() for p in start])
+        values = {name: part.view(p.shape) for name, part, p in zip(names, parts, start)}
+        return F.cross_entropy(torch.func.functional_call(model, values, x), y)
+
+    model.eval()
+    theta, edges = torch.cat([p.flatten() for p in start]), [0]
+    for b in blocks:
+        edges.append(edges[-1] + sum(dict(model.named_parameters())[name].numel() for name in b.parameters))
+    g = torch.autograd.functional.jacobian(loss, theta)
+    return theta, g, torch.autograd.functional.hessian(loss, theta), [slice(a, b) for a, b in zip(edges, edges[1:])]
+
+
+def test_all_against_autograds_hessian(network):
+    """More images than are taken at once, and blocks whose parameters have mixed second derivatives."""
+    model, blocks, x, y = network
+    theta, g, hessian, parts = exact(model, blocks, x, y)
+    assert block_gradient(model, blocks, x, y) == pytest.approx([g[p].abs().mean().item() for p in parts], rel=1e-4)
+    products = [(theta * g)[p].abs().sum().item() for p in parts]
+    assert block_snip(model, blocks, x, y) == pytest.approx(products, rel=1e-4)
+    product = theta * (hessian @ g)
+    assert block_grasp(model, blocks, x, y) == pytest.approx([abs(product[p].sum().item()) for p in parts], rel=1e-3)
+    traces = [hessian.diagonal()[p].sum().item() for p in parts]
+    assert block_hessian(model, blocks, x, y, generator(), probes=3000) == pytest.approx(traces, rel=0.1)
+
+
+def test_the_trace_takes_as_many_vectors_as_it_says(network):
+    model, blocks, x, y = network
+    *_, hessian, parts = exact(model, blocks, x, y)
+    numbers, total = generator(7), torch.zeros(2)
+    sizes = [(4, 5), (4,), (4, 4)]
+    for _ in range(PROBES):
+        v = torch.cat([(torch.randint(2, size, generator=numbers) * 2 - 1).flatten() for size in sizes]).float()
+        total += torch.stack([(v * (hessian @ v))[p].sum() for p in parts])
+    assert block_hessian(model, blocks, x, y, generator(7)) == pytest.approx((total / PROBES).tolist(), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["fisher", "gradient", "snip", "grasp", "hessian"])
+def test_the_largest_is_one_and_the_network_is_left_as_it_was(network, method):
+    model, blocks, x, y = network
+    model.train()
+    model[0].weight.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    values = sensitivity(method, model, blocks, x, y, generator())
+    assert max(values) == 1.0 and 0 < min(values) < 1
+    assert model.training and not model[0].weight.requires_grad and model[3].weight.requires_grad
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    if method == "fisher":
+        assert values == fisher_sensitivity(model, blocks, x, y)
+
+
+def test_flat_and_broken_losses():
+    """A classifier that sees nothing has no sensitivity; numbers that are not finite are an error."""
+    for method in ("gradient", "snip", "grasp", "hessian"):
+        assert sensitivity(method, Line(), BLOCKS, torch.zeros(4, 3), Y, generator()) == [1.0, 1.0]
+        with pytest.raises(FloatingPointError, match=f"sensitivity={method}"):
+            sensitivity(method, Line(a=float("nan")), BLOCKS, X, Y, generator())
+
+
+def test_a_negative_trace_counts_as_none():
+    class Bump(nn.Module):
+        """z = cos(a) bends down at a = 0: d2 loss/da2 = loss'(z) z'' with loss' < 0 for class 0, > 0 for class 1."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(2))
+
+        def forward(self, x):
+            z = self.a.cos().expand(len(x), 1) + x[:, 1:] @ self.b[:, None]
+            return torch.cat([z, torch.zeros_like(z)], dim=1)
+
+    ones = torch.ones(4, dtype=torch.long)
+    assert block_hessian(Bump(), BLOCKS, X, ones, generator())[0] < 0
+    assert sensitivity("hessian", Bump(), BLOCKS, X, ones, generator()) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("method", ["grasp", "hessian"])
+def test_second_derivatives_of_every_kind_of_network(method):
+    """Attention included; a batch that several pieces make up."""
+    for name, width, patch in (("deit_tiny_patch16_224", 0.25, 16), ("mobilenetv2_100", 0.25, 0)):
+        torch.manual_seed(0)
+        model = models.build(name, 3, 32, width, patch)
+        values = sensitivity(method, model, models.find_blocks(model), torch.randn(3, 3, 32, 32), torch.arange(3),
+                             generator())
+        assert max(values) == 1.0 and min(values) >= 0.0
+
+
+@pytest.mark.parametrize("method", ["gradient", "snip", "grasp", "hessian"])
+def test_a_run_takes_it_from_the_settings(method):
+    run = small_run(**{"sensitivity.method": method})
+    run.train_baseline()
+    run.estimate_sensitivity()
+    order = torch.randperm(48, generator=run._generator("sensitivity"))[:4]
+    images, labels = run.train_set.batch(order, run.device)
+    assert run.sensitivity == sensitivity(method, run.model, run.blocks, images, labels,
+                                          run._generator("sensitivity", "vectors"))
+    assert run.sensitivity != fisher_sensitivity(run.model, run.blocks, images, labels)

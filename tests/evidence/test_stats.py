@@ -1,0 +1,46 @@
+"""The intervals and McNemar's test against cases worked by hand."""
+
+import math
+
+import pytest
+
+from evidence.stats import crossed_interval, mcnemar, paired_interval
+
+
+def test_paired_interval_by_hand():
+    # b* = 12.5, c* = 5.5, n* = 102: (7 / 102) ± 1.959964 sqrt(18 - 49 / 102) / 102
+    half = 1.959963984540054 * math.sqrt(18 - 49 / 102) / 102
+    assert paired_interval(12, 5, 100) == pytest.approx((100 * (7 / 102 - half), 100 * (7 / 102 + half)))
+    low, high = paired_interval(5, 12, 100)
+    assert (-high, -low) == pytest.approx(paired_interval(12, 5, 100))
+    low, high = paired_interval(0, 0, 1000)
+    assert low < 0 < high < 0.3
+    for bad in ((-1, 0, 5), (3, 3, 5), (0, 0, 0)):
+        with pytest.raises(ValueError):
+            paired_interval(*bad)
+
+
+@pytest.mark.parametrize("lost, won, p", [
+    (0, 0, 1.0), (1, 0, 1.0), (5, 0, 2 / 32), (0, 5, 2 / 32), (4, 4, 1.0),
+    (9, 1, 2 * (1 + 10) / 1024), (10, 2, 2 * (1 + 12 + 66) / 4096)])
+def test_mcnemar_by_hand(lost, won, p):
+    assert mcnemar(lost, won) == pytest.approx(p)
+
+
+def test_mcnemar_of_many_agrees_with_the_normal_approximation():
+    for lost, won in ((600, 550), (1300, 1100), (20000, 19700)):
+        z = (abs(lost - won) - 1) / math.sqrt(lost + won)
+        assert mcnemar(lost, won) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
+
+
+def test_mcnemar_changes_smoothly_where_the_computation_does():
+    assert mcnemar(520, 479) == pytest.approx(mcnemar(521, 480), rel=0.01)
+
+
+def test_crossed_interval_by_hand():
+    before, after = [[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 0]]
+    # differences 0 0 1 0 and 0 1 1 0: per image 0, 1/2, 1, 0 of variance 11/48, per seed 1/4 and 1/2 of variance 1/32
+    half = 100 * 1.959963984540054 * math.sqrt(11 / 48 / 4 + 1 / 32 / 2)
+    assert crossed_interval(before, after) == pytest.approx((37.5, 37.5 - half, 37.5 + half))
+    half = 100 * 1.959963984540054 * math.sqrt(0.25 / 4)  # one seed: 0 0 1 0, of variance 1/4
+    assert crossed_interval(before[:1], after[:1]) == pytest.approx((25, 25 - half, 25 + half))
