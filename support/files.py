@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import stat
+import sys
 import time
 import urllib.error
 import urllib.parse
@@ -386,6 +387,23 @@ def replace_file(path, fill) -> tuple[int, int]:
     finally:
         temporary.unlink(missing_ok=True)
     return written.bytes, written.crc
+
+
+def write_text(path, text: str) -> None:
+    """Write a text file in UTF-8 with ``\n``, whole or not at all."""
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path, value) -> None:
+    """Write a value as JSON. Raises ValueError for NaN and infinity, which JSON lacks."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def survive_ascii() -> None:
+    """Let a terminal without Unicode show a question mark in place of an error that ends the run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 # ---------------------------------------------------------------------------------------------------------------
