@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import config as settings  # noqa: E402
-from config import EXPERIMENTS, PRESETS, Config, InputError, fields_of, flatten, from_flat, get, override  # noqa: E402
+from config import EXPERIMENTS, PRESETS, Config, InputError, fields_of, flatten, get, override, read_settings
 
 
 def changed(*assignments):
@@ -254,18 +254,18 @@ def test_flat_form_by_hand():
 def test_flat_form_round_trip_through_json(number):
     config = override(Config(), EXPERIMENTS[number].settings)
     config = override(config, ["lla.beta=0.1,0.2,0.3", "finetune.lr=3.3e-5", "name=a b", "smoke=yes"])
-    again = from_flat(json.loads(json.dumps(flatten(config))))
+    again = read_settings(json.loads(json.dumps(flatten(config))))[0]
     assert again == config and again != Config()
     assert flatten(again) == flatten(config)
 
 
 def test_from_flat_refuses_as_an_override_does():
     with pytest.raises(InputError, match="unknown setting 'data.colour'"):
-        from_flat({**flatten(Config()), "data.colour": 1})
+        read_settings({**flatten(Config()), "data.colour": 1})
     with pytest.raises(InputError, match="search.cycles"):
-        from_flat({**flatten(Config()), "search.cycles": "many"})
+        read_settings({**flatten(Config()), "search.cycles": "many"})
     with pytest.raises(InputError, match="lla.alpha has 1 values"):
-        from_flat({**flatten(Config()), "lla.alpha": [1.0]})
+        read_settings({**flatten(Config()), "lla.alpha": [1.0]})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_a_preset_is_its_settings_and_gives_way_to_later_ones():
     assert {key: get(plus, key) for key in PRESETS["plus"]} == PRESETS["plus"]
     assert get(changed("preset=plus", "lla.rounds=2"), "lla.rounds") == 2
     assert changed("preset=none") == Config()
-    assert from_flat(flatten(changed("preset=plus", "lla.rounds=2"))) == changed("preset=plus", "lla.rounds=2")
+    assert read_settings(flatten(changed("preset=plus", "lla.rounds=2"))) == changed("preset=plus", "lla.rounds=2")
 
 
 def test_winograd_needs_float32():
