@@ -1,12 +1,14 @@
-"""A network from elsewhere: made by a user's function, copied, and tried on a batch of images."""
+"""A user's network: made by a function of the user's, copied, and tried on a batch of images."""
 
 from __future__ import annotations
 
 import copy
-import importlib
+import hashlib
 import importlib.util
 import inspect
 import sys
+from contextlib import contextmanager, nullcontext
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -14,53 +16,53 @@ from torch import nn
 
 from config import InputError
 
+PROJECT = Path(__file__).resolve().parents[1]
+
 
 def forward(model: nn.Module, images, mode=None) -> torch.Tensor:
-    """Logits [n, classes] of a batch [n, …], without gradients, in the mode the network is in; ``mode``: a dispatch
-    mode to do it under. Raises InputError when the network fails or gives something else."""
+    """Return the logits [n, classes] of a batch [n, …], without gradients, in the mode that the network is in.
+
+    ``mode``: a dispatch mode to run it under. Raises InputError when the network fails or returns something else.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     # The fast path of MultiheadAttention and TransformerEncoder is one operation that hides its kernels.
     torch.backends.mha.set_fastpath_enabled(False)
     name, shape = type(model).__name__, list(images.shape)
     try:
-        with torch.no_grad():
-            if mode is None:
-                logits = model(images)
-            else:
-                with mode:
-                    logits = model(images)
+        with torch.no_grad(), mode or nullcontext():
+            logits = model(images)
     except InputError:
         raise
     except Exception as error:  # whatever the network's own code raises
-        raise InputError(f"{name} fails on a batch of images {shape}: {type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:300]}") from error
+        raise InputError(f"{name} fails on a batch of images {shape}: {_said(error)}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     if not isinstance(logits, torch.Tensor):
-        raise InputError(f"{name} returns a {type(logits).__name__} for a batch of images {shape} "
-                         f"({'train' if model.training else 'eval'} mode), expected logits: one tensor "
-                         f"[{shape[0]}, classes]; wrap it in a module that returns them")
+        raise InputError(f"{name} returns a {type(logits).__name__} for a batch of images {shape} in "
+                         f"{'train' if model.training else 'eval'} mode, expected logits: one tensor [{shape[0]}, "
+                         "classes]; wrap it in a module that returns them")
     if logits.dim() != 2 or len(logits) != shape[0] or not logits.is_floating_point():
         raise InputError(f"{name} returns {logits.dtype} {list(logits.shape)} for a batch of images {shape}, expected "
                          f"logits: a float tensor [{shape[0]}, classes]")
     return logits
 
 
-def try_network(model: nn.Module, images) -> tuple[int, bool]:
-    """(number of classes, whether it runs with channels last), tried on a copy in eval and in train mode.
+def _said(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
-    Convolutions run up to 1.7 times faster with channels last, but a network that flattens feature maps with ``view``
-    does not run at all. Raises InputError where :func:`forward` does, and for a network without parameters.
+
+def try_network(model: nn.Module, images) -> tuple[int, bool]:
+    """Return (number of classes, whether it runs with channels last), tried on a copy in eval and in train mode.
+
+    A network that flattens feature maps with ``view`` does not. Raises InputError where :func:`forward` does, and for
+    a network without parameters.
     """
-    if not any(True for _ in model.parameters()):
+    if next(model.parameters(), None) is None:
         raise InputError(f"{type(model).__name__} has no parameters, nothing to compress")
     trial = copy_network(model)
-    modes = ("eval", "train") if len(images) > 1 else ("eval",)  # one image alone has no batch statistics
 
-    def run():
-        for mode in modes:
-            classes = forward(trial.train(mode == "train"), images.clone()).shape[1]
-        return classes
+    def run():  # in both modes; one image alone has no batch statistics
+        return [forward(trial.train(mode), images.clone()).shape[1] for mode in (False, True)[:len(images)]][0]
 
     with untouched(trial):
         classes = run()
@@ -72,87 +74,96 @@ def try_network(model: nn.Module, images) -> tuple[int, bool]:
             return classes, False
 
 
-class untouched:
-    """Puts every module's mode, every buffer and the random generators back as they were; eval mode inside."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def __enter__(self):
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.buffers = [(module, name, buffer, buffer.detach().clone()) for module in self.model.modules()
-                        for name, buffer in module._buffers.items() if buffer is not None]
-        devices = {p.device for p in self.model.parameters() if p.device.type == "cuda"}
-        self.fork = torch.random.fork_rng(devices=sorted(devices, key=str))
-        self.fork.__enter__()
-        self.model.eval()
-
-    def __exit__(self, *error):
-        self.fork.__exit__(*error)
+@contextmanager
+def untouched(model):
+    """Run in eval mode; afterwards every module's mode, every buffer and the random generators are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, name, buffer, buffer.detach().clone()) for module in model.modules()
+               for name, buffer in module._buffers.items() if buffer is not None]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.eval()
+            yield
+    finally:
         with torch.no_grad():
-            for module, name, buffer, value in self.buffers:
+            for module, name, buffer, value in buffers:
                 buffer.copy_(value)
                 module._buffers[name] = buffer  # the forward may have put another tensor in its place
-        for module, mode in self.modes:
+        for module, mode in modes:
             module.training = mode
 
 
 def copy_network(model: nn.Module) -> nn.Module:
-    """A deep copy that shares nothing with ``model``. Plain tensors that hang on a graph (the weight that an old-style
-    weight_norm computed last) are copied without it; deepcopy alone refuses them."""
-    memo = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
-                memo[id(value)] = value.detach().clone()
+    """Return a deep copy that shares nothing with ``model``, also of plain tensors that hang on a graph (the weight
+    that an old-style weight_norm computed last), which deepcopy alone refuses."""
+    memo = {id(value): value.detach().clone() for module in model.modules() for value in vars(module).values()
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise InputError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:300]}); it is compressed as a copy, so that the given "
-                         "network stays as it is") from error
+        raise InputError(f"{type(model).__name__} cannot be copied ({_said(error)}); it is compressed as a copy, so "
+                         "that the given network stays as it is") from error
 
 
 def own_network(source: str, num_classes: int) -> nn.Module:
-    """The network that ``module:function`` or ``path/to/file.py:function`` returns.
+    """Return the network that ``module:function`` or ``path/to/file.py:function`` makes.
 
-    The function is called without arguments, or with ``num_classes`` where it has a parameter of that name. Raises
+    The function is called without arguments, or with ``num_classes`` where it has a parameter of that name. File and
+    function run as in a Python that starts in the file's folder (for a module: in the current directory). Raises
     InputError where there is no such module, file or function, and where it fails or returns something else.
     """
-    place, colon, name = source.rpartition(":")
-    if not (colon and place and name):
+    place, colon, function = source.rpartition(":")
+    if not (colon and place and function):
         raise InputError(f"--model {source}: expected module:function or path/to/file.py:function")
-    is_file = place.endswith(".py")
-    folder = str(Path(place).resolve().parent if is_file else Path.cwd())
-    added = folder not in sys.path
-    if added:
-        sys.path.append(folder)  # at the end: the network's own modules are found, and hide none of this program's
+    path = Path(place).resolve() if place.endswith(".py") else None
     try:
-        if is_file:
-            if not Path(place).is_file():
-                raise InputError(f"--model {source}: no file {place}")
-            spec = importlib.util.spec_from_file_location(f"own_{Path(place).stem}", place)
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        make = getattr(module, name, None)
-        if not callable(make):
-            raise InputError(f"--model {source}: {place} has no function '{name}'")
-        parameters = inspect.signature(make).parameters.values()
-        missing = [p.name for p in parameters if p.default is p.empty and p.name != "num_classes"
-                   and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        if missing:
-            raise InputError(f"--model {source}: needs {', '.join(missing)}; only num_classes is passed, give the "
-                             "others a default")
-        network = make(**{p.name: num_classes for p in parameters if p.name == "num_classes"})
+        with _imports_of(path.parent if path else Path.cwd()):
+            if path:  # the hash keeps files of one name in two folders apart
+                spec = importlib.util.spec_from_file_location(
+                    f"own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}", path)
+                module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+            else:
+                module = importlib.import_module(place)
+            make = getattr(module, function, None)
+            if not callable(make):
+                raise InputError(f"--model {source}: {place} has no function '{function}'")
+            sized = "num_classes" in inspect.signature(make).parameters
+            network = make(num_classes=num_classes) if sized else make()
     except InputError:
         raise
     except (Exception, SystemExit) as error:  # whatever the file's own code raises
-        raise InputError(f"--model {source}: {type(error).__name__}: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(folder)
+        raise InputError(f"--model {source}: {_said(error)}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"--model {source}: returned a {type(network).__name__}, expected a torch.nn.Module")
     return network
+
+
+@contextmanager
+def _imports_of(folder):
+    """Import as a Python that starts in ``folder``, without this project's folder.
+
+    A loaded module for whose name another file is found then (``models``, where the folder has one too) is out of
+    sys.modules for that time. Afterwards it is back and the other one out; who imported that keeps it. Modules whose
+    names do not clash stay loaded: a network may import them later, and it may import this project's.
+    """
+    path, loaded = list(sys.path), {n: m for n, m in sys.modules.items() if n not in sys.stdlib_module_names}
+    places = {name: _places(getattr(module, "__spec__", None)) for name, module in loaded.items() if "." not in name}
+    sys.path[:] = [str(folder), *(p for p in path if Path(p).resolve() not in (folder, PROJECT))]
+    importlib.invalidate_caches()
+    clash = {n for n, place in places.items() if place and _places(PathFinder.find_spec(n)) not in (set(), place)}
+    hidden = {name: sys.modules.pop(name) for name in loaded if name.partition(".")[0] in clash}
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] in clash]:
+            del sys.modules[name]
+        sys.modules.update(hidden)
+        sys.path[:] = path + [p for p in sys.path if p not in (*path, str(folder))]
+
+
+def _places(spec):
+    """Folders of a package (a namespace package may have several) or the file of a module, as a set."""
+    places = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
+    return {str(Path(place).resolve()) for place in places}

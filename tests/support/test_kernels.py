@@ -497,9 +497,9 @@ def test_a_network_from_a_file_or_a_module(tmp_path, monkeypatch):
     assert own_network(f"{file}:sized", 5).weight.shape == (5, 3)
     monkeypatch.chdir(tmp_path)
     assert own_network("mynet:sized", 4).weight.shape == (4, 3)
-    for source, message in ((f"{file}:nothing", "has no function 'nothing'"), (f"{file}:needs", "needs depth"),
+    for source, message in ((f"{file}:nothing", "has no function 'nothing'"), (f"{file}:needs", "missing 1 required positional argument"),
                             (f"{file}:number", "returned a int"), (f"{file}:fails", "ValueError: no"),
-                            ("no_such_module:make", "No module named"), (f"{tmp_path}/gone.py:make", "no file"),
+                            ("no_such_module:make", "No module named"), (f"{tmp_path}/gone.py:make", "No such file"),
                             ("broken.py:make", "SyntaxError"), ("mynet", "expected module:function")):
         with pytest.raises(InputError, match=message):
             own_network(source, 3)

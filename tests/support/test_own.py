@@ -389,7 +389,7 @@ def test_weights_for_a_model_are_read_strictly_by_name(net, tmp_path, capsys):
     (["--model", "{net}:nothing"], "has no function 'nothing'"),
     (["--model", "{net}:number"], "returned a int, expected a torch.nn.Module"),
     (["--model", "no_such_module:make"], "No module named 'no_such_module'"),
-    (["--model", "gone.py:make"], "no file gone.py"),
+    (["--model", "gone.py:make"], "No such file or directory"),
     (["--model", "{net}"], "expected module:function or path/to/file.py:function"),
     (["--model", "{net}:make", "--weights", "auto"], "no published weights for a network of one's own"),
     (["--model", "{net}:make", "--weights", "{net}.pth"], "no such file"),
