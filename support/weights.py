@@ -1,526 +1,380 @@
-"""Checkpoint files as plain tensors by name, without running anything that is in them (SPEC 10).
+"""Checkpoint files: reading them without running what is in them, their layouts, and copying them into a network.
 
-Four formats: safetensors, both that ``torch.save`` writes (a zip archive; the older row of pickles), and TorchScript
-archives. The last three hold a pickle, which as a rule may call any function. Here a small machine of our own steps
-through it instead (:func:`unpickle`): it imports and calls nothing, knows a dozen names that make up a tensor, and
-takes every TorchScript class for a bag of attributes. A tensor is a description until the end; then its size is
-checked against the bytes that the file really has, before memory is taken for it.
+A network whose class has a ``layout`` ("vit", "resnet", "mobilenetv2") uses the parameter names of timm, which Meta's
+DeiT and torchvision's ResNet files have too; any other network takes files with the names that it has itself.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
 import os
-import struct
+import re
+import urllib.parse
 import zipfile
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from config import InputError
-from support.files import shown
+from support.files import download, one_line, parse_json, shown
 
-MAX_TEXT = 16 << 20   # bytes of a pickle or a JSON header; those of published networks take less than one million
-MAX_STEPS = 1_000_000  # of a pickle
-MAX_DEPTH, MAX_VISITS = 64, 200_000  # modules within modules, and attributes seen, of a TorchScript network
+# Reading
 
-
-def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file on the CPU, by the file's own names, out of {"model": …} or
-    {"state_dict": …}; of a TorchScript archive, its parameters and buffers by their dotted names.
-    Raises InputError, one line, for whatever cannot be used."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file; give a checkpoint with --weights, or --weights none")
-    try:
-        if path.endswith(".safetensors"):
-            return _read_safetensors(path)
-        if not os.path.getsize(path):
-            raise InputError(f"{path}: the file is empty")
-        if _is_zip(path):
-            return _read_zip(path)
-        return _read_legacy(path)
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except MemoryError:
-        raise InputError(f"{path}: needs more memory than there is") from None
-    except Forbidden as error:
-        raise InputError(f"{path}: holds Python objects besides tensors ({error}), which are not loaded; "
-                         "save the network's state_dict() with torch.save") from None
-    except Exception as error:  # damaged input: a short read, a wrong type, a missing entry, a wrong CRC, …
-        reason = shown(" ".join(str(error).split()))[:160]
-        raise InputError(f"{path}: damaged, or not a checkpoint ({type(error).__name__}: {reason}); get the file "
-                         "again") from None
-
-
-def is_torchscript(path: str) -> bool:
-    """Whether a file is a TorchScript archive, as ``torch.jit.save`` writes it (and OpenAI published CLIP)."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # what is wrong with it, read_checkpoint says
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The pickle machine
-
-
-class Forbidden(Exception):
-    """The pickle names something that is not part of a tensor."""
-
-
-@dataclass(frozen=True)
-class Name:
-    """A class or function that a pickle names; never looked up."""
-    module: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Storage:
-    """``numel`` numbers of ``dtype`` under ``key`` of the file."""
-    key: str
-    dtype: torch.dtype
-    numel: int
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor's place in its storage; sizes and strides are as the file says, not checked yet."""
-    storage: Storage
-    offset: int
-    size: tuple
-    stride: tuple
-
-
-class Bag:
-    """An object of a TorchScript class, as its attributes; or something that no tensor depends on."""
-
-    def __init__(self):
-        self.attributes = {}
-
-
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-            "BoolStorage": torch.bool}
-ORDERED_DICT = Name("collections", "OrderedDict")
-REBUILD = {Name("torch._utils", "_rebuild_tensor"), Name("torch._utils", "_rebuild_tensor_v2")}
-DTYPES = {Name("torch", str(dtype).removeprefix("torch.")) for dtype in STORAGES.values()}
-REBUILD_PARAMETER = Name("torch._utils", "_rebuild_parameter")
-INERT = DTYPES | {
-    Name("torch", "Size"), Name("torch", "device"), Name("torch.jit._pickle", "build_intlist"),
-    Name("torch.jit._pickle", "build_doublelist"), Name("torch.jit._pickle", "build_boollist"),
-    Name("torch.jit._pickle", "build_tensorlist"), Name("torch.jit._pickle", "restore_type_tag")}
-
-
-def _named(module, name):
-    found = Name(module, name)
-    if module.split(".")[0] == "__torch__" or found in REBUILD or found in INERT or \
-            found in (ORDERED_DICT, REBUILD_PARAMETER) or module == "torch" and name in STORAGES:
-        return found
-    if module == "torch._utils" and name.startswith("_rebuild_"):
-        raise Forbidden(f"{shown(name)}: a tensor, but not a plain tensor of numbers")
-    raise Forbidden(shown(f"{module}.{name}"))
-
-
-def _call(function, arguments):
-    """REDUCE and NEWOBJ: what ``function`` would make, for the names that are known."""
-    if not isinstance(function, Name) or not isinstance(arguments, tuple):
-        raise ValueError("calls what cannot be called")
-    if function in REBUILD:
-        storage, offset, size, stride = arguments[:4]
-        if not isinstance(storage, Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
-            raise ValueError("a tensor without a storage or a shape")
-        return Stored(storage, offset, size, stride)
-    if function == REBUILD_PARAMETER:
-        if not isinstance(arguments[0], Stored):
-            raise ValueError("a parameter that is no tensor")
-        return arguments[0]
-    if function == ORDERED_DICT:
-        if arguments:
-            raise ValueError("an OrderedDict made of a list")
-        return {}
-    return Bag()
-
-
-def _key(key):
-    # No tuples: hashing one that holds itself a hundred levels deep would never end.
-    if type(key) not in (str, int, float, bool, bytes):
-        raise ValueError(f"a {type(key).__name__} as a key")
-    return key
-
-
-def _storage(identifier):
-    kind, storage, key, _, numel, *view = identifier
-    if kind != "storage" or not isinstance(storage, Name) or type(key) not in (str, int) or type(numel) is not int \
-            or numel < 0 or any(view):
-        raise ValueError("a storage of an unknown form")
-    return Storage(str(key), STORAGES[storage.name], numel)
-
-
-def unpickle(data: bytes, position: int = 0):
-    """Step through one pickle in ``data`` → (value, position after it).
-
-    The value is made of dictionaries, lists, tuples, numbers, text, :class:`Stored` tensors and :class:`Bag` objects.
-    Raises Forbidden for a name that is not part of a tensor, and ValueError, IndexError, KeyError, TypeError or
-    struct.error for what is not a pickle of these.
-    """
-    stack, marks, memo = [], [], {}
-
-    def take(count):
-        nonlocal position
-        position += count
-        if count < 0 or position > len(data):
-            raise ValueError("ends early")
-        return data[position - count:position]
-
-    def number(form):
-        return struct.unpack(form, take(struct.calcsize(form)))[0]
-
-    def line():
-        nonlocal position
-        end = data.index(b"\n", position, position + 1000)
-        text, position = data[position:end], end + 1
-        return text.decode("utf-8")
-
-    def since_mark():
-        nonlocal stack
-        items, stack = stack, marks.pop()
-        return items
-
-    def append(items):
-        if type(stack[-1]) is not list:
-            raise ValueError("appends to what is no list")
-        stack[-1].extend(items)
-
-    def assign(items):
-        if type(stack[-1]) is not dict:
-            raise ValueError("sets items of what is no dictionary")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            stack[-1][_key(key)] = value
-
-    constants = {b"N": None, b"\x88": True, b"\x89": False}
-    numbers = {b"J": "<i", b"K": "<B", b"M": "<H", b"G": ">d"}
-    texts = {b"X": "<I", b"\x8c": "<B", b"\x8d": "<Q", b"T": "<i", b"U": "<B", b"B": "<I", b"C": "<B", b"\x8e": "<Q"}
-    empties = {b"}": dict, b"]": list, b")": tuple}
-    for _ in range(MAX_STEPS):
-        code = take(1)
-        if code in numbers:
-            stack.append(number(numbers[code]))
-        elif code in constants:
-            stack.append(constants[code])
-        elif code in texts:
-            raw = take(number(texts[code]))
-            stack.append(raw if code in b"BC\x8e" else raw.decode("latin-1" if code in b"TU" else "utf-8"))
-        elif code in empties:
-            stack.append(empties[code]())
-        elif code == b"\x8a":
-            stack.append(int.from_bytes(take(number("<B")), "little", signed=True))
-        elif code == b"(":
-            marks.append(stack)
-            stack = []
-        elif code == b"t":
-            items = since_mark()
-            stack.append(tuple(items))
-        elif code in b"\x85\x86\x87":
-            count = code[0] - 0x84
-            if len(stack) < count:
-                raise ValueError("a tuple of too few items")
-            stack[-count:] = [tuple(stack[-count:])]
-        elif code == b"l":
-            items = since_mark()
-            stack.append(items)
-        elif code == b"d":
-            items = since_mark()
-            stack.append({})
-            assign(items)
-        elif code == b"a":
-            append([stack.pop()])
-        elif code == b"e":
-            append(since_mark())
-        elif code == b"s":
-            value, key = stack.pop(), stack.pop()
-            assign([key, value])
-        elif code == b"u":
-            assign(since_mark())
-        elif code == b"q":
-            memo[number("<B")] = stack[-1]
-        elif code == b"r":
-            memo[number("<I")] = stack[-1]
-        elif code == b"\x94":
-            memo[len(memo)] = stack[-1]
-        elif code == b"h":
-            stack.append(memo[number("<B")])
-        elif code == b"j":
-            stack.append(memo[number("<I")])
-        elif code == b"c":
-            stack.append(_named(line(), line()))
-        elif code == b"\x93":
-            name, module = stack.pop(), stack.pop()
-            if not isinstance(module, str) or not isinstance(name, str):
-                raise ValueError("a name that is no text")
-            stack.append(_named(module, name))
-        elif code in b"R\x81":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(_call(function, arguments))
-        elif code == b"Q":
-            stack.append(_storage(stack.pop()))
-        elif code == b"b":
-            state = stack.pop()
-            if isinstance(stack[-1], Bag):  # of a dictionary, the state is state_dict's _metadata: of no use here
-                stack[-1].attributes = state if isinstance(state, dict) else {}
-            elif not isinstance(stack[-1], dict):
-                raise ValueError("a state of what has none")
-        elif code == b"\x80":
-            number("<B")
-        elif code == b"\x95":
-            number("<Q")
-        elif code == b"0":
-            stack.pop()
-        elif code == b".":
-            return stack.pop(), position
-        else:
-            raise ValueError(f"an unknown step {code!r}")
-    raise ValueError(f"more than {MAX_STEPS} steps")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# From descriptions to tensors
-
-
-def _state_dict(path, value):
-    """The dictionary name → :class:`Stored` within what the pickle holds."""
-    for _ in range(2):
-        for wrapper in ("model", "state_dict"):
-            if isinstance(value, dict) and isinstance(value.get(wrapper), dict):
-                value = value[wrapper]
-    if not isinstance(value, dict) or not value:
-        raise InputError(f"{path}: holds no state dict of tensors by name")
-    for name, entry in value.items():
-        if not isinstance(name, str) or not isinstance(entry, Stored):
-            kind = "Tensor" if isinstance(entry, Stored) else type(entry).__name__
-            raise InputError(f"{path}: not a state dict: entry {ascii(name)[:80]} is a {kind}, not a tensor by name")
-    return value
-
-
-def _attributes(path, root):
-    """The tensors below a TorchScript object, by dotted names. Objects may be shared, so visits are counted."""
-    found, left, visits = {}, [("", root, 0)], 0
-    while left:
-        prefix, bag, depth = left.pop()
-        for name, value in bag.attributes.items():
-            visits += 1
-            if visits > MAX_VISITS or not isinstance(name, str) or len(name) > 200:
-                raise ValueError("not the attributes of a network")
-            if isinstance(value, Stored):
-                found[f"{prefix}{name}"] = value
-            elif isinstance(value, Bag) and value.attributes:
-                if depth >= MAX_DEPTH:
-                    raise ValueError(f"modules nested more than {MAX_DEPTH} deep")
-                left.append((f"{prefix}{name}.", value, depth + 1))
-    if not found:
-        raise InputError(f"{path}: a TorchScript archive without tensors")
-    return found
-
-
-def _tensor(stored, numbers):
-    """``stored`` as a view of its storage's ``numbers`` (1-d tensor). ValueError when it leads out of them."""
-    size, stride, offset = stored.size, stored.stride, stored.offset
-    if len(size) != len(stride) or len(size) > 8 or \
-            not all(type(n) is int and 0 <= n < 1 << 62 for n in (*size, *stride, offset)):
-        raise ValueError("a tensor of an impossible shape")
-    if math.prod(size) > len(numbers) or math.prod(size) and \
-            offset + sum((n - 1) * step for n, step in zip(size, stride)) >= len(numbers):
-        raise ValueError("a tensor larger than its data")
-    if not math.prod(size):
-        if math.prod(n or 1 for n in size) > 1 << 40:  # torch multiplies the sides, empty or not
-            raise ValueError("a tensor of an impossible shape")
-        return torch.empty(size, dtype=numbers.dtype)
-    return numbers.as_strided(size, stride, offset)
-
-
-def _numbers(data, dtype):
-    """Raw little-endian bytes (writable) → 1-d tensor."""
-    if not data:
-        return torch.empty(0, dtype=dtype)
-    if dtype == torch.bool:
-        return torch.frombuffer(data, dtype=torch.uint8) != 0  # a bool of another value than 0 and 1 is none
-    return torch.frombuffer(data, dtype=dtype)
-
-
-def _materialise(entries, read):
-    """Name → :class:`Stored` into name → tensor; ``read(storage)`` gives a storage's bytes."""
-    made, state = {}, {}
-    for name, stored in entries.items():
-        if stored.storage not in made:
-            made[stored.storage] = _numbers(read(stored.storage), stored.storage.dtype)
-        state[name] = _tensor(stored, made[stored.storage])
-    return state
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Files of torch.save and torch.jit.save
-
-
-def _is_zip(path):
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def _read_zip(path):
-    """FOLDER/data.pkl and FOLDER/data/KEY, all stored as they are: nothing here is ever unpacked, so that nothing
-    can grow. zipfile checks the CRC of each."""
-    room = os.path.getsize(path)
-    with zipfile.ZipFile(path) as archive:
-
-        def record(name, limit=None):
-            nonlocal room
-            info = archive.getinfo(name)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-                raise ValueError(f"{shown(name)} is compressed, as torch never does")
-            room -= info.file_size  # two entries may point at the same bytes
-            if room < 0 or limit is not None and info.file_size > limit:
-                raise ValueError(f"{shown(name)} claims {info.file_size} bytes")
-            data = bytearray(info.file_size)
-            with archive.open(info) as file:
-                if file.readinto(data) != info.file_size:
-                    raise ValueError(f"{shown(name)} ends early")
-                file.read(1)  # at the end it compares the CRC
-            return data
-
-        names = archive.namelist()
-        roots = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
-        if len(roots) != 1:
-            raise InputError(f"{path}: a zip archive, but not of torch.save: it holds {len(roots)} files */data.pkl")
-        folder = roots[0].removesuffix("data.pkl")
-        if f"{folder}byteorder" in names and record(f"{folder}byteorder", 10) != b"little":
-            raise InputError(f"{path}: written on a big-endian machine; save it again on an ordinary one")
-        value, _ = unpickle(bytes(record(roots[0], MAX_TEXT)))
-        entries = _attributes(path, value) if isinstance(value, Bag) else _state_dict(path, value)
-
-        def read(storage):
-            data = record(f"{folder}data/{storage.key}")
-            if len(data) != storage.numel * storage.dtype.itemsize:
-                raise ValueError(f"storage {shown(storage.key)} has {len(data)} bytes for {storage.numel} numbers")
-            return data
-
-        return _materialise(entries, read)
-
-
-def _read_legacy(path):
-    """torch.save before 1.6: pickles of a magic number, a version, the system, the objects and the storages' keys,
-    then for each key in that order its length in numbers (int64) and its bytes."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        text = file.read(MAX_TEXT)
-        magic, position = unpickle(text)
-        if magic != 0x1950A86A20F9469CFC6C:
-            raise ValueError("not of torch.save")
-        _, position = unpickle(text, position)
-        system, position = unpickle(text, position)
-        if isinstance(system, dict) and system.get("little_endian") is False:
-            raise InputError(f"{path}: written on a big-endian machine; save it again on an ordinary one")
-        value, position = unpickle(text, position)
-        keys, position = unpickle(text, position)
-        entries, storages = _state_dict(path, value), {}
-        # Those that only other objects of the file use (an optimiser's, say) have to be stepped over as well.
-        for storage in _storages(value):
-            if storages.setdefault(storage.key, storage) != storage:
-                raise ValueError(f"storage {shown(storage.key)} is of two kinds")
-        places = {}
-        for key in keys:
-            storage = storages[key]
-            file.seek(position)
-            numel, = struct.unpack("<q", file.read(8))
-            position += 8 + storage.numel * storage.dtype.itemsize
-            if numel != storage.numel or position > size:
-                raise ValueError(f"storage {shown(key)} has {numel} numbers in place of {storage.numel}, or ends early")
-            places[key] = position - storage.numel * storage.dtype.itemsize
-
-        def read(storage):
-            file.seek(places[storage.key])
-            return bytearray(file.read(storage.numel * storage.dtype.itemsize))
-
-        return _materialise(entries, read)
-
-
-def _storages(value):
-    """Every storage below ``value``, each object visited once."""
-    seen, left = set(), [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, Stored):
-            yield item.storage
-        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
-            seen.add(id(item))
-            left.extend(item.values() if isinstance(item, dict) else item)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# safetensors
-
+MAX_HEADER = 16 << 20  # bytes of a safetensors header; those of published networks take less than one million
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net")  # keys under which training scripts save the weights
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                       "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
                       "U8": torch.uint8, "BOOL": torch.bool}
 
 
+def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
+    """Read the tensors of a checkpoint file by the file's names, on the CPU: safetensors, or what ``torch.save`` wrote,
+    there also below one of the keys ``WRAPPERS``. Raises InputError, one line, for whatever cannot be used."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; give a checkpoint with --weights, or --weights none")
+    try:
+        if path.endswith(".safetensors"):
+            return _read_safetensors(path)
+        if zipfile.is_zipfile(path):
+            _check_zip(path)
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from None
+    except Exception as error:  # damaged input leads to almost any
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if name:
+            raise InputError(f"{path}: holds Python objects besides tensors ({shown(name[1])}), which are not loaded; "
+                             "save the network's state_dict() with torch.save") from None
+        raise InputError(f"{path}: damaged, or not a checkpoint ({type(error).__name__}: {shown(one_line(error))}); "
+                         "delete it and get it again") from None
+    for key in WRAPPERS * 2:  # one may be around the other
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
+    if not isinstance(value, dict) or not value:
+        raise InputError(f"{path}: holds no state dict of tensors by name")
+    for name, entry in value.items():
+        if not isinstance(name, str) or not isinstance(entry, torch.Tensor) or entry.layout != torch.strided or \
+                entry.is_quantized or entry.device.type != "cpu":
+            raise InputError(f"{path}: no state dict: entry {ascii(name)[:80]} is a {type(entry).__name__}, no plain "
+                             "tensor by name; save the network's state_dict() with torch.save")
+    return {name: entry.detach() for name, entry in value.items()}
+
+
+def _check_zip(path):
+    """Check every CRC of a zip archive; InputError for TorchScript, ValueError for damage and for what would expand."""
+    with zipfile.ZipFile(path) as archive:
+        if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise InputError(f"{path}: a TorchScript archive; if you trust it, convert it (this runs the file's code): "
+                             f"python -c \"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), "
+                             f"{os.path.splitext(path)[0] + '-weights.pt'!r})\"")
+        if sum(item.file_size for item in archive.infolist()) > os.path.getsize(path):
+            raise ValueError("its parts are compressed, as torch never does")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{shown(damaged)} is not what was written")
+
+
 def _read_safetensors(path):
-    """8 bytes: header length, little-endian; JSON header: name → dtype, shape, data_offsets; then the raw data.
-    Every number of the header is checked against the file's size before anything is allocated."""
-    size = os.path.getsize(path)
+    """Read 8 bytes: length of the header; JSON: name → dtype, shape, data_offsets; the data, without gaps. Every number
+    is compared with the file's size before memory is taken for it; ValueError and others where one is wrong."""
+    room = os.path.getsize(path) - 8
     with open(path, "rb") as file:
-        if size < 8:
-            raise InputError(f"{path}: {size} bytes are too few for a safetensors file")
-        length, = struct.unpack("<Q", file.read(8))
-        if length > min(size - 8, MAX_TEXT):
-            raise InputError(f"{path}: not a safetensors file, or truncated: a header of {length} bytes "
-                             f"in a file of {size}")
-        try:
-            header = json.loads(file.read(length).decode("utf-8"))
-        except (ValueError, RecursionError):
-            header = None
-        if not isinstance(header, dict):
-            raise InputError(f"{path}: not a safetensors file: its header is not a JSON object")
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(room, MAX_HEADER):
+            raise ValueError(f"a header of {length} bytes in a file of {room + 8}")
+        header = parse_json(file.read(length))
         header.pop("__metadata__", None)
         if not header:
             raise InputError(f"{path}: holds no state dict of tensors by name")
-        room, spans = size - 8 - length, {}
-        for name, entry in header.items():
-            try:
-                dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-                sound = isinstance(shape, list) and len(shape) <= 8 and \
-                    all(type(n) is int and 0 <= n <= room for n in (*shape, begin, end)) and \
-                    end - begin == math.prod(shape) * dtype.itemsize and \
-                    math.prod(n or 1 for n in shape) <= max(room, 1)  # an empty tensor can claim any other side
-            except (KeyError, TypeError, ValueError):
-                sound = False
-            if not sound:
-                raise InputError(f"{path}: damaged, truncated or of a type besides {', '.join(SAFETENSORS_DTYPES)}: "
-                                 f"{shown(name)} is declared as {_brief(entry)} in {room} bytes of data")
-            spans[name] = begin, end, dtype, shape
-        last = 0  # the spans must tile the data, so that reading them all takes no more memory than the file
-        for begin, end, _, _ in sorted(spans.values(), key=lambda span: span[:2]):
-            if begin != last:
-                raise InputError(f"{path}: damaged safetensors file: its tensors overlap or leave gaps")
-            last = end
+        state, last, room = {}, 0, room - length
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in SAFETENSORS_DTYPES:
+                raise InputError(f"{path}: {shown(name)} is of type {shown(entry['dtype'])}, expected one of "
+                                 f"{', '.join(SAFETENSORS_DTYPES)}")
+            dtype, shape, (begin, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or begin != last or end > room or \
+                    end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"shape and place of {shown(name)} do not fit each other and the data")
+            data, last = bytearray(file.read(end - begin)), end
+            data = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+            state[name] = (data.bool() if dtype == torch.bool else data.view(dtype)).reshape(shape)
         if last != room:
-            raise InputError(f"{path}: damaged safetensors file: {room - last} bytes belong to no tensor")
-        state = {}
-        for name, (begin, end, dtype, shape) in spans.items():
-            file.seek(8 + length + begin)
-            data = bytearray(end - begin)
-            if file.readinto(data) != len(data):
-                raise InputError(f"{path}: truncated while it was read")
-            state[name] = _numbers(data, dtype).reshape(shape)
+            raise ValueError(f"{room - last} bytes belong to no tensor")
         return state
 
 
-def _brief(entry):
+# Downloads
+
+@dataclass(frozen=True)
+class Published:
+    """Weights at ``url``, of about ``megabytes``; ``file``: name to keep them under in place of :func:`file_name`."""
+    url: str
+    megabytes: int
+    file: str = ""
+
+    @property
+    def sha256(self) -> str:
+        """First digits of the digest, "" where the URL does not carry them."""
+        return hash_prefix(self.url)
+
+
+def hash_prefix(url: str) -> str:
+    """Return the digits of the SHA-256 in a URL: NAME-xxxxxxxx.pth, or a folder that is the whole digest; else ""."""
+    parts = urllib.parse.unquote(urllib.parse.urlsplit(url).path).split("/")
+    name = re.search(r"-([0-9a-f]{8,64})\.\w+$", parts[-1])
+    whole = [part for part in parts[:-1] if re.fullmatch("[0-9a-f]{64}", part)]
+    return name[1] if name else whole[-1] if whole else ""
+
+
+def file_name(url: str) -> str:
+    """Return the name under which a URL's file is kept: the URL's where that carries a hash, else host and path, since
+    many files are called model.safetensors. Raises InputError for what is no URL of a file."""
     try:
-        return ascii(entry)[:120]
-    except RecursionError:
-        return "lists within lists"
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url}: not a URL ({error})") from None
+    path = urllib.parse.unquote(parts.path)
+    name = path.rpartition("/")[2]
+    if not name.strip("."):
+        raise InputError(f"{url}: does not name a file")
+    if not re.search(r"-[0-9a-f]{8,64}\.\w+$", name):  # the query goes in front: the suffix tells the format
+        name = re.sub(r"[^\w.-]+", "_", f"{parts.hostname or ''}{parts.query}{path}", flags=re.ASCII).strip("_")
+    return name[-200:]  # file systems end at 255 bytes
+
+
+def weights_path(source, weights_dir: str = "weights") -> str:
+    """Return where the file of a URL or :class:`Published` is kept, and where to put it by hand without a network."""
+    url, file = (source.url, source.file) if isinstance(source, Published) else (source, "")
+    return os.path.join(weights_dir, file or file_name(url))
+
+
+def cached(source, weights_dir: str = "weights", progress=None) -> tuple[str, str]:
+    """Return (name of the source, file that holds it), downloading a URL or :class:`Published` that is not in
+    ``weights_dir`` yet; a file: URL is copied again, it may have changed."""
+    if not isinstance(source, Published):
+        source = os.fspath(source)
+        if "://" not in source and not source.startswith("file:"):
+            return source, os.path.expanduser(source)
+    target, size = weights_path(source, weights_dir), ""
+    if isinstance(source, Published):
+        source, size = source.url, f" (about {source.megabytes} MB)"
+    sha256 = hash_prefix(source)
+    if source.startswith("file:") or not os.path.isfile(target):
+        download(source, target, progress, sha256, f"{size}, or give --weights FILE or --weights none")
+    elif sha256:
+        with open(target, "rb") as file:
+            if not hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
+                raise InputError(f"{target}: its SHA-256 does not begin with {sha256}; delete it to download it again")
+    return source, target
+
+
+# Into a network
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_pretrained` did. ``loaded``: number of tensors copied; ``replaced``: classifier tensors at their
+    initialisation, since the file has another number of classes or no classifier."""
+    source: str
+    loaded: int
+    replaced: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load_pretrained(model: nn.Module, source, weights_dir: str = "weights", progress=None,
+                    quick_gelu: bool | None = None) -> LoadReport:
+    """Copy a checkpoint into ``model`` in place; all of it fits or nothing is changed.
+
+    ``source``: a file for :func:`read_checkpoint`, an http(s) or file URL, or a :class:`Published`. A classifier for
+    another number of classes keeps its initialisation, position embeddings of another image size are interpolated,
+    other precisions become float32; the report says so. ``quick_gelu``: activation of a ViT, QuickGELU (True) or GELU
+    (False), which OpenAI's CLIP files tell and other files with CLIP's names do not; None leaves a network that takes
+    any other file as it is. Raises InputError, one line, that names every name and shape that does not fit.
+    """
+    vit = _layout(model) == "vit"
+    if quick_gelu is not None and not vit:
+        raise InputError("model.quick_gelu is a matter of CLIP's weights; leave it at auto for any other network")
+    source, path = cached(source, weights_dir, progress)
+    state, notes, activation = convert_layout(read_checkpoint(path), model)
+    headless = activation is not None
+    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    replaced = _replaced(model, state, own, headless, notes)
+    if vit and "pos_embed" in state:
+        resized = _resized_positions(state["pos_embed"], own["pos_embed"])
+        if resized is not None:
+            notes.append(f"position embeddings interpolated from {state['pos_embed'].shape[1] - 1} to "
+                         f"{resized.shape[1] - 1} patches (bicubic)")
+            state["pos_embed"] = resized
+    _check_fit(path, state, own, replaced)
+    wanted = [name for name in own if name in state and name not in replaced]
+    notes += _to_float32(path, state, wanted)  # after the check, so that the file cannot make it take more memory
+    kept = len(own) - len(replaced) - len(wanted)
+    if kept:
+        notes.append(f"{kept} num_batches_tracked counters are not in the file and keep their values")
+    if activation == "unknown" and quick_gelu is None:
+        raise InputError(f"{path}: has CLIP's names and does not tell its activation; set model.quick_gelu=on (weights "
+                         "of OpenAI, open_clip's -quickgelu models) or model.quick_gelu=off (open_clip's others)")
+    with torch.no_grad():
+        for name in wanted:
+            own[name].copy_(state[name])
+    if quick_gelu is not None or activation == "quick":
+        set_quick_gelu(model, quick_gelu is not False)
+        notes.append(f"activation {'GELU' if quick_gelu is False else 'QuickGELU'}, "
+                     f"{'as OpenAI trained it' if quick_gelu is None else 'as asked'}")
+    return LoadReport(source, len(wanted), replaced, tuple(notes))
+
+
+def set_quick_gelu(model: nn.Module, on: bool) -> None:
+    """Give every block of a ViT QuickGELU, or GELU."""
+    for block in model.blocks:
+        block.mlp.act.quick = on
+
+
+def classifier_name(model: nn.Module) -> str | None:
+    """Return the dotted name of the module that gives the logits: the one that the network's class names, else the last
+    Linear in registration order, else the last Conv2d if it is 1×1, else None."""
+    if hasattr(type(model), "classifier_name"):
+        return model.classifier_name
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    pointwise = convs and convs[-1][1].kernel_size == (1, 1)
+    return linear[-1] if linear else convs[-1][0] if pointwise else None
+
+
+def _layout(model):
+    return getattr(type(model), "layout", "")
+
+
+def _replaced(model, state, own, headless, notes):
+    """Names of the classifier's tensors where the file has none, or one that differs in the number of classes alone."""
+    names = tuple(f"{classifier_name(model)}.{leaf}" for leaf in ("weight", "bias"))
+    names = tuple(name for name in names if name in own)
+    if headless:
+        notes.append("classifier left at its initialisation: the file has none")
+        return names
+    if not names or not all(name in state for name in names):
+        return ()
+    before, now = (tuple(tensors[name].shape for name in names) for tensors in (state, own))
+    if before == now or any(o[:1] != before[0][:1] or len(o) != len(n) or o[1:] != n[1:] for o, n in zip(before, now)):
+        return ()
+    notes.append(f"classifier left at its initialisation: {before[0][0]} classes in the file, {now[0][0]} here")
+    return names
+
+
+def _check_fit(path, state, own, replaced):
+    """Raise InputError with every name, shape and type that does not fit; older files lack BatchNorm's counters."""
+    missing = [name for name in own if name not in state and name not in replaced and
+               not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    problems = [f"{what}: {', '.join(map(shown, names[:1000]))}{' …' if len(names) > 1000 else ''}"
+                for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    for name in [name for name in own if name in state and name not in replaced]:
+        if state[name].shape != own[name].shape:
+            problems.append(f"shape: {name} {list(state[name].shape)} (file) vs {list(own[name].shape)} (network)")
+        elif state[name].is_floating_point() != own[name].is_floating_point():
+            problems.append(f"type: {name} {state[name].dtype} (file) vs {own[name].dtype} (network)")
+    if problems:
+        raise InputError(f"{path} does not fit the network; " + "; ".join(problems))
+
+
+def _to_float32(path, state, wanted):
+    """Convert what is a float in place → notes; InputError for values that are not finite."""
+    converted = 0
+    for name in wanted:
+        if state[name].is_floating_point():
+            converted += state[name].dtype != torch.float32
+            state[name] = state[name].float()
+            if not state[name].isfinite().all():
+                raise InputError(f"{path}: tensor {shown(name)} holds values that are not finite in float32")
+    return [f"{converted} tensors of another precision converted to float32"] if converted else []
+
+
+def _resized_positions(old, new):
+    """[1, 1 + g², C] → [1, 1 + G², C] as ``new``, the class token's row kept, bicubic with anti-aliasing (as timm);
+    None where another number of patches is not the difference."""
+    if old.ndim != 3 or old.shape == new.shape or old.shape[0] != 1 or old.shape[2] != new.shape[2]:
+        return None
+    before, after = math.isqrt(max(old.shape[1] - 1, 0)), math.isqrt(new.shape[1] - 1)
+    if before < 1 or before ** 2 != old.shape[1] - 1 or not old.is_floating_point():
+        return None
+    grid = old[:, 1:].float().reshape(1, before, before, -1).permute(0, 3, 1, 2)  # [1, C, g, g]
+    grid = F.interpolate(grid, size=(after, after), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([old[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)  # [1, 1 + G², C]
+
+
+# Layouts
+
+CLIP_MODULES = {"conv1": "patch_embed.proj", "ln_pre": "norm_pre", "ln_post": "norm"}
+CLIP_BLOCK = {"ln_1": "norm1", "ln_2": "norm2", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1",
+              "mlp.c_proj": "mlp.fc2"}
+OPENAI = {"input_resolution", "context_length", "vocab_size"}  # tensors that OpenAI's CLIP files alone hold
+
+
+def convert_layout(state: dict, model: nn.Module) -> tuple[dict, list[str], str | None]:
+    """Rename a checkpoint's tensors to the network's names → (tensors, notes, activation).
+
+    The activation is "quick" or "unknown" for a file with CLIP's names, which has no classifier, else None. CLIP's
+    image tower is read as OpenAI and open_clip name it, with or without ``visual.`` in front and the text tower beside.
+    A name that no layout has stays as it is, so that it is reported as unexpected; most files need no change.
+    """
+    names = list(model.state_dict())
+    for prefix in PREFIXES * 2:  # one may be around the other
+        if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in names):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    if _layout(model) == "mobilenetv2" and "features.0.0.weight" in state:
+        table = _torchvision_mobilenet(model)
+        split = {name: name.rpartition(".") for name in state}
+        return {f"{table[module]}.{leaf}" if module in table else name: state[name]
+                for name, (module, _, leaf) in split.items()}, [], None
+    if _layout(model) == "vit":
+        activation = "quick" if OPENAI <= state.keys() else "unknown"
+        if "visual.class_embedding" in state:
+            tower = {name.removeprefix("visual."): tensor for name, tensor in state.items()
+                     if name.startswith("visual.")}
+            return *_clip_tower(tower, len(state) - len(tower)), activation
+        if "class_embedding" in state and "conv1.weight" in state:
+            return *_clip_tower(state, 0), activation
+    return dict(state), [], None
+
+
+def _clip_tower(state, others):
+    """OpenAI's names of the image tower → (tensors by this project's, notes); ``others``: number of tensors besides."""
+    renamed, notes = {}, [f"{others} tensors besides the image tower (CLIP's text tower …) left out"] if others else []
+    for name, tensor in state.items():
+        if name == "proj":
+            notes.append(f"projection to the space shared with texts {list(tensor.shape)} left out")
+            continue
+        module, _, leaf = name.rpartition(".")
+        block = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", module)
+        new = name
+        if name == "class_embedding":
+            new, tensor = "cls_token", tensor.reshape(1, 1, -1) if tensor.ndim == 1 else tensor
+        elif name == "positional_embedding":
+            new, tensor = "pos_embed", tensor[None] if tensor.ndim == 2 else tensor
+        elif module in CLIP_MODULES:
+            new = f"{CLIP_MODULES[module]}.{leaf}"
+        elif block and block[2] == "attn" and leaf in ("in_proj_weight", "in_proj_bias"):
+            new = f"blocks.{block[1]}.attn.qkv.{leaf.removeprefix('in_proj_')}"
+        elif block and block[2] in CLIP_BLOCK:
+            new = f"blocks.{block[1]}.{CLIP_BLOCK[block[2]]}.{leaf}"
+        renamed[new if new not in state else name] = tensor  # a file with both names keeps this one as unexpected
+    return renamed, notes
+
+
+def _torchvision_mobilenet(model):
+    """torchvision's module names → this project's."""
+    table = {"features.0.0": "conv_stem", "features.0.1": "bn1", "features.18.0": "conv_head", "features.18.1": "bn2",
+             "classifier.1": "classifier"}
+    separable = ("conv_dw", "conv.0.0"), ("bn1", "conv.0.1"), ("conv_pw", "conv.1"), ("bn2", "conv.2")
+    inverted = (("conv_pw", "conv.0.0"), ("bn1", "conv.0.1"), ("conv_dw", "conv.1.0"), ("bn2", "conv.1.1"),
+                ("conv_pwl", "conv.2"), ("bn3", "conv.3"))
+    places = [(f"blocks.{i}.{j}", block) for i, group in enumerate(model.blocks) for j, block in enumerate(group)]
+    for index, (place, block) in enumerate(places, start=1):
+        for ours, torchvisions in inverted if hasattr(block, "conv_pwl") else separable:
+            table[f"features.{index}.{torchvisions}"] = f"{place}.{ours}"
+    return table
