@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rl
-from rl import A2C, PPO, Rollout, learn_together
+from rl import A2C, PPO
 
 AGENTS = [PPO, A2C]
 
@@ -17,14 +17,13 @@ AGENTS = [PPO, A2C]
 class Taped:
     """Episodes of `length` steps, staggered by one per environment; observations are [step in episode, environment].
 
-    The reward depends on the actions, so that different actions lead to different training; it is multiplied by scale.
+    The reward depends on the actions, so that different actions lead to different training.
     """
 
     obs_dim = 2
 
-    def __init__(self, num_envs=2, length=3, scale=1.0):
-        self.num_envs, self.length, self.scale = num_envs, length, scale
-        self.calls, self.modes = [], []
+    def __init__(self, num_envs=2, length=3):
+        self.num_envs, self.length, self.calls = num_envs, length, []
 
     def _observe(self):
         return np.stack([self.clock, np.arange(self.num_envs)], axis=1).astype(np.float32)
@@ -36,9 +35,8 @@ class Taped:
 
     def step(self, actions):
         self.calls.append("step")
-        self.modes.append((torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
         assert actions.dtype == np.int64 and actions.shape[0] == self.num_envs
-        rewards = self.scale * (actions.sum(axis=1) * 0.1 + self.clock)
+        rewards = actions.sum(axis=1) * 0.1 + self.clock
         self.clock = self.clock + 1
         dones = self.clock == self.length
         self.clock[dones] = 0
@@ -51,14 +49,14 @@ def small(agent_class, seed=0, **hyper):
 
 @pytest.fixture
 def rollouts(monkeypatch):
-    """Every Rollout that an agent alone trains on, while training runs as usual."""
-    kept, update = [], rl._Stack.update
+    """Every rollout (observations, actions, rewards, dones) that an agent trains on, while training runs as usual."""
+    kept, update = [], rl._Agent.update
 
-    def keep(stack, rollout):
-        kept.append(Rollout(*(x[0] for x in rollout)))
-        return update(stack, rollout)
+    def keep(agent, *rollout):
+        kept.append(rollout)
+        return update(agent, *rollout)
 
-    monkeypatch.setattr(rl._Stack, "update", keep)
+    monkeypatch.setattr(rl._Agent, "update", keep)
     return kept
 
 
@@ -77,41 +75,19 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-# ---------------------------------------------------------------- pure functions
-
-
-@pytest.mark.parametrize(
-    "lam, expected",
-    [
-        # Environment 0 ends an episode at t = 1. deltas: 1 + 0.9*2 - 0.5 = 2.3;  3 - 2 = 1;  5 + 0.9*4 - 1 = 7.6
-        # Environment 1 never ends.               deltas: 2 - 0.9 - 1 = 0.1;  -1 + 1.8 + 1 = 1.8;  0.5 + 2.7 - 2 = 1.2
-        # Environment 2 ends at the last step, so its last_value of 100 counts for nothing. deltas: 0, 0, 1
-        (0.95, [[3.155, 2.51623, 0.731025], [1.0, 2.826, 0.855], [7.6, 1.2, 1.0]]),
-        (1.0, [[3.2, 2.692, 0.81], [1.0, 2.88, 0.9], [7.6, 1.2, 1.0]]),
-    ],
-)
+@pytest.mark.parametrize("lam, expected", [
+    # Environment 0 ends an episode at t = 1. deltas: 1 + 0.9*2 - 0.5 = 2.3;  3 - 2 = 1;  5 + 0.9*4 - 1 = 7.6
+    # Environment 1 never ends.               deltas: 2 - 0.9 - 1 = 0.1;  -1 + 1.8 + 1 = 1.8;  0.5 + 2.7 - 2 = 1.2
+    # Environment 2 ends at the last step, so its last_value of 100 counts for nothing. deltas: 0, 0, 1
+    (0.95, [[3.155, 2.51623, 0.731025], [1.0, 2.826, 0.855], [7.6, 1.2, 1.0]]),
+    (1.0, [[3.2, 2.692, 0.81], [1.0, 2.88, 0.9], [7.6, 1.2, 1.0]])])
 def test_gae_by_hand(lam, expected):
+    rewards = torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 0.0], [5.0, 0.5, 1.0]])
     values = torch.tensor([[0.5, 1.0, 0.0], [2.0, -1.0, 0.0], [1.0, 2.0, 0.0]])
-    advantages, returns = rl.gae(
-        rewards=torch.tensor([[1.0, 2.0, 0.0], [3.0, -1.0, 0.0], [5.0, 0.5, 1.0]]),
-        values=values,
-        dones=torch.tensor([[False, False, False], [True, False, False], [False, False, True]]),
-        last_value=torch.tensor([4.0, 3.0, 100.0]),
-        gamma=0.9,
-        lam=lam,
-    )
+    dones = torch.tensor([[False, False, False], [True, False, False], [False, False, True]])
+    advantages, returns = rl.gae(rewards, values, dones, torch.tensor([4.0, 3.0, 100.0]), 0.9, lam)
     torch.testing.assert_close(advantages, torch.tensor(expected))
     torch.testing.assert_close(returns, torch.tensor(expected) + values)
-
-
-def test_gae_with_lambda_1_gives_discounted_returns():
-    # 2 - 0.9 + 0.81*0.5 + 0.729*3 = 3.692, whatever the values on the way are
-    for value in (0.0, 7.0):
-        _, returns = rl.gae(
-            torch.tensor([[2.0], [-1.0], [0.5]]), torch.full((3, 1), value), torch.zeros(3, 1, dtype=torch.bool),
-            torch.tensor([3.0]), 0.9, 1.0,
-        )  # fmt: skip
-        assert returns[0, 0].item() == pytest.approx(3.692, abs=1e-5)
 
 
 def test_ppo_loss_by_hand():
@@ -124,12 +100,12 @@ def test_ppo_loss_by_hand():
     ratio = torch.tensor([1.1, 1.5, 1.5, 0.5, 0.5])
     old = torch.tensor([-1.0, -0.3, -2.0, -0.7, -1.5])
     log_prob = (old + ratio.log()).requires_grad_()
-    loss, kl, clip_fraction = rl.ppo_loss(log_prob, old, torch.tensor([2.0, 1.0, -1.0, 1.0, -2.0]), 0.2)
+    loss, clip_fraction = rl.ppo_loss(log_prob, old, torch.tensor([2.0, 1.0, -1.0, 1.0, -2.0]), 0.2)
     loss.backward()
     assert loss.item() == pytest.approx(-0.16, abs=1e-6)
     assert clip_fraction.item() == pytest.approx(0.8)
     # (r - 1) - ln r: 0.0046898 once, 0.0945349 twice, 0.1931472 twice
-    assert kl.item() == pytest.approx(0.1160108, abs=1e-6)
+    assert rl.approx_kl(log_prob, old).item() == pytest.approx(0.1160108, abs=1e-6)
     # d loss / d log_prob = -ratio A / 5 where the unclipped term is taken, 0 where the clipped one is
     torch.testing.assert_close(log_prob.grad, torch.tensor([-0.44, 0.0, 0.3, -0.1, 0.0]))
 
@@ -156,34 +132,33 @@ def test_explained_variance_by_hand():
     assert math.isnan(rl.explained_variance(torch.ones(1), torch.ones(1)))
 
 
-def test_pad_heads_puts_each_logit_into_its_head():
-    table = rl.pad_heads(torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]), (2, 3, 1))
-    inf = math.inf
-    assert table.tolist() == [[[1.0, 3.0, 6.0], [2.0, 4.0, -inf], [-inf, 5.0, -inf]]]
+def policy(logits, nvec):
+    """An Actor whose logits are given, whatever it observes."""
+    actor = rl.Actor(2, nvec, torch.Generator())
+    with torch.no_grad():
+        actor[-1].weight.zero_()
+        actor[-1].bias.copy_(torch.tensor(logits))
+    return actor
 
 
-def test_log_prob_and_entropy_of_unequal_heads_by_hand():
-    # row 0: heads (1/4, 3/4) and (1/4, 1/4, 1/2), actions 1 and 2; row 1: uniform heads, actions 0 and 1
-    logits = torch.tensor([[0.0, math.log(3), 0.0, 0.0, math.log(2)], [7.0, 7.0, -2.0, -2.0, -2.0]])
-    log_prob, entropy = rl.categorical_stats(logits, (2, 3), torch.tensor([[1, 2], [0, 1]]))
-    # ln 3/4 + ln 1/2; ln 1/2 + ln 1/3
-    assert log_prob.tolist() == pytest.approx([-0.9808293, -1.7917595], abs=1e-6)
-    # 0.5623351 + 1.0397208; ln 2 + ln 3
-    assert entropy.tolist() == pytest.approx([1.6020560, 1.7917595], abs=1e-6)
+def test_the_policy_puts_each_logit_into_its_head():
+    table = policy([math.log(x) for x in (0.2, 0.8, 0.5, 0.4, 0.1, 1.0)], (2, 3, 1))(torch.ones(1, 2)).exp()
+    torch.testing.assert_close(table, torch.tensor([[[0.2, 0.5, 1.0], [0.8, 0.4, 0.0], [0.0, 0.1, 0.0]]]))
 
 
-def test_gradients_of_log_prob_and_entropy_by_hand():
-    logits = torch.tensor([[0.0, math.log(3), 0.0, 0.0, math.log(2)]], requires_grad=True)
-    log_prob, entropy = rl.categorical_stats(logits, (2, 3), torch.tensor([[1, 2]]))
-    (grad,) = torch.autograd.grad(log_prob.sum(), logits, retain_graph=True)
-    torch.testing.assert_close(grad, torch.tensor([[-0.25, 0.25, -0.25, -0.25, 0.5]]))  # 1[a] - p
-    (grad,) = torch.autograd.grad(entropy.sum(), logits)
+def test_log_prob_and_entropy_of_unequal_heads_and_their_gradients_by_hand():
+    agent = PPO(Taped(), (2, 3))  # heads (1/4, 3/4) and (1/4, 1/4, 1/2), actions 1 and 2
+    agent.actor = policy([0.0, math.log(3), 0.0, 0.0, math.log(2)], (2, 3))
+    log_prob, entropy, _ = agent._evaluate(torch.ones(1, 2), torch.tensor([[1, 2]]))
+    assert log_prob.item() == pytest.approx(-0.9808293, abs=1e-6)  # ln 3/4 + ln 1/2
+    assert entropy.item() == pytest.approx(1.6020560, abs=1e-6)  # 0.5623351 + 1.0397208
+    (grad,) = torch.autograd.grad(log_prob.sum(), agent.actor[-1].bias, retain_graph=True)
+    torch.testing.assert_close(grad, torch.tensor([-0.25, 0.25, -0.25, -0.25, 0.5]))  # 1[a] - p
+    (grad,) = torch.autograd.grad(entropy.sum(), agent.actor[-1].bias)
     # -p (ln p + H) per head: -(1/4)(-1.3862944 + 0.5623351) = 0.2059898; -(1/4)(-1.3862944 + 1.0397208) = 0.0866434
-    torch.testing.assert_close(grad, torch.tensor([[0.2059898, -0.2059898, 0.0866434, 0.0866434, -0.1732868]]))
+    torch.testing.assert_close(grad, torch.tensor([0.2059898, -0.2059898, 0.0866434, 0.0866434, -0.1732868]))
 
 
-# ---------------------------------------------------------------- whole updates
-#
 # With all weights zero the hidden units are 0, so the logits are the last layer's bias, only the two last
 # biases get a gradient, and each update can be followed on paper.
 
@@ -191,29 +166,20 @@ def test_gradients_of_log_prob_and_entropy_by_hand():
 def one_step_rollout(actions, rewards):
     """One step of len(actions) environments that all end there; the observations do not matter."""
     n = len(actions)
-    return Rollout(
-        observations=torch.ones(2, n, 2),
-        actions=torch.tensor(actions).view(1, n, 1),
-        rewards=torch.tensor(rewards).view(1, n),
-        dones=torch.ones(1, n, dtype=torch.bool),
-    )
+    return (torch.ones(2, n, 2), torch.tensor(actions).view(1, n, 1), torch.tensor(rewards).view(1, n),
+            torch.ones(1, n, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(
-    "max_grad_norm, policy_step, value_step",
-    [
-        # Action 1 of two, advantage 1, value 0: the gradient is (0.5, -0.5) on the logits and -1 on the value,
-        # norm sqrt(1.5), so the bound scales it by max_grad_norm / 1.2247449. RMSprop's first step is
-        # lr g / (sqrt(0.01) |g| + 1e-5):
-        #   0.5:  g = 0.2041241 and 0.4082483;          1e-4:  g = 4.0824829e-5 and 8.1649658e-5
-        (0.5, 6.9965721e-3, 6.9982857e-3),
-        (1e-4, 2.0292887e-3, 3.1464278e-3),
-    ],
-)
+@pytest.mark.parametrize("max_grad_norm, policy_step, value_step", [
+    # Action 1 of two, advantage 1, value 0: the gradient is (0.5, -0.5) on the logits and -1 on the value,
+    # norm sqrt(1.5), so the bound scales it by max_grad_norm / 1.2247449. RMSprop's first step is
+    # lr g / (sqrt(0.01) |g| + 1e-5):
+    #   0.5:  g = 0.2041241 and 0.4082483;          1e-4:  g = 4.0824829e-5 and 8.1649658e-5
+    (0.5, 6.9965721e-3, 6.9982857e-3), (1e-4, 2.0292887e-3, 3.1464278e-3)])
 def test_a2c_update_by_hand(max_grad_norm, policy_step, value_step):
     agent = A2C(Taped(), (2,), max_grad_norm=max_grad_norm)
     zero_networks(agent)
-    diagnostics = agent.update(one_step_rollout([1], [1.0]))
+    diagnostics = agent.update(*one_step_rollout([1], [1.0]))
     assert agent.actor[-1].bias.tolist() == pytest.approx([-policy_step, policy_step], rel=1e-4)
     assert agent.critic[-1].bias.item() == pytest.approx(value_step, rel=1e-4)
     others = [p for p in agent.parameters if p is not agent.actor[-1].bias and p is not agent.critic[-1].bias]
@@ -231,7 +197,7 @@ def test_a2c_does_not_normalise_advantages():
     # Normalised, they would cancel.
     agent = A2C(Taped(), (2,), value_coef=0.0, max_grad_norm=1e9, lr=1.0)
     zero_networks(agent)
-    agent.update(one_step_rollout([0, 0], [1.0, 3.0]))
+    agent.update(*one_step_rollout([0, 0], [1.0, 3.0]))
     assert agent.actor[-1].bias.tolist() == pytest.approx([9.999, -9.999], rel=1e-4)  # 1 / (0.1 + 1e-5)
 
 
@@ -243,7 +209,7 @@ def test_entropy_bonus_by_hand(agent_class, step):
     zero_networks(agent)
     with torch.no_grad():
         agent.actor[-1].bias[1] = math.log(3)
-    agent.update(one_step_rollout([1], [0.0]))
+    agent.update(*one_step_rollout([1], [0.0]))
     assert agent.actor[-1].bias.tolist() == pytest.approx([step, math.log(3) - step], rel=1e-4)
     assert agent.critic[-1].bias.item() == 0.0
 
@@ -257,7 +223,7 @@ def test_ppo_update_of_two_epochs_by_hand():
     #   Value 0.5, gradient -1.5, bound to -0.5: m = 0.4929284, v = 0.2426512, step 0.5003367.
     agent = PPO(Taped(), (2,), lr=0.5, epochs=2, entropy_coef=0.0)
     zero_networks(agent)
-    diagnostics = agent.update(one_step_rollout([0, 1], [1.0, 3.0]))
+    diagnostics = agent.update(*one_step_rollout([0, 1], [1.0, 3.0]))
     assert agent.actor[-1].bias.tolist() == pytest.approx([-0.83503, 0.83503], abs=2e-4)
     assert agent.critic[-1].bias.item() == pytest.approx(1.00034, abs=2e-4)
     # means over the two epochs
@@ -272,35 +238,22 @@ def test_ppo_update_of_two_epochs_by_hand():
 def test_ppo_keeps_the_advantage_of_a_single_sample():
     agent = PPO(Taped(), (2,), epochs=1, value_coef=0.0, entropy_coef=0.0, max_grad_norm=1e-5)
     zero_networks(agent)
-    agent.update(one_step_rollout([1], [0.25]))
+    agent.update(*one_step_rollout([1], [0.25]))
     # gradient +-0.125, bounded to 1e-5 / sqrt 2 = 7.0710678e-6 each; Adam: 3e-4 * 7.071e-6 / (7.071e-6 + 1e-5)
     assert agent.actor[-1].bias.tolist() == pytest.approx([-1.242641e-4, 1.242641e-4], rel=1e-3)
 
 
 def test_ppo_minibatches_cover_every_sample_once_per_epoch(monkeypatch):
     agent = PPO(Taped(num_envs=1), (2,), minibatch=3, epochs=2)
-    seen, evaluate = [], rl._Stack.evaluate
-
-    def record(stack, obs, actions):
-        seen.append(obs[..., 0].flatten().tolist())
-        return evaluate(stack, obs, actions)
-
-    monkeypatch.setattr(rl._Stack, "evaluate", record)
-    rollout = Rollout(
-        observations=torch.arange(9.0).view(9, 1, 1).expand(9, 1, 2),
-        actions=torch.zeros(8, 1, 1, dtype=torch.int64),
-        rewards=torch.ones(8, 1),
-        dones=torch.zeros(8, 1, dtype=torch.bool),
-    )
-    agent.update(rollout)
+    seen, evaluate = [], agent._evaluate
+    agent._evaluate = lambda obs, actions: seen.append(obs[:, 0].tolist()) or evaluate(obs, actions)
+    agent.update(torch.arange(9.0).view(9, 1, 1).expand(9, 1, 2), torch.zeros(8, 1, 1, dtype=torch.int64),
+                 torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.bool))
     minibatches = seen[1:]  # the first call is about the whole rollout
     assert [len(m) for m in minibatches] == [3, 3, 2, 3, 3, 2]
     epochs = [sum(minibatches[:3], []), sum(minibatches[3:], [])]
     assert all(sorted(e) == list(range(8)) for e in epochs)
     assert epochs[0] != epochs[1]
-
-
-# ---------------------------------------------------------------- construction, seeds, randomness
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -311,36 +264,26 @@ def test_initialisation(agent_class):
     assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in agent.parameters)
     assert not any(p.any() for p in agent.parameters if p.ndim == 1)
     for net, gain in ((agent.actor, 0.01), (agent.critic, 1.0)):
-        first, second, head = (layer.weight for layer in net if hasattr(layer, "weight"))
+        assert [type(layer) for layer in net] == [torch.nn.Linear, torch.nn.Tanh] * 2 + [torch.nn.Linear]
+        first, second, head = net[0].weight, net[2].weight, net[4].weight
         torch.testing.assert_close(first.T @ first, 2 * torch.eye(2), atol=1e-5, rtol=0)
         torch.testing.assert_close(second @ second.T, 2 * torch.eye(64), atol=1e-5, rtol=0)
         torch.testing.assert_close(head @ head.T, gain**2 * torch.eye(len(head)), atol=1e-5 * gain**2, rtol=0)
-        assert [type(layer) for layer in net[1::2]] == [torch.nn.Tanh, torch.nn.Tanh]
     assert not torch.equal(agent.actor[0].weight, agent.critic[0].weight)
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
-def test_equal_seeds_train_alike_and_others_do_not(agent_class):
-    a, b, c = (small(agent_class, seed) for seed in (5, 5, 6))
-    for agent in (a, b, c):
-        np.random.seed(agent is b)  # what the global generators hold makes no difference
-        torch.manual_seed(agent is b)
-        agent.learn(24)
-    assert same(a.state_dict(), b.state_dict())
-    assert not torch.equal(a.actor[0].weight, c.actor[0].weight)
-    obs = np.zeros((50, 2), np.float32)
-    draws = [agent.predict(obs, deterministic=False) for agent in (a, b, c)]
-    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any()
-
-
-@pytest.mark.parametrize("agent_class", AGENTS)
-def test_global_random_state_is_left_alone(agent_class):
+def test_an_agent_is_a_function_of_its_seed_and_leaves_global_random_state_alone(agent_class):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    agent = small(agent_class)
-    agent.learn(16)
-    agent.predict(np.zeros((3, 2)), deterministic=False)
+    a, b, c = (small(agent_class, seed) for seed in (5, 5, 6))
+    obs, draws = np.zeros((50, 2), np.float32), []
+    for agent in (a, b, c):
+        agent.learn(24)
+        draws.append(agent.predict(obs, deterministic=False))
     assert torch.equal(before[0], torch.get_rng_state())
     assert (before[1] == np.random.get_state()[1]).all() and before[2] == random.getstate()
+    assert same(a.state_dict(), b.state_dict()) and not torch.equal(a.actor[0].weight, c.actor[0].weight)
+    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any()
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -361,15 +304,11 @@ def test_predict_takes_the_most_probable_option_or_samples(agent_class):
     assert not draws[:, 2].any()
     # heads are independent: P(both 1) = 0.35
     assert (draws[:, :2] == 1).all(axis=1).mean() == pytest.approx(0.35, abs=0.0177)
-    with pytest.raises(ValueError, match=r"\[n, 2\]"):
-        agent.predict(np.zeros(2))
 
 
 def test_training_samples_from_the_policy_too(rollouts):
-    env = Taped(num_envs=8)
-    agent = A2C(env, (2, 3), n_steps=1000, seed=1)
-    agent.learn(8000)
-    actions = rollouts[0].actions.flatten(0, 1).numpy()  # before any update the policy is nearly uniform
+    A2C(Taped(num_envs=8), (2, 3), n_steps=1000, seed=1).learn(8000)
+    actions = rollouts[0][1].flatten(0, 1).numpy()  # before any update the policy is nearly uniform
     assert np.bincount(actions[:, 0]) / 8000 == pytest.approx([1 / 2] * 2, abs=0.03)
     assert np.bincount(actions[:, 1]) / 8000 == pytest.approx([1 / 3] * 3, abs=0.03)
 
@@ -388,24 +327,17 @@ def test_size_of_observations_comes_from_obs_dim_or_from_one_reset():
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
-def test_wrong_settings_are_refused(agent_class):
-    with pytest.raises(TypeError, match="leraning_rate.*allowed: lr, n_steps"):
-        small(agent_class, leraning_rate=0.1)
-    with pytest.raises(TypeError, match="n_steps must be an integer"):
-        small(agent_class, n_steps=4.0)
-    with pytest.raises(TypeError, match="lr must be a number"):
-        small(agent_class, lr=True)
-    with pytest.raises(ValueError, match="n_steps"):
-        small(agent_class, n_steps=0)
-    with pytest.raises(ValueError, match="gamma"):
-        small(agent_class, gamma=math.nan)
+@pytest.mark.parametrize("error, message, hyper", [
+    (TypeError, "leraning_rate.*allowed: lr, n_steps", {"leraning_rate": 0.1}),
+    (TypeError, "n_steps must be an integer", {"n_steps": 4.0}), (TypeError, "lr must be a number", {"lr": True}),
+    (ValueError, "n_steps", {"n_steps": 0}), (ValueError, "gamma", {"gamma": math.nan})])
+def test_wrong_settings_are_refused(agent_class, error, message, hyper):
+    with pytest.raises(error, match=message):
+        small(agent_class, **hyper)
     with pytest.raises(ValueError, match="nvec"):
         agent_class(Taped(), (3, 0))
     with pytest.raises(ValueError, match="total_timesteps"):
         small(agent_class).learn(0)
-
-
-def test_a2c_has_no_clip():
     with pytest.raises(TypeError, match="clip"):
         A2C(Taped(), (2,), clip=0.2)
 
@@ -418,11 +350,6 @@ def test_the_four_columns():
         assert (column["minibatch"], column["epochs"], column["clip"]) == (32, 10, 0.2)
     for column in (rl.LLA_PPO, rl.LLA_A2C, rl.HLA_PPO, rl.HLA_A2C):
         assert (column["value_coef"], column["entropy_coef"], column["max_grad_norm"]) == (0.5, 0.01, 0.5)
-    PPO(Taped(), (2,), **rl.HLA_PPO)
-    A2C(Taped(), (2,), **rl.HLA_A2C)
-
-
-# ---------------------------------------------------------------- the loop
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -430,7 +357,7 @@ def test_learn_counts_steps_exactly_and_starts_with_a_reset(agent_class, rollout
     agent = small(agent_class)  # two environments, rollouts of four steps
     first = agent.learn(21)  # 11 steps each: 4 + 4 + 3
     assert agent.env.calls == ["reset"] + ["step"] * 11
-    assert [len(r.actions) for r in rollouts] == [4, 4, 3]
+    assert [len(actions) for _, actions, _, _ in rollouts] == [4, 4, 3]
     assert [u["timesteps"] for u in first] == [8, 16, 22]
     second = agent.learn(2)  # one step each
     assert agent.env.calls[12:] == ["reset", "step"]
@@ -448,240 +375,24 @@ def test_rollouts_hold_what_the_environment_said(agent_class, rollouts):
     # Episodes of three steps; environment 1 starts at its second step. What follows an end is step 0 of the next
     # episode, and the last observation of a rollout is the first of the next one.
     clock = [[0, 1], [1, 2], [2, 0], [0, 1], [1, 2], [2, 0], [0, 1], [1, 2], [2, 0]]
-    assert rollouts[0].observations[..., 0].tolist() == clock[:5]
-    assert rollouts[1].observations[..., 0].tolist() == clock[4:]
-    assert rollouts[0].observations[..., 1].tolist() == [[0, 1]] * 5
-    for rollout in rollouts:
-        assert torch.equal(rollout.dones, rollout.observations[:-1, :, 0] == 2)
-        rewards = rollout.actions.sum(dim=2) * 0.1 + rollout.observations[:-1, :, 0]
-        torch.testing.assert_close(rollout.rewards, rewards.float())
-    rewards = torch.cat([r.rewards for r in rollouts]).flatten().tolist()
+    assert rollouts[0][0][..., 0].tolist() == clock[:5]
+    assert rollouts[1][0][..., 0].tolist() == clock[4:]
+    assert rollouts[0][0][..., 1].tolist() == [[0, 1]] * 5
+    for observations, actions, rewards, dones in rollouts:
+        assert torch.equal(dones, observations[:-1, :, 0] == 2)
+        torch.testing.assert_close(rewards, (actions.sum(dim=2) * 0.1 + observations[:-1, :, 0]).float())
+    rewards = torch.cat([rewards for _, _, rewards, _ in rollouts]).flatten().tolist()
     assert list(agent.recent_rewards) == rewards
     agent.learn(200)
     assert len(agent.recent_rewards) == 100
 
 
-@pytest.mark.parametrize("agent_class", AGENTS)
-def test_the_environment_runs_outside_no_grad_and_inference_mode(agent_class):
-    agent = small(agent_class)
-    agent.learn(8)
-    assert set(agent.env.modes) == {(True, False)}
-
-
-def test_predict_under_inference_mode_does_not_spoil_training():
-    agent = PPO(Taped(), (3, 5, 7), n_steps=4)
-    with torch.inference_mode():
-        agent.predict(np.zeros((1, 2)))
-    assert len(agent.learn(8)) == 1
-
-
-def test_a_last_rollout_of_one_sample_works():
-    agent = PPO(Taped(num_envs=1), (2, 3), n_steps=4)
-    agent.learn(5)
-    assert all(p.isfinite().all() for p in agent.parameters)
-
-
-def test_observations_of_another_shape_are_refused():
+@pytest.mark.parametrize("observed", [np.zeros((2, 7), np.float32), np.zeros((3, 2), np.float32)])
+def test_observations_of_another_shape_are_refused(observed):
     agent = small(PPO)
-    agent.env = Taped()
-    agent.env.reset = lambda: np.zeros((2, 7), np.float32)
-    with pytest.raises(ValueError, match=r"\(2, 7\), expected \(2, 2\)"):
+    agent.env.reset = lambda: observed
+    with pytest.raises(ValueError, match="could not broadcast"):
         agent.learn(8)
-
-
-def reference_update(agent, rollout):
-    """One update written out for one agent with modules, autograd and the bound on gradients that torch has."""
-    hyper, parameters = agent.hyper, agent.parameters
-    obs, actions = rollout.observations[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
-
-    def evaluate(obs, actions):
-        heads = [torch.distributions.Categorical(logits=x) for x in agent.actor(obs).split(list(agent.nvec), dim=1)]
-        return (sum(head.log_prob(action) for head, action in zip(heads, actions.T)), sum(h.entropy() for h in heads))
-
-    with torch.no_grad():
-        values = agent.critic(rollout.observations).squeeze(-1)
-        old = evaluate(obs, actions)[0]
-    advantages, returns = rl.gae(rollout.rewards, values[:-1], rollout.dones, values[-1], hyper["gamma"], hyper["lam"])
-    advantages, returns, ppo = advantages.flatten(), returns.flatten(), isinstance(agent, PPO)
-    for _ in range(hyper["epochs"] if ppo else 1):
-        order = torch.randperm(len(obs), generator=agent.generator) if ppo else torch.arange(len(obs))
-        for index in order.split(hyper["minibatch"] if ppo else len(obs)):
-            log_prob, entropy = evaluate(obs[index], actions[index])
-            advantage = advantages[index]
-            if ppo:
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-                ratio = (log_prob - old[index]).exp()
-                loss = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
-            else:
-                loss = -(log_prob * advantage).mean()
-            error = (agent.critic(obs[index]).squeeze(-1) - returns[index]).pow(2).mean()
-            agent.optimizer.zero_grad()
-            (loss + 0.5 * error - 0.01 * entropy.mean()).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-            agent.optimizer.step()
-
-
-@pytest.mark.parametrize("agent_class", AGENTS)
-def test_updates_are_those_of_a_plain_loop(agent_class, rollouts):
-    agent, plain = (agent_class(Taped(), (5, 3, 15), seed=4, **({"minibatch": 9} if agent_class is PPO else {}))
-                    for _ in range(2))
-    for n in range(1, 4):  # the optimiser's state counts from the second on
-        agent.learn(40)
-        plain._gumbel(20, 2)  # the same random numbers as acting took
-        reference_update(plain, rollouts[-1])
-        for mine, theirs in zip(agent.parameters, plain.parameters):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6 * n)
-
-
-# ---------------------------------------------------------------- agents together
-
-
-def crew(names="PpAaQ1"):
-    """Agents of both kinds, of two shapes, with one environment and two; rewards differ by a factor of a million."""
-    hyper = {"n_steps": 6}
-    made = {
-        "P": lambda: PPO(Taped(scale=1e-3), (15, 4, 2), seed=1, minibatch=5, epochs=2, **hyper),
-        "p": lambda: PPO(Taped(scale=1e3), (15, 4, 2), seed=2, minibatch=5, epochs=2, **hyper),
-        "A": lambda: A2C(Taped(scale=1e-3), (15, 4, 2), seed=3, **hyper),
-        "a": lambda: A2C(Taped(scale=1e3), (15, 4, 2), seed=4, **hyper),
-        "Q": lambda: PPO(Taped(), (5, 3), seed=5, minibatch=5, epochs=2, **hyper),
-        "1": lambda: PPO(Taped(num_envs=1), (15, 4, 2), seed=6, minibatch=5, epochs=2, **hyper),
-    }
-    return {name: made[name]() for name in names}
-
-
-def learnt(agents, updates):
-    return {name: (str(rows), agent.state_dict()) for (name, agent), rows in zip(agents.items(), updates)}
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """What each of the crew learns alone in 25 steps (rollouts of 6, 6 and 1, or of 6 and then 1), and in 4 more."""
-    torch.set_num_threads(1)
-    agents = crew()
-    first = learnt(agents, [agent.learn(25) for agent in agents.values()])
-    return first, learnt(agents, [agent.learn(4) for agent in agents.values()])
-
-
-@pytest.mark.parametrize("names", ["PpAaQ1", "1QaApP", "pA", "Pp", "pP", "aP1A"])
-def test_an_agent_learns_the_same_to_the_last_bit_in_any_company(names, alone):
-    agents = crew(names)
-    together = learnt(agents, learn_together(list(agents.values()), 25))
-    assert all(same(together[name], alone[0][name]) for name in names)
-    resumed = crew(names[::-1])  # through a save, in another order
-    for name, agent in resumed.items():
-        agent.load_state_dict(together[name][1])
-    together = learnt(resumed, learn_together(list(resumed.values()), 4))
-    assert all(same(together[name], alone[1][name]) for name in names)
-
-
-@pytest.mark.parametrize("heads, obs_dim, timesteps", [([15, 15, 2, 4] * 4, 16, 70), ([5, 3] * 12, 29, 33)])
-def test_company_makes_no_difference_at_the_sizes_of_the_search(heads, obs_dim, timesteps):
-    class Noise(Taped):
-        def _observe(self):
-            rng = np.random.default_rng(int(self.clock[0]))
-            return rng.normal(size=(self.num_envs, obs_dim)).astype(np.float32)
-
-    def agents(count):
-        return [PPO(Noise(), heads, seed=n, epochs=2) for n in range(count)]
-
-    Noise.obs_dim = obs_dim
-    together, fewer, single = agents(7), agents(3), agents(1)
-    for group in (together, fewer, single):
-        learn_together(group, timesteps)
-    states = [agent.state_dict() for agent in together]
-    assert all(same(state, agent.state_dict()) for state, agent in zip(states, fewer))
-    assert same(states[0], single[0].state_dict())
-
-
-def test_agents_of_unequal_age_learn_as_alone():
-    """Adam's bias correction depends on the number of steps made."""
-    def young_and_old(names):
-        agents = crew(names)
-        for name in set(names) & {"P", "A"}:
-            agents[name].learn(10)
-        return agents
-
-    together = young_and_old("PpAa")
-    learn_together(list(together.values()), 13)
-    for name, agent in together.items():
-        single = young_and_old(name)[name]
-        single.learn(13)
-        assert same(agent.state_dict(), single.state_dict())
-
-
-def test_agents_step_together_once_each_in_their_order():
-    agents, calls = crew("1PA"), []
-
-    def step(envs, actions):
-        calls.append(envs)
-        assert [a.shape for a in actions] == [(env.num_envs, 3) for env in envs]
-        return [env.step(action) for env, action in zip(envs, actions)]
-
-    updates = learn_together(list(agents.values()), 15, step)
-    envs = [agent.env for agent in agents.values()]
-    assert calls == [envs] * 8 + [envs[:1]] * 7  # two environments make 15 steps in 8 calls, one in 15
-    assert [[u["timesteps"] for u in rows] for rows in updates] == [[6, 12, 15], [12, 16], [12, 16]]
-    with pytest.raises(ValueError, match="total_timesteps"):
-        learn_together(list(agents.values()), 0)
-
-
-def test_one_thread_for_the_agents_and_the_callers_for_the_environment(monkeypatch):
-    seen, update = {"step": set(), "update": set()}, rl._Stack.update
-
-    def step(envs, actions):
-        seen["step"].add(torch.get_num_threads())
-        return [env.step(action) for env, action in zip(envs, actions)]
-
-    def watched(stack, rollout):
-        seen["update"].add(torch.get_num_threads())
-        return update(stack, rollout)
-
-    monkeypatch.setattr(rl._Stack, "update", watched)
-    with rl.threads(2):
-        learn_together([small(PPO), small(A2C)], 8, step)
-        assert torch.get_num_threads() == 2
-        with pytest.raises(ZeroDivisionError):
-            learn_together([small(PPO)], 8, lambda envs, actions: 1 / 0)
-        assert torch.get_num_threads() == 2
-    assert torch.get_num_threads() == 1 and seen == {"step": {2}, "update": {1}}
-
-
-@pytest.mark.parametrize("agent_class", AGENTS)
-def test_what_is_not_finite_stays_with_the_agent_that_is_named(agent_class):
-    def trio():
-        return [agent_class(Taped(), (2, 3), seed=n, name=f"number {n}", n_steps=4) for n in range(3)]
-
-    agents = trio()
-    agents[1].env.scale = math.nan
-    start = [agent.state_dict() for agent in agents]
-    with pytest.raises(FloatingPointError, match="^number 1: the environment gave rewards"):
-        learn_together(agents, 16)
-    for agent, before in zip(agents, start):
-        after = agent.state_dict()
-        assert all(same(before[k], after[k]) for k in ("actor", "critic", "optimizer"))
-
-    agents = trio()
-    with torch.no_grad():
-        agents[2].critic[-1].bias.fill_(1e30)
-    with pytest.raises(FloatingPointError, match="^number 2: the loss is not finite"):
-        learn_together(agents, 16)
-    assert all(p.isfinite().all() for agent in agents for p in agent.parameters)
-
-
-def test_each_agent_has_a_gradient_bound_of_its_own():
-    """The case of test_a2c_update_by_hand beside an agent whose gradients are a million times as large."""
-    agents = [A2C(Taped(), (2,)), A2C(Taped(), (2,))]
-    for agent in agents:
-        zero_networks(agent)
-    rollouts = [one_step_rollout([1], [reward]) for reward in (1.0, 1e6)]
-    with rl._stacked(agents) as (stack,):
-        stack.update(Rollout(*map(torch.stack, zip(*rollouts))))
-    assert agents[0].actor[-1].bias.tolist() == pytest.approx([-6.9965721e-3, 6.9965721e-3], rel=1e-4)
-    assert agents[0].critic[-1].bias.item() == pytest.approx(6.9982857e-3, rel=1e-4)
-
-
-# ---------------------------------------------------------------- saved state
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -720,14 +431,11 @@ def test_state_of_another_agent_is_refused():
         assert same(before, other.state_dict())
 
 
-# ---------------------------------------------------------------- numbers that are not finite
-
-
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_what_is_not_finite_is_named_and_no_step_is_made(agent_class):
     rollout = one_step_rollout([0, 1], [1.0, 2.0])
-    bad_rewards = rollout._replace(rewards=torch.tensor([[1.0, math.nan]]))
-    bad_observations = rollout._replace(observations=torch.full((2, 2, 2), math.inf))
+    bad_rewards = (*rollout[:2], torch.tensor([[1.0, math.nan]]), rollout[3])
+    bad_observations = (torch.full((2, 2, 2), math.inf), *rollout[1:])
 
     def bad_loss(agent):
         with torch.no_grad():
@@ -739,22 +447,19 @@ def test_what_is_not_finite_is_named_and_no_step_is_made(agent_class):
             agent.critic[-1].bias.fill_(1e19)
 
     for change, data, message in (
-        (None, bad_rewards, "rewards that are not finite"),
-        (None, bad_observations, "observations that are not finite"),
-        (bad_loss, rollout, "loss is not finite"),
-        (bad_gradient, rollout, "gradient norm is not finite"),
+        (None, bad_rewards, "a reward of the environment"),
+        (None, bad_observations, "an observation of the environment"),
+        (bad_loss, rollout, "the loss"),
+        (bad_gradient, rollout, "the norm of the gradients"),
     ):
-        agent = agent_class(Taped(), (2,))
+        agent = agent_class(Taped(), (2,), name="block 3")
         if change:
             change(agent)
         before = agent.state_dict()
-        with pytest.raises(FloatingPointError, match=f"{agent_class.__name__}: .*{message}"):
-            agent.update(data)
+        with pytest.raises(FloatingPointError, match=f"^block 3: {message} is not finite"):
+            agent.update(*data)
         after = agent.state_dict()
         assert all(same(before[k], after[k]) for k in ("actor", "critic", "optimizer"))
-
-
-# ---------------------------------------------------------------- learning
 
 
 class FirstActionCounts:
@@ -792,8 +497,9 @@ class FirstActionCounts:
     (PPO, 3840, {"n_steps": 32, "minibatch": 128, "lr": 1e-3}), (A2C, 12800, {"n_steps": 16})])
 def test_learns_what_pays_five_steps_later(agent_class, timesteps, hyper):
     agents = [agent_class(FirstActionCounts(), FirstActionCounts.nvec, seed=seed, **hyper, **more)
-              for more in ({}, {"gamma": 0.0}) for seed in range(3)]
+              for more in ({}, {"gamma": 0.0}) for seed in range(2)]
     assert all(agent.env.mean_return(agent) < 0.45 for agent in agents)  # chance is (1/3 + 1/2 + 1/4) / 3 = 0.36
-    learn_together(agents, timesteps)
-    assert all(agent.env.mean_return(agent) >= 0.95 for agent in agents[:3])  # the best policy returns 1
-    assert all(agent.env.mean_return(agent) < 0.6 for agent in agents[3:])  # blind to what comes later
+    for agent in agents:
+        agent.learn(timesteps)
+    assert all(agent.env.mean_return(agent) >= 0.95 for agent in agents[:2])  # the best policy returns 1
+    assert all(agent.env.mean_return(agent) < 0.6 for agent in agents[2:])  # blind to what comes later
