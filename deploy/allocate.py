@@ -106,7 +106,7 @@ def least_sum(options, budget: float, at_least: float = 0.0) -> list[int] | None
     """Indices of one option per group whose costs sum to [at_least, budget] and whose damages have the least sum.
 
     options: per group a list of (cost, damage). By dynamic programming over the total cost so far in SLOTS parts of the
-    budget, of which each keeps the least damage; None where no sum within the bounds was reached.
+    budget, of which each keeps the least damage; None where no sum is within the bounds.
     """
     groups = [np.array(group, dtype=np.float64).T for group in options]
     least, most = sum(cost.min() for cost, _ in groups), sum(cost.max() for cost, _ in groups)
@@ -114,7 +114,7 @@ def least_sum(options, budget: float, at_least: float = 0.0) -> list[int] | None
     for cost, more in groups:
         least, most = least - cost.min(), most - cost.max()
         totals, damages = (total[:, None] + cost).ravel(), (damage[:, None] + more).ravel()
-        within = np.flatnonzero((totals + least <= budget * (1 + 1e-12)) & (totals + most >= at_least))
+        within = np.flatnonzero((totals + least <= budget) & (totals + most >= at_least))
         if not len(within):
             return None
         within = within[np.argsort(damages[within], kind="stable")[::-1]]  # the last of a slot stays: the least damage

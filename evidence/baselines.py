@@ -1,11 +1,10 @@
 """What the hierarchy is compared with: searches over the same configurations, the same estimates and the same budget.
 
-Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each block
-judged with the others at theta_0 as the low-level agents' candidates are, whose retained fraction is at most ``target``.
+Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each
+block judged with the others at theta_0 as the low-level agents' candidates are, that retains at most ``target``.
 To first order the drops of the blocks add up, and the sum costs one estimate per block, so that a method is charged
 alike whether it looks at blocks or at networks: one *evaluation* is one estimate of one block's candidate. A candidate
-that was seen before is remembered and costs nothing. HiReLC's own count is blocks x agents x lla.timesteps per cycle;
-no method here asks for more (:func:`budget`).
+that was seen before is remembered and costs nothing. No method asks for more than the hierarchy (:func:`budget`).
 
 Configurations are those that the agents' actions can say under uniform budgets: bits_min…bits_max, and the 15 values of
 keep, those that mean other channels. A *genome* is int [K, 4]: bits, step of keep (0 = all), type and granularity of
@@ -23,55 +22,52 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, channels_kept,
                       kernel_retained, kernel_shapes)
-from config import InputError
+from config import LEVELS, InputError
+from deploy.allocate import allocations
+from estimate import WORST
 from rl import LLA_PPO, PPO
-from search import LEVELS
-from deploy.target import allocations
+from search import Found, derive_seed
 
 PARENTS, CHILDREN, TOURNAMENT = 32, 16, 3
-PATIENCE = 20  # generations of known candidates alone after which evolution has nothing left to find
+PATIENCE = 20  # generations of remembered candidates alone after which evolution has nothing more to try
 EPISODES_TOGETHER = 4  # of the sequential controller
 SEQUENTIAL_PPO = {**LLA_PPO, "lr": 1e-3, "gamma": 1.0, "minibatch": 64}  # an episode's reward comes at its end
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method is told. blocks: with theta_0 in them; ``sensitivity``: s_i; ``limits``: config.Compress;
-    ``target``: retained fraction; ``drops(index, configs)``: estimated drops in points of candidates of a block;
-    ``budget``: how many of these may be asked for."""
-    blocks: list
-    sensitivity: list
-    limits: object
-    target: float
-    drops: object
-    budget: int
+    """What a method is told."""
+    blocks: list  # with theta_0 in them
+    sensitivity: list  # s_i
+    limits: object  # config.Compress
+    target: float  # retained fraction
+    drops: object  # drops(index, configs) → estimated drops of candidates of a block, points
+    budget: int  # evaluations, at most
 
 
 @dataclass(frozen=True)
-class Found:
-    """A method's choice, the sum of its blocks' estimated drops in points, the evaluations made, how many of these were
-    not finite and counted as 50 points, and what there is to say about the choice, in one line."""
+class Choice:
+    """What a method chose."""
     config: NetworkConfig
-    drop: float
+    drop: float  # sum of its blocks' estimated drops, points
     evaluations: int
-    bad: int
-    note: str = ""
+    bad: int  # evaluations that were not finite and counted as 50 points
+    note: str = ""  # about the choice, one line
 
 
 def budget(blocks: int, agents: int, lla) -> int:
-    """Evaluations of one cycle of the hierarchy: every agent of every block takes lla.timesteps steps, rounded up to
-    whole steps of its environments. ``lla``: config.LLA."""
+    """Return the evaluations of one cycle of the hierarchy: every agent of every block takes lla.timesteps steps,
+    rounded up to whole steps of its environments. ``lla``: config.LLA."""
     return blocks * agents * math.ceil(lla.timesteps / lla.envs) * lla.envs
 
 
-def find(method: str, problem: Problem, seed: int) -> Found:
-    """The configuration that ``method`` (a name in METHODS) chooses; its own random numbers come from ``seed`` alone.
+def find(method: str, problem: Problem, seed: int) -> Choice:
+    """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``.
 
     Raises InputError where no configuration meets the target, ValueError for a budget below one network's evaluations.
     """
@@ -82,7 +78,63 @@ def find(method: str, problem: Problem, seed: int) -> Found:
         raise InputError(f"search.target={problem.target:.4g} is below the smallest configuration: lower "
                          "compress.bits_min or raise compress.max_pruning")
     note = METHODS[method](space, np.random.default_rng(seed)) or ""
-    return Found(space.best, space.best_drop, space.evaluations, space.bad, note)
+    return Choice(space.best, space.best_drop, space.evaluations, space.bad, note)
+
+
+# --- In place of the low-level agents --------------------------------------------------------------------------
+
+
+def joint_blocks(blocks, sensitivity, estimator, config, note) -> list[JointBlock]:
+    """Make the searches of all blocks for the method config.search.method; the network holds theta_0 whenever one is
+    asked. ``note(text)`` is called with what there is to say about a choice."""
+    problem = Problem(blocks, sensitivity, config.compress, config.search.target, estimator.drops,
+                      budget(len(blocks), len(config.lla.algorithms), config.lla))
+    method, shared = config.search.method, {"cycle": 0, "asked": [], "config": None}
+
+    def find_in(cycle: int) -> Choice:
+        choice = find(method, problem, derive_seed(config.seed, "baseline", method, cycle))
+        for text in filter(None, (choice.note, choice.bad and f"{choice.bad} drops were not finite and became 50")):
+            note(text)
+        return choice
+
+    return [JointBlock(i, find_in, shared) for i in range(len(blocks))]
+
+
+class JointBlock:
+    """A block's part of a search of the whole network, with the interface of the low-level agents.
+
+    The network is searched once per cycle, when the first block is asked; a block that is asked again begins a cycle.
+    The search is a function of seed and cycle alone. ``shared``: cycle, blocks asked in it, and its configuration.
+    """
+
+    bad_rewards = 0
+
+    def __init__(self, index: int, find_in, shared: dict):
+        self.index, self.find_in, self.shared = index, find_in, shared
+
+    def search(self, budget) -> Found:
+        """Return the block's configuration; the evaluations are those of the first block that is asked in a cycle.
+
+        The method has one size for the network, so that the block's ``budget`` plays no part.
+        """
+        shared, evaluations = self.shared, 0
+        if shared["config"] is None or self.index in shared["asked"]:
+            choice = self.find_in(shared["cycle"] + 1)
+            shared.update(cycle=shared["cycle"] + 1, asked=[], config=choice.config)
+            evaluations = choice.evaluations
+        shared["asked"] = [*shared["asked"], self.index]
+        return Found(shared["config"].blocks[self.index], [], evaluations, None, {})
+
+    def state_dict(self) -> dict:
+        """Return the cycle, the blocks asked in it and the network's configuration."""
+        return dict(self.shared)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what :meth:`state_dict` returned, for all blocks."""
+        self.shared.update(state)
+
+
+# --- Configurations and the count of evaluations ---------------------------------------------------------------
 
 
 class Space:
@@ -94,17 +146,18 @@ class Space:
         self.shapes = [shape for block in self.block_shapes for shape in block]
         self.of_block = np.repeat(np.arange(len(problem.blocks)), [len(block) for block in self.block_shapes])
         self.bits = np.arange(limits.bits_min, limits.bits_max + 1)
+        self.qtypes = QTYPES if limits.qtype == "any" else (limits.qtype,)
+        self.granularities = GRANULARITIES if limits.granularity == "any" else (limits.granularity,)
         self.keeps = [self._keeps(shape) for shape in self.shapes]
         self.steps = np.array([len(keeps) for keeps in self.keeps])
-        self.options = np.array([len(QTYPES) if limits.qtype == "any" else 1,
-                                 len(GRANULARITIES) if limits.granularity == "any" else 1])
         self.weights = float(sum(shape.params for shape in self.shapes))
         self.allowed = problem.target * self.weights * (1 - 1e-12)  # room for a sum in another order
+        self.sizes = np.array([[[shape.params * kernel_retained(self.kernel(k, b, min(j, len(keeps) - 1), 0, 0),
+                                                                shape.n_out) for j in range(LEVELS)]
+                                for b in self.bits] for k, (shape, keeps) in enumerate(zip(self.shapes, self.keeps))])
         self.evaluations = self.bad = 0
         self.known: dict[tuple, float] = {}
         self.best, self.best_drop = None, math.inf
-
-    # -- genomes
 
     def _keeps(self, shape) -> list[float]:
         """The agents' keep grid, 1 - j/14 max_pruning, from the largest; of equal numbers of channels the first."""
@@ -113,49 +166,38 @@ class Space:
         grid = [1.0 - j / (LEVELS - 1) * self.problem.limits.max_pruning for j in range(LEVELS)]
         return list({channels_kept(keep, shape.n_out): keep for keep in reversed(grid)}.values())[::-1]
 
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """FP32-equivalent weights that stay, float [K, bits, steps of keep]."""
-        return np.array([[[shape.params * kernel_retained(self.kernel(k, b, min(j, self.steps[k] - 1), 0, 0),
-                                                          shape.n_out)
-                           for j in range(LEVELS)] for b in self.bits] for k, shape in enumerate(self.shapes)])
-
     def kernel(self, k, bits, step, qtype, granularity) -> KernelConfig:
-        """One kernel's configuration from its four numbers."""
-        limits = self.problem.limits
-        return KernelConfig(int(bits), self.keeps[k][step],
-                            QTYPES[qtype] if limits.qtype == "any" else limits.qtype,
-                            GRANULARITIES[granularity] if limits.granularity == "any" else limits.granularity)
+        """Return one kernel's configuration from its four numbers."""
+        return KernelConfig(int(bits), self.keeps[k][step], self.qtypes[qtype], self.granularities[granularity])
 
     def config(self, genome) -> NetworkConfig:
-        """The configuration that a genome stands for."""
-        kernels = [self.kernel(k, *row) for k, row in enumerate(genome.tolist())]
-        return self.grouped(kernels)
+        """Return the configuration that a genome stands for."""
+        return self.grouped([self.kernel(k, *row) for k, row in enumerate(genome.tolist())])
 
     def grouped(self, kernels) -> NetworkConfig:
-        """Kernel configurations in order as those of the blocks."""
-        left = iter(kernels)
-        return NetworkConfig(tuple(BlockConfig(tuple(next(left) for _ in block), block)
+        """Return kernel configurations in order as those of the blocks."""
+        following = iter(kernels)
+        return NetworkConfig(tuple(BlockConfig(tuple(next(following) for _ in block), block)
                                    for block in self.block_shapes))
 
     def size(self, genome) -> float:
-        """FP32-equivalent weights that stay."""
+        """Return the FP32-equivalent weights that stay."""
         return float(self.sizes[np.arange(len(genome)), genome[:, 0] - self.bits[0], genome[:, 1]].sum())
 
     def draw(self, rng) -> np.ndarray:
-        """A genome drawn uniformly."""
+        """Return a genome drawn uniformly."""
         count = len(self.shapes)
         return np.stack([rng.integers(self.bits[0], self.bits[-1] + 1, count), rng.integers(self.steps),
-                         rng.integers(self.options[0], size=count), rng.integers(self.options[1], size=count)], axis=1)
+                         rng.integers(len(self.qtypes), size=count),
+                         rng.integers(len(self.granularities), size=count)], axis=1)
 
     def fitted(self, genome, rng) -> np.ndarray:
-        """The genome after random single steps of bits and keep: down until it meets the target, then up until no step
-        fits. As small as it gets where nothing meets the target."""
+        """Return the genome after random single steps of bits and keep: down until it meets the target, then up until
+        no step fits. As small as it gets where nothing meets the target."""
         genome, size = genome.copy(), self.size(genome)
         for sign in (-1, 1):
             while sign > 0 or size > self.allowed:
-                moves = self._moves(genome, sign)
-                change = self._sizes_after(genome, moves, sign)
+                moves, change = self.moves(genome, sign)
                 fitting = np.flatnonzero((change < 0) if sign < 0 else (size + change <= self.allowed))
                 if not len(fitting):
                     break
@@ -165,29 +207,41 @@ class Space:
                 size += change[chosen]
         return genome
 
-    def _moves(self, genome, sign) -> np.ndarray:
-        """(kernel, 0 = bits, 1 = keep) of every step that stays in its range; ``sign`` 1 is towards more."""
+    def moves(self, genome, sign) -> tuple[np.ndarray, np.ndarray]:
+        """Return (kernel, 0 = bits, 1 = keep) of every step that stays in its range, ``sign`` 1 towards more, and by
+        how much each changes the size."""
         bits = genome[:, 0] < self.bits[-1] if sign > 0 else genome[:, 0] > self.bits[0]
         keep = genome[:, 1] > 0 if sign > 0 else genome[:, 1] < self.steps - 1
-        return np.argwhere(np.stack([bits, keep], axis=1))
-
-    def _sizes_after(self, genome, moves, sign) -> np.ndarray:
-        """By how much each of ``moves`` changes the size."""
+        moves = np.argwhere(np.stack([bits, keep], axis=1))
         k, head = moves[:, 0], moves[:, 1]
         b, j = genome[k, 0] - self.bits[0], genome[k, 1]
-        return self.sizes[k, b + sign * (head == 0), j - sign * (head == 1)] - self.sizes[k, b, j]
+        return moves, self.sizes[k, b + sign * (head == 0), j - sign * (head == 1)] - self.sizes[k, b, j]
 
-    # -- evaluations
+    def reduced(self, genome) -> np.ndarray:
+        """Return the genome made to meet the target as HAQ does: one bit less for each kernel in order until it fits,
+        round after round; where all are at their least, one step of keep less in the same way."""
+        genome = genome.copy()
+        for head, sign in ((0, -1), (1, 1)):
+            moved = True
+            while moved:
+                moved = False
+                for k in range(len(genome)):
+                    if self.size(genome) <= self.allowed:
+                        return genome
+                    if (genome[k, 0] > self.bits[0]) if head == 0 else (genome[k, 1] < self.steps[k] - 1):
+                        genome[k, head] += sign
+                        moved = True
+        return genome
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Evaluations that may still be made."""
         return self.problem.budget - self.evaluations
 
     def scores(self, configs) -> list[float]:
-        """Sum of the blocks' drops of each network; the best that meets the target is kept.
+        """Return the sum of the blocks' drops of each network; the best that meets the target is kept.
 
-        In order; a network whose unknown blocks are more than what is left costs nothing and scores infinity.
+        In order; a network whose unknown blocks are more than what remains costs nothing and scores infinity.
         """
         keys = [[(i, tuple((k.bits, channels_kept(k.keep, s.n_out), k.qtype, k.granularity)
                            for k, s in zip(block.kernels, block.shapes))) for i, block in enumerate(config.blocks)]
@@ -196,14 +250,14 @@ class Space:
         for config, own in zip(configs, keys):
             unknown = [(key, block) for key, block in zip(own, config.blocks)
                        if key not in self.known and key not in asked.get(key[0], {})]
-            if len(unknown) <= self.left:
+            if len(unknown) <= self.remaining:
                 for key, block in unknown:
                     asked.setdefault(key[0], {})[key] = block
                     self.evaluations += 1
         for index, candidates in sorted(asked.items()):
             for key, drop in zip(candidates, self.problem.drops(index, list(candidates.values())), strict=True):
                 self.bad += not math.isfinite(drop)
-                self.known[key] = drop if math.isfinite(drop) else 50.0
+                self.known[key] = drop if math.isfinite(drop) else WORST
         result = [math.fsum(self.known.get(key, math.inf) for key in own) for own in keys]
         for config, drop in zip(configs, result):
             if drop < self.best_drop and config.retained <= self.problem.target:
@@ -211,32 +265,28 @@ class Space:
         return result
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The methods
+# --- The methods -----------------------------------------------------------------------------------------------
 
 
 def uniform(space: Space, rng) -> None:
     """The same bits and keep everywhere; of every number of bits (type and granularity, where they are free) the
     largest keep that meets the target, and of these the least drop."""
-    limits, configs = space.problem.limits, []
-    qtypes = QTYPES if limits.qtype == "any" else (limits.qtype,)
-    granularities = GRANULARITIES if limits.granularity == "any" else (limits.granularity,)
+    target, configs = space.problem.target, []
 
-    def network(bits, keep, qtype, granularity):
+    def network(bits, keep, qtype=space.qtypes[0], granularity=space.granularities[0]):
         return space.grouped([KernelConfig(int(bits), keep if shape.prunable else 1.0, qtype, granularity)
                               for shape in space.shapes])
 
     for bits in space.bits:
-        low, high = 1.0 - limits.max_pruning, 1.0
-        if network(bits, low, qtypes[0], granularities[0]).retained > space.problem.target:
+        low, high = 1.0 - space.problem.limits.max_pruning, 1.0
+        if network(bits, low).retained > target:
             continue
-        if network(bits, high, qtypes[0], granularities[0]).retained <= space.problem.target:
+        if network(bits, high).retained <= target:
             low = high
         for _ in range(30):
             middle = (low + high) / 2
-            fits = network(bits, middle, qtypes[0], granularities[0]).retained <= space.problem.target
-            low, high = (middle, high) if fits else (low, middle)
-        configs += [network(bits, low, qtype, granularity) for qtype in qtypes for granularity in granularities]
+            low, high = (middle, high) if network(bits, middle).retained <= target else (low, middle)
+        configs += [network(bits, low, *kind) for kind in ((t, g) for t in space.qtypes for g in space.granularities)]
     space.scores(configs)
 
 
@@ -244,17 +294,17 @@ def random_search(space: Space, rng) -> None:
     """The best of as many random configurations on the target as the budget allows."""
     for _ in range(space.problem.budget):  # more draws than evaluations only where candidates repeat
         space.scores([space.config(space.fitted(space.draw(rng), rng))])
-        if space.left < 1:
+        if space.remaining < 1:
             return
 
 
 def greedy(space: Space, rng) -> str:
-    """The least damage per weight saved, once with bits alone and once with bits and keep (``target.allocations``). The
-    two choices' drops are all evaluations."""
+    """The least damage per weight saved, once with bits alone and once with bits and keep (``allocations``). The two
+    choices' drops are all evaluations."""
     p = space.problem
-    found = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.target)
-    space.scores([enforced.config for enforced in found])
-    return next(enforced.note for enforced in found if enforced.config == space.best)
+    enforced = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.target)
+    space.scores([one.config for one in enforced])
+    return next(one.note for one in enforced if one.config == space.best)
 
 
 def evolution(space: Space, rng) -> None:
@@ -262,11 +312,9 @@ def evolution(space: Space, rng) -> None:
     bring it back onto the target."""
     people: list[tuple[float, int, np.ndarray]] = []
     born = idle = 0
-    while space.left and idle < PATIENCE:
-        if born < PARENTS:
-            children = [space.fitted(space.draw(rng), rng) for _ in range(CHILDREN)]
-        else:
-            children = [space.fitted(_child(space, people, rng), rng) for _ in range(CHILDREN)]
+    while space.remaining and idle < PATIENCE:
+        children = [space.fitted(space.draw(rng) if born < PARENTS else _child(space, people, rng), rng)
+                    for _ in range(CHILDREN)]
         before = space.evaluations
         drops = space.scores([space.config(child) for child in children])
         people += [(drop, born + n, child) for n, (drop, child) in enumerate(zip(drops, children)) if drop < math.inf]
@@ -298,57 +346,51 @@ def _child(space: Space, people, rng) -> np.ndarray:
 def sequential(space: Space, rng) -> None:
     """PPO over episodes that decide one kernel after the other; the best network visited."""
     env, kernels, blocks = SequentialEnv(space), len(space.shapes), len(space.problem.blocks)
-    agent = PPO(env, [len(space.bits), LEVELS, *space.options.tolist()], seed=int(rng.integers(2**31)),
-                name="PPO (sequential controller)", **{**SEQUENTIAL_PPO, "n_steps": 4 * kernels})
-    while space.left >= blocks and agent.timesteps < space.problem.budget * kernels:  # more where candidates repeat
-        agent.learn(kernels * max(space.left // blocks, EPISODES_TOGETHER))
+    agent = PPO(env, [len(space.bits), LEVELS, len(space.qtypes), len(space.granularities)],
+                seed=int(rng.integers(2**31)), name="PPO (sequential controller)",
+                **{**SEQUENTIAL_PPO, "n_steps": 4 * kernels})
+    while space.remaining >= blocks and agent.timesteps < space.problem.budget * kernels:  # more: candidates repeat
+        agent.learn(kernels * max(space.remaining // blocks, EPISODES_TOGETHER))
 
 
 class SequentialEnv:
     """N episodes side by side: at step t the action [bits, step of keep, type, granularity] of kernel t.
 
     Observation [N, 10]: t / K; block / B; log10 of the parameters / 8; log2 of the channels / 12; whether channels may
-    go; s_i; least size of the kernels to come / allowed size; size so far / allowed; last kernel's bits / 8 and fraction
-    of kept channels.
-    At the end a network above the target loses, as in HAQ, one bit of each kernel in order, round after round, and once
-    all are at their least, a step of keep in the same way. The reward comes at the end: the drop's distance below the
-    mean of the drops so far, in their standard deviations, within ±5; 0 at every other step.
+    go; s_i; least size of the kernels to come / allowed size; size so far / allowed; last kernel's bits / 8 and
+    fraction of kept channels. A network above the target is reduced as HAQ does (:meth:`Space.reduced`). The reward
+    comes at the end: the drop's distance below the mean of the drops so far, in their standard deviations, within ±5.
     """
 
     obs_dim = 10
 
     def __init__(self, space: Space):
-        self.space, self.num_envs = space, EPISODES_TOGETHER
-        self.seen: list[float] = []
-        s = space.shapes
+        self.space, self.num_envs, self.seen = space, EPISODES_TOGETHER, []
+        s, count = space.shapes, len(space.shapes)
         least = space.sizes.min(axis=(1, 2))
         after = np.append(np.cumsum(least[::-1])[::-1][1:], 0.0)  # what kernels behind t take at least
-        sensitivity = np.asarray(space.problem.sensitivity, dtype=np.float64)[space.of_block]
-        count = len(s)
         self.fixed = np.stack([np.arange(count) / count, space.of_block / len(space.problem.blocks),
                                np.log10([shape.params for shape in s]) / 8, np.log2([shape.n_out for shape in s]) / 12,
-                               np.array([float(shape.prunable) for shape in s]), sensitivity,
+                               np.array([float(shape.prunable) for shape in s]),
+                               np.array(space.problem.sensitivity, dtype=np.float64)[space.of_block],
                                after / space.allowed], axis=1)
         self.reset()
 
     def reset(self) -> np.ndarray:
-        self.t = 0
-        self.genomes = np.zeros((self.num_envs, len(self.space.shapes), 4), dtype=np.int64)
+        """Start a new episode everywhere."""
+        self.t, self.genomes = 0, np.zeros((self.num_envs, len(self.space.shapes), 4), dtype=np.int64)
         return self._observation()
 
     def _observation(self) -> np.ndarray:
         obs = np.zeros((self.num_envs, self.obs_dim), dtype=np.float32)
         obs[:, :7] = self.fixed[self.t]
         if self.t:
+            n_out, keeps = self.space.shapes[self.t - 1].n_out, self.space.keeps[self.t - 1]
             for n, genome in enumerate(self.genomes[:, :self.t]):
                 used = self.space.sizes[np.arange(self.t), genome[:, 0] - self.space.bits[0], genome[:, 1]].sum()
-                obs[n, 7:] = used / self.space.allowed, genome[-1, 0] / 8, self._kept(genome[-1, 1])
+                kept = channels_kept(keeps[genome[-1, 1]], n_out) / n_out
+                obs[n, 7:] = used / self.space.allowed, genome[-1, 0] / 8, kept
         return obs
-
-    def _kept(self, step) -> float:
-        """Fraction of the last kernel's channels that stay."""
-        n_out = self.space.shapes[self.t - 1].n_out
-        return channels_kept(self.space.keeps[self.t - 1][step], n_out) / n_out
 
     def step(self, actions):
         """Decide kernel t in every episode."""
@@ -359,34 +401,13 @@ class SequentialEnv:
         self.t += 1
         done, rewards = self.t == len(self.space.shapes), np.zeros(self.num_envs)
         if done:
-            drops = self.space.scores([self.space.config(reduced(self.space, genome)) for genome in self.genomes])
-            known = [drop for drop in drops if drop < math.inf]
-            self.seen += known
+            drops = self.space.scores([self.space.config(self.space.reduced(genome)) for genome in self.genomes])
+            self.seen += [drop for drop in drops if drop < math.inf]
             spread = float(np.std(self.seen)) if self.seen else 0.0
             if spread > 0:
-                mean = float(np.mean(self.seen))
-                rewards = np.array([np.clip((mean - drop) / spread, -5, 5) if drop < math.inf else 0.0
-                                    for drop in drops])
-        dones = np.full(self.num_envs, done)
-        return self.reset() if done else self._observation(), rewards, dones, {}
-
-
-def reduced(space: Space, genome) -> np.ndarray:
-    """The genome made to meet the target as HAQ does: one bit less for each kernel in order until it fits, round after
-    round; where all are at their least, one step of keep less in the same way."""
-    genome, size = genome.copy(), space.size(genome)
-    for head, sign in ((0, -1), (1, 1)):
-        moved = True
-        while size > space.allowed and moved:
-            moved = False
-            for k in range(len(genome)):
-                if (genome[k, 0] > space.bits[0]) if head == 0 else (genome[k, 1] < space.steps[k] - 1):
-                    genome[k, head] += sign
-                    moved = True
-                    size = space.size(genome)
-                    if size <= space.allowed:
-                        break
-    return genome
+                below = (float(np.mean(self.seen)) - np.array(drops)) / spread
+                rewards = np.where(np.isfinite(drops), below.clip(-5, 5), 0.0)
+        return self.reset() if done else self._observation(), rewards, np.full(self.num_envs, done), {}
 
 
 METHODS = {"uniform": uniform, "random": random_search, "greedy": greedy, "evolution": evolution,
