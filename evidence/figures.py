@@ -21,61 +21,58 @@ LETTER = 6.1  # width of a letter of 11 units, on average
 
 
 def clean(text) -> str:
-    """Text from a file as XML can hold and a page should show it: no control, no direction mark, no lone surrogate."""
+    """Replace what XML cannot hold or a page should not show: controls, direction marks, lone surrogates."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
 
 
 def escape(text) -> str:
-    """Any text, safe between tags and in quoted attributes."""
+    """Return any text, safe between tags and in quoted attributes."""
     return _escape(clean(text), {'"': "&quot;", "'": "&#39;"})
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], at most ``most``."""
+    """Return round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], at most ``most``."""
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(k for k in (1, 2, 5, 10, 20) if (high - low) / (step * k) <= most - 1)
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def bounds(values, share: float = 0.06) -> tuple[float, float]:
-    """The range of the values with a margin; one around the value where there is only one."""
+    """Return the range of the values with a margin; a range around the value where there is only one."""
     low, high = min(values), max(values)
     room = (high - low) * share or max(abs(high), 1.0) * 0.1
     return low - room, high + room
 
 
 def number(value: float) -> str:
-    """A number as an axis shows it."""
+    """Format a number for an axis."""
     if value and not 1e-3 <= abs(value) < 1e6:
         mantissa, _, exponent = f"{value:.4g}".partition("e")
         return f"{mantissa}e{int(exponent)}" if exponent else mantissa
     return f"{value:.10g}"
 
 
-def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, log=False, whole=False, height=180) -> str:
-    """A plot of rows with the keys series, x, y and, for a whisker, low and high.
+def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, whole=False, height=180) -> str:
+    """Draw a plot of rows with the keys series, x, y and, for a whisker, low and high.
 
-    ``figure``: (id, title, description). ``line``: join a series' points, in their order. ``diagonal``: draw y = x, on
-    equal ranges. ``log``: y on a logarithmic axis. ``whole``: ticks at whole x only.
+    ``figure``: (id, title, description). ``line``: join the points of a series, in their order. ``diagonal``: draw
+    y = x, on equal ranges. ``whole``: ticks at whole x only.
     """
     names = list(dict.fromkeys(row["series"] for row in rows))
-    place = math.log10 if log else float
     xs = [row["x"] for row in rows]
-    ys = [place(row[key]) for row in rows for key in ("y", "low", "high") if row.get(key) is not None]
+    ys = [row[key] for row in rows for key in ("y", "low", "high") if row.get(key) is not None]
     (x0, x1), (y0, y1) = bounds(xs), bounds(ys)
     if diagonal:
         x0, x1 = y0, y1 = min(x0, y0), max(x1, y1)
-    marks = [(tick, number(10.0 ** round(tick)) if log else number(tick)) for tick in ticks(y0, y1)
-             if not log or tick == round(tick)]
-    left = max(36.0, 24 + LETTER * max((len(text) for _, text in marks), default=0))
+    marks = [(tick, number(tick)) for tick in ticks(y0, y1)]
+    left = max(36.0, 24 + LETTER * max(len(text) for _, text in marks))
     right, top, bottom = WIDTH - 10, 10, 10 + height
     px = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
-    py = lambda y: bottom - (place(y) - y0) / (y1 - y0) * (bottom - top)  # noqa: E731
+    py = lambda y: bottom - (y - y0) / (y1 - y0) * (bottom - top)  # noqa: E731
     parts = []
     for tick, text in marks:
-        y = bottom - (tick - y0) / (y1 - y0) * (bottom - top)
-        parts += [f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.2f}" y2="{y:.2f}"/>',
-                  f'<text class="y tick" x="{left - 5}" y="{y + 4:.2f}" text-anchor="end">{text}</text>']
+        parts += [f'<line class="grid" x1="{left}" x2="{right}" y1="{py(tick):.2f}" y2="{py(tick):.2f}"/>',
+                  f'<text class="y tick" x="{left - 5}" y="{py(tick) + 4:.2f}" text-anchor="end">{text}</text>']
     for tick in ticks(x0, x1):
         if not whole or tick == round(tick):
             parts += [f'<line class="grid" x1="{px(tick):.2f}" x2="{px(tick):.2f}" y1="{top}" y2="{bottom}"/>',
@@ -104,7 +101,7 @@ def xy(figure, rows, x_label, y_label, *, line=True, diagonal=False, log=False, 
 
 
 def _mark(k, x, y, size, row=None) -> str:
-    """Marker number ``k`` with its values."""
+    """Draw marker number ``k``; with a row, also its values."""
     turn = k // len(COLOURS)  # after a round of the colours, each has the next one's marker
     shape, colour = MARKERS[(k + turn) % len(MARKERS)], COLOURS[k % len(COLOURS)]
     s = round(size, 2)
@@ -121,22 +118,20 @@ def _mark(k, x, y, size, row=None) -> str:
         "down": f'<path d="M{x:.2f} {y + s:.2f}l{s:.2f} -{2 * s:.2f}h-{2 * s:.2f}z" fill="{colour}"'}[shape]
     if row is None:
         return drawn + "/>"
-    return drawn + _data(row) + f' data-at="{x:.2f} {y:.2f}">' + _tell(row) + f"</{drawn[1:drawn.index(' ')]}>"
+    return drawn + _data(row) + f' data-at="{x:.2f} {y:.2f}">' + _tooltip(row) + f"</{drawn[1:drawn.index(' ')]}>"
 
 
 def _data(row) -> str:
     return "".join(f' data-{key}="{escape(row[key])}"' for key in ("series", "x", "y"))
 
 
-def _tell(row) -> str:
-    if "say" in row:
-        return f"<title>{escape(row['say'])}</title>"
+def _tooltip(row) -> str:
     interval = f" [{row['low']:.5g}, {row['high']:.5g}]" if row.get("low") is not None else ""
     return f"<title>{escape(row['series'])}: {row['x']:.6g}, {row['y']:.6g}{interval}</title>"
 
 
 def _legend(names, y, line) -> tuple[list[str], float]:
-    """Entries from left to right, on as many rows as they need, and where the next thing may begin."""
+    """Draw entries from left to right, in as many lines as needed; returns them and the y below."""
     parts, x, sample = [], 6.0, 26 if line else 12
     for k, name in enumerate(names):
         text = _short(name, 48)
@@ -165,7 +160,7 @@ def _svg(figure, height, parts) -> str:
 
 
 def _kernel_label(kernel: str) -> str:
-    """The last parts of a kernel's name that fit its cell: blocks.0.attn.qkv → attn.qkv."""
+    """Shorten a kernel's name to its last parts, which fit a cell: blocks.0.attn.qkv → attn.qkv."""
     parts = kernel.split(".")
     if parts[-1] in ("weight", "0") and len(parts) > 1:
         parts = parts[:-1]
@@ -174,7 +169,7 @@ def _kernel_label(kernel: str) -> str:
 
 
 def allocation(figure, rows) -> str:
-    """Fig. 4: a cell per kernel, one line per block, or more where a block has more than four kernels.
+    """Draw Fig. 4: a cell per kernel, one line per block, or more where a block has more than four kernels.
 
     ``rows``: block, kernel, bits, keep, keep_actual, qtype, granularity, retained. The deeper the colour, the more
     bits; the bar below is the kept share of the channels.
@@ -209,14 +204,15 @@ def allocation(figure, rows) -> str:
 
 
 def strategies(figure, rows) -> str:
-    """Fig. 5: the strategy (letter and shade) and the budget of every block, one column per cycle.
+    """Draw Fig. 5: strategy (letter and shade), budget and, for the best cycle, realised retained fraction of every
+    block, one column per cycle.
 
-    ``rows``: cycle, block, strategy, target.
+    ``rows``: cycle, block, strategy, target, realised (or None).
     """
     cycles = sorted({row["cycle"] for row in rows})
     blocks = list(dict.fromkeys(row["block"] for row in rows))
     left, high = 62, 20
-    wide = min(70.0, (WIDTH - left - 2) / len(cycles))
+    wide = min(95.0, (WIDTH - left - 2) / len(cycles))
     parts = [f'<text x="{left + wide * (k + 0.5):.1f}" y="12" text-anchor="middle">'
              f'{"cycle " if wide > 50 else ""}{cycle}</text>' for k, cycle in enumerate(cycles)]
     for i, block in enumerate(blocks):
@@ -226,41 +222,16 @@ def strategies(figure, rows) -> str:
         letter, colour, opacity = STRATEGIES.get(row["strategy"], ("?", "currentColor", 0.3))
         x, y = left + wide * cycles.index(row["cycle"]), 18 + high * blocks.index(row["block"])
         text = f"{letter} {row['target']:.2f}" if wide > 40 else letter
+        realised = "" if row["realised"] is None else f"→{row['realised']:.2f}"
+        text += realised * (wide > 70)
         data = "".join(f' data-{key}="{escape(row[key])}"' for key in ("cycle", "block", "strategy", "target"))
         parts.append(
             f'<g class="strategy"{data}><title>cycle {row["cycle"]}, {escape(row["block"])}: {escape(row["strategy"])}'
-            f', budget {row["target"]:.4f}</title>'
+            f', budget {row["target"]:.4f} {realised}</title>'
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide - 2:.1f}" height="{high - 2}" fill="{colour}" '
             f'fill-opacity="{opacity}"/>'
             f'<text x="{x + wide / 2 - 1:.1f}" y="{y + 13:.1f}" '
             f'text-anchor="middle">{text}</text></g>')
     y = 18 + high * len(blocks) + 14
-    parts.append(f'<text x="4" y="{y}">P pruning, Q quantization, A auto; the number is ρ*</text>')
+    parts.append(f'<text x="4" y="{y}">P pruning, Q quantization, A auto; ρ*→realised ρ</text>')
     return _svg(figure, y + 6, parts)
-
-
-def dumbbells(figure, rows, x_label) -> str:
-    """Two values per block on one line: ``rows`` with series, x (the value) and y (the block)."""
-    names = list(dict.fromkeys(row["series"] for row in rows))
-    blocks = list(dict.fromkeys(row["y"] for row in rows))
-    x0, x1 = 0.0, max(max(row["x"] for row in rows), 1e-9) * 1.08
-    left, right, high = 62, WIDTH - 10, 18
-    bottom = 6 + high * len(blocks)
-    px = lambda x: left + (x - x0) / (x1 - x0) * (right - left)  # noqa: E731
-    parts = []
-    for tick in ticks(x0, x1):
-        parts += [f'<line class="grid" x1="{px(tick):.2f}" x2="{px(tick):.2f}" y1="6" y2="{bottom}"/>',
-                  f'<text class="x tick" x="{px(tick):.2f}" y="{bottom + 14}" text-anchor="middle">{number(tick)}'
-                      '</text>']
-    for i, block in enumerate(blocks):
-        y, mine = 6 + high * (i + 0.5), [row for row in rows if row["y"] == block]
-        parts.append(f'<text x="{left - 5}" y="{y + 4:.1f}" text-anchor="end">{escape(_short(block, 9))}</text>')
-        ends = [px(row["x"]) for row in mine]
-        parts.append(f'<line class="axis" x1="{min(ends):.2f}" x2="{max(ends):.2f}" y1="{y:.2f}" y2="{y:.2f}"/>')
-        for row in mine:
-            said = {**row, "say": f"{row['series']}, {row['y']}: {row['x']:.5g}"}
-            parts.append(_mark(names.index(row["series"]), px(row["x"]), y, 4, said))
-    parts += [f'<path class="axis" fill="none" d="M{left} 6V{bottom}H{right}"/>',
-              f'<text x="{(left + right) / 2}" y="{bottom + 30}" text-anchor="middle">{escape(x_label)}</text>']
-    legend, below = _legend(names, bottom + 46, False)
-    return _svg(figure, below, parts + legend)

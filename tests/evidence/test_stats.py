@@ -4,7 +4,27 @@ import math
 
 import pytest
 
-from evidence.stats import crossed_interval, mcnemar, paired_interval
+from evidence.stats import crossed_interval, difference_interval, mcnemar, paired_interval, wilson
+
+
+@pytest.mark.parametrize("hits, n, low, high", [
+    # Roots of (hits/n - p)^2 = z^2 p (1 - p)/n in 40 decimal digits, z = 1.95996398454.
+    (0, 10, 0.0, 27.753280), (5, 10, 23.659309, 76.340691), (10, 10, 72.246720, 100.0), (1, 3, 6.149194, 79.234040),
+    (1112, 1280, 84.914276, 88.615053)])
+def test_wilson_by_hand(hits, n, low, high):
+    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-6)
+    assert wilson(hits, n)[0] >= 0 and wilson(hits, n)[1] <= 100
+
+
+@pytest.mark.parametrize("hits, n", [(-1, 10), (11, 10), (0, 0), (0, -1), (-2, -1)])
+def test_wilson_refuses_what_is_no_proportion(hits, n):
+    with pytest.raises(ValueError, match=f"{hits}.*{n}"):
+        wilson(hits, n)
+
+
+def test_difference_interval_by_hand():
+    # 3 and 4, 12 and 5 points from the accuracies to the ends that count: sides of 5 and 13
+    assert difference_interval((60.0, (57.0, 72.0)), (50.0, (45.0, 54.0))) == pytest.approx((10 - 5, 10 + 13))
 
 
 def test_paired_interval_by_hand():
