@@ -130,6 +130,14 @@ def replace_file(path, fill) -> None:
         os.close(folder)
 
 
+def check_writable(path) -> None:
+    """Raise InputError where a file cannot be written at ``path``; nothing is left there."""
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK) or (
+            path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"{path}: cannot be written there; give the path of a file in a folder that can be written to")
+
+
 def write_text(path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     replace_file(path, lambda file: file.write(text.encode()))

@@ -103,14 +103,9 @@ class Ranks:
         """This rank's rows of a batch [n, …]: every ``size``-th from its number on."""
         return x[self.rank::self.size] if self.size > 1 else x
 
-    def owners(self, costs) -> list[int]:
-        """Which rank takes each item, so that the ranks' sums of ``costs`` are about equal: the dearest first, each to
-        the rank that has least so far."""
-        loads, owners = [0.0] * self.size, [0] * len(costs)
-        for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-            owners[item] = loads.index(min(loads))
-            loads[owners[item]] += costs[item]
-        return owners
+    def waves(self, count: int) -> list[list[int]]:
+        """Items 0…count - 1 in waves of one per process; neighbours, whose costs are about equal, share a wave."""
+        return [list(range(count))[first:first + self.size] for first in range(0, count, self.size)]
 
     def wrap(self, module: nn.Module, unused: bool = False) -> nn.Module:
         """``module`` with gradients that are means over the ranks. ``unused``: some parameters may take no part."""

@@ -1,4 +1,10 @@
-"""Run directories: where a run's files lie, whose settings they belong to, and what is written when (SPEC 12)."""
+"""Run directories: where the files of a run lie, who may write to them, and how a run goes on where it was stopped.
+
+A run is a row of phases. :meth:`Phases.once` stores what a phase returned and the state of every object that it changed;
+a resumed run passes over the phases that are stored and repeats the one that was broken off. A training within a phase
+stores its state after every epoch. Every file appears by renaming a complete temporary file, so that the state on the
+disk is whole at any moment, however the process ends.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +13,417 @@ import csv
 import ctypes
 import dataclasses
 import io
+import json
 import os
+import pickle
 import platform
+import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
 
-from config import Config, InputError, flatten, from_flat
-from support.files import read_json, replace_file, shown
-from evidence.report import write_text
-from support.state import SaveError, Stopped
-
+from config import Config, InputError, flatten, read_settings
+from support.files import read_json, replace_file, shown, write_json
+from support.log import Log, duration
+from support.ranks import Ranks
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where nothing then keeps two processes off one run
+except ImportError:  # not on Windows, where nothing then keeps a second process off a run
     fcntl = None
-
-CPU_INFO = Path("/proc/cpuinfo")
 
 # where things lie, and how they are read, does not change the result
 PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
+OUTPUTS = ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv")
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
+              pickle.UnpicklingError, zipfile.BadZipFile)
+
+
+class Stopped(Exception):
+    """The run was asked to stop by a signal. ``code``: exit code, 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+class SaveError(Exception):
+    """A file of the run could not be written; the state before it is intact."""
+
+
+@contextlib.contextmanager
+def stop_at_once():
+    """Raise Stopped inside on SIGINT and SIGTERM, once the operation at hand has ended."""
+    def stop(number, frame):
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Phases
+
+
+class Phases:
+    """The phases of a run that have ended, kept in ``folder``; without a folder nothing is kept.
+
+    ``classes``: the dataclasses that values and states may consist of besides tensors, numbers, text, lists, tuples and
+    dictionaries; reading a state creates nothing else. ``identity``: flat dictionary of what has to be the same for a
+    run to go on. Of several processes the first one reads for all and writes. ``seconds``: time spent, by the word
+    before the colon in the phase's name.
+    """
+
+    def __init__(self, folder: Path | None = None, identity: dict | None = None, classes=(), ranks: Ranks = Ranks(),
+                 log: Log | None = None):
+        self.folder, self.classes, self.ranks, self.log = folder, list(classes), ranks, log or Log()
+        self.identity = json.loads(json.dumps(identity or {}))
+        self.seconds: dict[str, float] = {}
+        self.saving = 0.0  # seconds spent on writing
+        self.resumes, self.started, self.elapsed = False, time.monotonic(), 0.0  # seconds of the processes before
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a state to go on from."""
+        return self.folder is not None and (self.folder / "identity.json").exists()
+
+    def begin(self, resume: bool) -> None:
+        """Go on from the state on the disk, or start a new one. Raises InputError where it is of another run."""
+        self.resumes = resume
+        if self.folder is None or not self.ranks.first:
+            return
+        path = self.folder / "identity.json"
+        if not resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_json(path, self.identity)
+            return
+        try:
+            before = dict(read_json(path)[0])
+        except UNREADABLE as error:
+            raise self._damaged(path, error) from None
+        differing = [f"{key} (there {shown(before.get(key))}, now {shown(self.identity.get(key))})"
+                     for key in sorted({*before, *self.identity}) if before.get(key) != self.identity.get(key)]
+        if differing:
+            raise InputError(f"{self.folder}: a state with other settings or versions: {'; '.join(differing)}; give "
+                             "those, or start anew with --restart")
+        for temporary in self.folder.glob(".*.tmp"):
+            temporary.unlink(missing_ok=True)
+
+    def once(self, name: str, compute, **parts):
+        """Return compute(), or what it returned to an earlier process of this run.
+
+        ``name``: "kind: details", unique in the run. ``parts``: the objects that ``compute`` changes, each with
+        ``state_dict`` and ``load_state_dict``; the state of each is kept until a later phase stores a newer one under
+        the same key. Notes, random states and seconds of the phase are kept with the value.
+        """
+        entry = self._read(self._file(name))
+        if entry is None:
+            notes, start = len(self.log.notes), time.monotonic()
+            self.training = Checkpoint(self, name)
+            value = compute()
+            seconds = time.monotonic() - start
+            entry = {"value": value, "notes": self.log.notes[notes:], "random": random_states(), "seconds": seconds,
+                     "elapsed": self.elapsed + time.monotonic() - self.started}
+            self._write(name, entry, parts)
+        else:
+            self._restore(name, entry, parts)
+        kind = name.partition(":")[0]
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + entry["seconds"]
+        return entry["value"]
+
+    def _restore(self, name, entry, parts) -> None:
+        for key, part in parts.items():
+            state = self._read(self._file(name, key))
+            if state is not None:  # else a later phase has stored a newer one
+                try:
+                    part.load_state_dict(state)
+                except UNREADABLE as error:
+                    raise self._damaged(self._file(name, key), error) from None
+        self.log.notes += entry["notes"]
+        self.elapsed = entry["elapsed"]
+        set_random_states(entry["random"])
+
+    def _write(self, name, entry, parts) -> None:
+        """Store the parts, then the entry, which makes the phase one that has ended; then drop what is superseded."""
+        if self.folder is None or not self.ranks.first:
+            return
+        for key, part in parts.items():
+            self.save(self._file(name, key), part.state_dict())
+        self.save(self._file(name), entry)
+        for key in parts:
+            for path in self.folder.glob(f"*@{key}.pt"):
+                if path != self._file(name, key):
+                    path.unlink()
+        (self.folder / "training.pt").unlink(missing_ok=True)
+
+    def _file(self, name: str, part: str = "") -> Path:
+        stem = re.sub(r"[^a-z0-9.]+", "-", name.lower())
+        return (self.folder or Path()) / f"{stem}{part and '@'}{part}.pt"
+
+    def save(self, path: Path, value) -> None:
+        """Write a value by torch.save to a temporary name, flush it to the disk and rename it. Raises SaveError."""
+        start = time.monotonic()
+        try:
+            replace_file(path, lambda file: torch.save(value, file))
+        except OSError as error:
+            raise SaveError(f"cannot save the state in {self.folder}: {error.strerror or error}; the one before it is "
+                            "intact: make room there, or give the folder back, and go on with --resume") from None
+        self.saving += time.monotonic() - start
+
+    def _read(self, path: Path):
+        """What a file of the state holds, the same for all processes; None where there is none."""
+        if not self.resumes:
+            return None
+        value, error = None, None
+        if self.ranks.first and path.exists():
+            try:
+                with torch.serialization.safe_globals(self.classes):
+                    value = torch.load(path, map_location="cpu", weights_only=True)
+            except UNREADABLE as caught:
+                error = self._damaged(path, caught)
+        self.ranks.agree(error)
+        return self.ranks.same(value)
+
+    def _damaged(self, path, error) -> InputError:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        return InputError(f"{path}: damaged, or not a state of this program ({reason}); start anew with --restart")
+
+    def remove(self) -> None:
+        """Delete the state of a run that has ended."""
+        if self.folder is not None and self.ranks.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Checkpoint:
+    """The state of the training in a phase, which the training saves after every epoch and loads when it begins."""
+
+    def __init__(self, phases: Phases, name: str):
+        self.phases, self.name, self.path = phases, name, (phases.folder or Path()) / "training.pt"
+
+    def load(self) -> dict | None:
+        """Return the state that a training of this phase saved last, or None."""
+        saved = self.phases._read(self.path)
+        if saved is None or saved["phase"] != self.name:
+            return None
+        set_random_states(saved["random"])
+        return saved["training"]
+
+    def save(self, training: dict) -> None:
+        """Store the state of the training."""
+        if self.phases.folder is not None and self.phases.ranks.first:
+            self.phases.save(self.path, {"phase": self.name, "training": training, "random": random_states()})
+
+
+def random_states() -> dict:
+    """Return the global random states of torch, CUDA, numpy and Python, which a user's network or images may use."""
+    kind, keys, *rest = np.random.get_state()
+    return {"torch": torch.get_rng_state(), "numpy": [kind, keys.tolist(), *rest], "python": random.getstate(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []}
+
+
+def set_random_states(states: dict) -> None:
+    """Put back what :func:`random_states` returned."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"][:torch.cuda.device_count()])
+    np.random.set_state(tuple(states["numpy"]))
+    random.setstate(states["python"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The directory
+
+
+def run_directory(config: Config) -> Path:
+    """Return OUT/expN[-NAME]-seedS, or OUT/NAME-seedS for a network of the user's."""
+    name = "-".join(filter(None, (f"exp{config.exp}" if config.exp else "", config.name)))
+    return Path(config.out) / f"{name}-seed{config.seed}"
+
+
+def check_directory(path: Path, config: Config) -> None:
+    """Raise InputError for a folder that cannot be written, or that holds a run with other settings."""
+    old = path / "config.json"
+    if old.exists():
+        try:
+            before = flatten(read_settings(read_json(old)[0]["settings"])[0])
+        except UNREADABLE as error:
+            raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away "
+                             "or choose another --out or --name") from None
+        now = flatten(config)
+        differing = [f"{key} (there {shown(before[key])}, now {shown(now[key])})" for key in now
+                     if key not in PLACES and before[key] != now[key]]
+        if differing:
+            raise InputError(f"{path} holds a run with other settings: {'; '.join(differing)}; give the variant a "
+                             "--name or choose another --out")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise InputError(f"--out {config.out}: {there} is not a folder that can be written to; choose another folder")
+
+
+@contextlib.contextmanager
+def locked(path: Path):
+    """Make the run directory and keep every other process out of it inside. Raises InputError where one is in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be used as a run directory ({error.strerror}); choose another --out") from None
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"{path}: another process works on this run; wait for it, or give this one another --name or "
+                         "--out") from None
+    finally:
+        os.close(descriptor)  # releases the lock
+        with contextlib.suppress(OSError):
+            path.rmdir()  # where nothing was written
+
+
+def clear(path: Path) -> None:
+    """Remove what an earlier run left, and temporary files of one that was killed."""
+    shutil.rmtree(path / "state", ignore_errors=True)
+    for file in (*(path / name for name in OUTPUTS), *path.glob(".*.tmp")):
+        file.unlink(missing_ok=True)
+
+
+def write(path: Path, fill) -> None:
+    """Write an output file of the run; ``fill``: text, bytes, or a function that writes to a file. Raises SaveError."""
+    if not callable(fill):
+        data = fill.encode() if isinstance(fill, str) else fill
+        fill = lambda file: file.write(data)  # noqa: E731
+    try:
+        replace_file(path, fill)
+    except OSError as error:
+        raise SaveError(f"cannot write to {path.parent}: {error.strerror or error}; the state there is intact: make "
+                        "room, or give the folder back, and go on with --resume") from None
+
+
+def finished(path: Path) -> dict | None:
+    """Return the result of a run that has ended, as far as the results table needs it; None where there is none."""
+    file = path / "result.json"
+    if not file.exists():
+        return None
+    try:
+        result = dict(read_json(file)[0])
+    except UNREADABLE as error:
+        raise InputError(f"{file}: not a result of this program ({type(error).__name__}); begin anew with --restart"
+                         ) from None
+    shutil.rmtree(path / "state", ignore_errors=True)  # the process before may have ended between the two
+    return result
+
+
+def open_directory(path: Path, config: Config, run, resume: bool) -> None:
+    """Write config.json and begin the log; on resuming, note what is different about this machine.
+
+    ``run``: hirelc.Run, whose config holds what a goal has been resolved to.
+    """
+    run.log.open(path / "run.log", resume)
+    if resume:
+        for note in moved(path, run.device, run.ranks.size):
+            run.log.note(note)
+        return
+    asked, now = flatten(config), flatten(run.config)
+    write_json(path / "config.json", {"settings": asked, "resolved": {k: v for k, v in now.items() if v != asked[k]},
+                                      **provenance(run.device, run.ranks.size)})
+
+
+def save(path: Path, out) -> None:
+    """Write what is known after a cycle: cycles.csv, updates.csv and the best cycle's packed file."""
+    write(path / "cycles.csv", csv_text([dataclasses.asdict(row) for row in out.rows]))
+    if out.updates:
+        write(path / "updates.csv", csv_text(out.updates))
+    write(path / "packed.pt", out.best.packed)
+
+
+def finish(path: Path, run, out, result: dict, policy: dict) -> None:
+    """Write the networks, the policy and at last the result, which makes the run one that has ended."""
+    save(path, out)
+    write(path / "baseline.pt", lambda file: torch.save(out.theta0, file))
+    best = {"format": 1, "settings": flatten(run.config), "cycle": out.best.row.cycle, "network": run.network,
+            "model": out.best.network, "masks": out.best.masks, "policy": policy}
+    write(path / "best.pt", lambda file: torch.save(best, file))
+    result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
+    phases, log = run.phases, run.log
+    total = phases.elapsed + time.monotonic() - phases.started
+    seconds = {**phases.seconds, "other": max(total - sum(phases.seconds.values()), 0.0)}
+    result["timings"] = {k: round(v, 2) for k, v in {**seconds, "total": total, "saving": phases.saving}.items()}
+    result["time_shares"] = {phase: round(value / total, 4) for phase, value in seconds.items()}
+    write(path / "policy.json", json.dumps(policy, indent=1))
+    write(path / "result.json", json.dumps(result, indent=1))
+    phases.remove()
+    for phase, share in sorted(result["time_shares"].items(), key=lambda item: -item[1]):
+        log.info(f"  {phase:12} {result['timings'][phase]:10.1f} s  {100 * share:5.1f} %")
+    log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
+             f"packed file {result['deployed_acc']:.2f}, CR {result['cr']:.2f}, {result['packed_bytes']:,} bytes for "
+             f"{result['fp32_bytes']:,}, whole model {result['whole_model_ratio']:.2f}, best cycle "
+             f"{result['best_cycle']}, {duration(total)} → {path}")
+
+
+def csv_text(rows: list[dict]) -> str:
+    """Return rows of the same keys as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def identity(config: Config) -> dict:
+    """Return what has to be the same for a run to go on: every setting that its result depends on, and the versions."""
+    settings = {key: value for key, value in flatten(config).items() if key not in PLACES}
+    return {**settings, "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
+
+
+def provenance(device, processes: int) -> dict:
+    """Return what config.json holds beside the settings: command, time, git commit, versions, hardware."""
+    here = Path(__file__).resolve().parents[1]
+    git = None
+    if (here / ".git").exists() and shutil.which("git"):
+        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+                             capture_output=True, text=True)
+    return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": processes,
+            "git": git.stdout.strip() if git and git.returncode == 0 else None,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__},
+            "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+                         "threads": torch.get_num_threads()}}
+
+
+def moved(path: Path, device, processes: int) -> list[str]:
+    """Return a line for each thing in which this machine differs from the one that the run began on."""
+    now = provenance(device, processes)
+    try:
+        before = read_json(path / "config.json")[0]
+        pairs = [(key, before["hardware"][key], value) for key, value in now["hardware"].items()]
+        pairs.append(("number of processes", before["processes"], processes))
+    except UNREADABLE:
+        return ["config.json of the run cannot be read: whether it began on this machine is not known"]
+    return [f"goes on with another {key} than it began with ({old}, now {new}): the last bits may differ from those of "
+            "a run in one go" for key, old, new in pairs if old != new]
 
 
 def keep_freed_memory() -> None:
@@ -52,209 +438,3 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, 2**31 - 1)
         if not mallopt(mmap_threshold, 2**30):
             mallopt(mmap_threshold, 2**25)  # the most that some versions take
-
-
-def run_directory(config: Config) -> Path:
-    """OUT/expN[-NAME]-seedS, and OUT/NAME-seedS for a network of one's own."""
-    if not config.exp:
-        return Path(config.out) / f"{config.name}-seed{config.seed}"
-    name = f"-{config.name}" if config.name else ""
-    return Path(config.out) / f"exp{config.exp}{name}-seed{config.seed}"
-
-
-def check_settings(path: Path, config: Config) -> None:
-    """Refuse a folder that holds a run of other settings."""
-    old = path / "config.json"
-    if old.exists():
-        try:
-            before = flatten(from_flat(read_json(old)[0]["settings"]))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away "
-                             "or choose another --out or --name") from None
-        now = flatten(config)
-        differing = [f"{key} (there {shown(before[key])}, now {shown(now[key])})" for key in now
-                     if key not in PLACES and before[key] != now[key]]
-        if differing:
-            raise InputError(f"{path} holds a run with other settings: {'; '.join(differing)}; give the variant a "
-                             "--name or choose another --out")
-
-
-def check_directory(path: Path, config: Config) -> None:
-    """Refuse a folder that cannot be written or that holds a run of other settings; leaves no trace."""
-    check_settings(path, config)
-    made = []
-    try:
-        for folder in (*reversed(path.parents), path):
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-        probe = path / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--out {config.out}: cannot write there ({error.strerror}: {error.filename}); choose "
-                         "another folder") from None
-    finally:
-        for folder in reversed(made):
-            folder.rmdir()
-
-
-def provenance(device) -> dict:
-    """What config.json holds beside the settings: command, time, git commit, versions, hardware."""
-    here = Path(__file__).resolve().parents[1]
-    git = None
-    if (here / ".git").exists() and shutil.which("git"):
-        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-                             capture_output=True, text=True)
-    return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "git": git.stdout.strip() if git and git.returncode == 0 else None,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "numpy": np.__version__},
-            "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-                         "threads": torch.get_num_threads()}}
-
-
-def lacks_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware is known to have no instructions for bfloat16, which is then slower than float32."""
-    if device.type == "cuda":
-        return not torch.cuda.is_bf16_supported(including_emulation=False)
-    try:
-        told = CPU_INFO.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = re.findall(r"^(?:flags|Features)\s*:(.*)$", told, re.MULTILINE)
-    return bool(flags) and "bf16" not in flags[0]
-
-
-def save(run, path: Path, finished: bool = False) -> None:
-    """After every phase: cycles.csv, updates.csv and the best cycle's packed file; theta_0 and best.pt when the run is
-    ``finished``. Raises state.SaveError."""
-    packed = path / "packed.pt"
-    try:
-        if run.cycles:
-            write_text(path / "cycles.csv", _csv([dataclasses.asdict(row) for row in run.cycles]))
-        if run.updates:
-            write_text(path / "updates.csv", _csv(run.updates))
-        if run.best is not None and not (packed.exists() and packed.read_bytes() == run.best_packed):
-            replace_file(packed, lambda file: file.write(run.best_packed))
-        if finished:
-            replace_file(path / "baseline.pt", lambda file: torch.save(run.theta0, file))
-            replace_file(path / "best.pt", lambda file: torch.save(run.best_network(), file))
-    except OSError as error:
-        raise SaveError(f"cannot write to {path}: {error.strerror or error}; the state there is intact: make room, or "
-                        "give the folder back, and go on with --resume") from None
-
-
-def clear(path: Path) -> None:
-    """Remove what an earlier run with the same settings left, and temporary files of one that was killed."""
-    shutil.rmtree(path / "state", ignore_errors=True)
-    for name in ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv"):
-        (path / name).unlink(missing_ok=True)
-    _remove_temporary(path)
-
-
-def _remove_temporary(path: Path) -> None:
-    for pattern in (".*.tmp", ".probe-*"):
-        for left in path.glob(pattern):
-            left.unlink(missing_ok=True)
-
-
-def identity(config: Config) -> dict:
-    """What has to be the same for a run to go on: every setting that its result depends on, and the versions."""
-    settings = {key: value for key, value in flatten(config).items() if key not in PLACES}
-    return {**settings, "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
-
-
-def moved(path: Path, device, processes: int) -> list[str]:
-    """What is different about the machine that a run goes on at, one line each: results may then differ in the last
-    bits, and from there on."""
-    try:
-        before, _ = read_json(path / "config.json")
-        before = {**before["hardware"], "processes": before["processes"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        before = {}
-    now = {**provenance(device)["hardware"], "processes": processes}
-    return [f"goes on with another {key} than it began with ({before.get(key)}, now {value}): the last bits may differ "
-            "from those of a run in one go" for key, value in now.items() if before.get(key) != value]
-
-
-class Owner:
-    """The one process that may write to a run directory: it holds a lock on the file ``lock`` there, which says who it is
-    and which the system releases when it ends, however it ends."""
-
-    def __init__(self):
-        self.path, self.file = None, None
-
-    def take(self, folder: Path) -> None:
-        """Become the owner of a folder, if it exists already. Raises InputError with the owner's host and process."""
-        self.path = folder / "lock"
-        while fcntl and self.file is None and self.path.parent.is_dir():
-            file = open(self.path, "a+", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = " ".join(file.read(200).split()) or "another process"
-                file.close()
-                raise InputError(f"{self.path.parent}: {owner} works on this run; wait for it, or give this one "
-                                 "another --name or --out") from None
-            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                self.file = file
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                _remove_temporary(self.path.parent)
-            else:
-                file.close()  # its owner left between our two steps and took the file along
-
-    def leave(self) -> None:
-        """Give the run directory back."""
-        if self.file is not None:
-            self.path.unlink(missing_ok=True)
-            self.file.close()
-            self.file = None
-
-
-@contextlib.contextmanager
-def stoppable(progress):
-    """SIGINT and SIGTERM inside: the run saves its state at the next step and raises state.Stopped; at once on the second
-    signal, or where it is one of several processes."""
-    def ask(number, frame):
-        if progress.asked is not None or not progress.alone:
-            raise Stopped(number)
-        progress.asked = number
-
-    with _handling(ask):
-        try:
-            yield
-        finally:
-            progress.wait()  # nobody else may have the run before
-
-
-@contextlib.contextmanager
-def _handling(handler):
-    if threading.current_thread() is not threading.main_thread():  # others cannot be told
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def stop_at_once():
-    """SIGINT and SIGTERM inside raise state.Stopped."""
-    def stop(number, frame):
-        raise Stopped(number)
-
-    return _handling(stop)
-
-
-def _csv(rows: list[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

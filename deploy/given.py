@@ -1,0 +1,37 @@
+"""A policy from a file in the place of the search, with the interface of the agents (``search.py``)."""
+
+from __future__ import annotations
+
+from compress import BlockConfig, LayerBudget
+from search import Found, UniformBudgets
+
+
+class GivenBudgets(UniformBudgets):
+    """In place of the high-level agents: the budgets of a policy."""
+
+    def __init__(self, budgets: tuple[LayerBudget, ...]):
+        self.given = budgets
+
+    def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
+        """Return the policy's budgets."""
+        return self.given
+
+
+class GivenBlock:
+    """In place of a block's low-level agents: its configuration in a policy."""
+
+    bad_rewards = 0
+
+    def __init__(self, config: BlockConfig):
+        self.config = config
+
+    def search(self, budget: LayerBudget) -> Found:
+        """Return the configuration; nothing is evaluated."""
+        return Found(self.config, [], 0, None, {})
+
+    def state_dict(self) -> dict:
+        """Return nothing, as nothing changes."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Do nothing."""

@@ -1,0 +1,206 @@
+"""What result.json says of a run, and the accuracy of a packed file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import data
+import models
+from compress import kernel_bytes, model_bytes, snap_to_grid
+from config import Config, InputError, override
+from deploy import pack
+from evidence.stats import mcnemar, paired_interval, wilson
+from search import null_controller
+from support.files import shown
+from support.own import own_network
+from train import accuracy, correct
+
+NETWORKS = ("baseline", "baseline_bn", "final", "grid", "deployed")  # those whose accuracy is reported
+# drop → (before, after): each compares two networks whose BatchNorm statistics have one origin, but for "deployed",
+# whose statistics were estimated again while the baseline's are those of training
+DROPS = {"": ("baseline", "final"), "grid_": ("baseline", "grid"), "deployed_": ("baseline", "deployed"),
+         "deployed_bn_": ("baseline_bn", "deployed")}
+
+
+def summarise(run, outcome, hits: dict) -> dict:
+    """Return the content of result.json but for the times.
+
+    ``run``: hirelc.Run; ``outcome``: hirelc.Outcome; ``hits``: network of NETWORKS → bool [test images], without those
+    that were not scored.
+    """
+    c, best = run.config, outcome.best.row
+    strategies = [budget.strategy for budget in outcome.best.budgets]
+    errors = [abs(row.surrogate_prediction - row.acc) for row in outcome.rows if row.surrogate_prediction is not None]
+    moved: dict[str, list[float]] = {}
+    for update in outcome.updates:
+        moved.setdefault(f"{update['level']} {update['algorithm']}", []).append(update["approx_kl"])
+    goal = outcome.demands.result(best)
+    if goal and not goal["met"]:
+        run.log.note(missed(goal, best.cr))
+    if outcome.bad_rewards:
+        run.log.note(f"{outcome.bad_rewards} rewards were not finite and became -10")
+    return {
+        "exp": c.exp, "name": c.name, "smoke": c.smoke, "seed": c.seed,
+        "model": c.model.source.rpartition(":")[2] or c.model.name, "data": c.data.name, "device": str(run.device),
+        "protocol": c.eval.protocol, "eval_images": run.eval_images, "test_images": len(run.test_set),
+        "given_acc": outcome.baseline["given_acc"], "baseline_acc": outcome.baseline["acc"], "final_acc": best.acc,
+        "drop": best.drop, "grid_acc": best.grid_acc, "deployed_acc": best.deployed_acc, **whole_split(hits),
+        "mode": c.finetune.mode, "scope": c.compress.scope, "cr": best.cr, "msr": best.msr,
+        "cr_unweighted": best.cr_unweighted, "whole_model_ratio": best.whole_model_ratio,
+        "fp32_bytes": model_bytes(run.model), "packed_bytes": best.packed_bytes, "sparsity": best.sparsity,
+        "compliance": best.compliance, "cr_met": best.cr >= 1 / c.search.target,
+        "drop_met": best.drop <= c.search.max_drop, "goal": goal, "target": c.search.target, "retained": best.retained,
+        "voted_retained": best.voted_retained, "voted_compliance": best.voted_compliance, "best_cycle": best.cycle,
+        "cycles": [dataclasses.asdict(row) for row in outcome.rows],
+        "strategies": {s: strategies.count(s) / len(strategies) for s in sorted(set(strategies))},
+        "sensitivity": outcome.sensitivity, "surrogate_mae": sum(errors) / len(errors) if errors else None,
+        "mean_kl": {who: sum(values) / len(values) for who, values in moved.items()},
+        "search": c.search.method, "searches": outcome.searches, "cycle_budgets": outcome.budgets,
+        "evaluations": sum(search.get("evaluations", 0) for search in outcome.searches),
+        "surrogate_samples": len(outcome.surrogate.buffer), "failed_samples": outcome.failed_samples,
+        "bad_rewards": outcome.bad_rewards, "null_controller": null_controller(run.shapes, outcome.sensitivity, c),
+        **account(run, outcome.best), "notes": run.log.notes}
+
+
+def missed(goal: dict, cr: float) -> str:
+    """Return what a missed goal asked for and what the packed file has; ``goal``: of Demands.result."""
+    return (f"goal missed ({', '.join(goal['missed'])}): asked for {goal['asked']}, the packed file has "
+            f"{goal['packed_bytes']:,} bytes, CR {cr:.2f}, a drop of {goal['deployed_drop']:.2f}")
+
+
+def search_row(cycle: int, found) -> dict:
+    """Return how far the low-level policies moved in a cycle, and what their votes are worth: means over the blocks.
+
+    ``found``: search.Found of every block.
+    """
+    row = {"level": "LLA", "cycle": cycle, "evaluations": sum(block.evaluations for block in found)}
+    entropy = [block.entropy for block in found if block.entropy is not None]
+    if entropy:
+        row["entropy"] = [math.fsum(column) / len(column) for column in zip(*entropy)]
+    for key in found[0].compared:
+        values = [block.compared[key] for block in found]
+        row[key] = None if None in values else math.fsum(values) / len(values)
+    return row
+
+
+def score_networks(run, outcome) -> dict:
+    """Return which test images each of NETWORKS classifies correctly: name → bool [n]; empty without ``eval.full``.
+
+    A network whose BatchNorm cannot be estimated again is not scored twice.
+    """
+    c, best, hits = run.config, outcome.best, {}
+
+    def scored(name, state, same_as="", batchnorm=False, on_grid=False, packed=b""):
+        def score():
+            run.model.load_state_dict(state)
+            if on_grid and not best.grids:
+                snap_to_grid(run.blocks, best.config, best.masks)
+            if packed:
+                pack.load(packed, run.model)
+            if batchnorm and not run.estimate_batchnorm():
+                return hits[same_as]
+            return correct(run.model, run.test_set, c.eval.batch_size, 0, run.log.progress, run.ranks)
+
+        hits[name] = run.phases.once(f"report: {name}", score)
+
+    if c.eval.full:
+        scored("baseline", outcome.theta0)
+        scored("baseline_bn", outcome.theta0, "baseline", batchnorm=True)
+        scored("final", best.network)
+        scored("grid", best.network, on_grid=True)
+        scored("deployed", best.network, packed=best.packed)
+    return hits
+
+
+def whole_split(hits: dict) -> dict:
+    """Return accuracies on the whole test split with 95 % Wilson intervals, and paired drops with intervals, in points.
+
+    With McNemar's p; None where a network was not scored.
+    """
+    result = {}
+    for name in NETWORKS:
+        found = hits.get(name)
+        result[f"{name}_acc_full"] = None if found is None else accuracy(found)
+        result[f"{name}_interval_full"] = None if found is None else list(wilson(int(found.sum()), len(found)))
+    for key, (before, after) in DROPS.items():
+        known = hits.get(before) is not None and hits.get(after) is not None
+        drop = paired(hits[before], hits[after]) if known else dict.fromkeys(("drop", "interval", "p"))
+        result |= {f"{key}drop_full": drop["drop"], f"{key}drop_interval_full": drop["interval"],
+                   f"{key}mcnemar_p_full": drop["p"]}
+    return result
+
+
+def paired(before, after) -> dict:
+    """Return the drop between two networks on the same images (bool [n] each): points, 95 % interval, McNemar's p."""
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    return {"drop": 100 * (lost - won) / len(before), "interval": list(paired_interval(lost, won, len(before))),
+            "p": mcnemar(lost, won)}
+
+
+def account(run, best) -> dict:
+    """Return what result.json says of the kernels one by one, and where the network's parameters and bytes are."""
+    kernels, known = {}, {kernel.name: kernel for kernel in run.survey.compressed}
+    for block, config in zip(run.blocks, best.config.blocks):
+        for name, kernel, shape in zip(block.kernels, config.kernels, config.shapes):
+            kernels[name] = {"block": block.name, "tensors": list(known[name].tensors),
+                             "shape": list(known[name].shape), "params": shape.params,
+                             "bytes": kernel_bytes(kernel, shape)}
+    excluded, total = run.survey.excluded, sum(p.numel() for p in run.model.parameters())
+    compressed = sum(kernel["params"] for kernel in kernels.values())
+    classifier = sum(kernel.params for kernel in excluded if kernel.classifier)
+    left_out = sum(kernel.params for kernel in excluded if not kernel.classifier)
+    return {
+        "kernels": kernels, "coverage": run.survey.coverage,
+        "excluded": {kernel.name: {"params": kernel.params, "reason": kernel.reason} for kernel in excluded},
+        "accounting": {
+            "parameters": total, "compressed": compressed, "classifier": classifier, "kernels_left_out": left_out,
+            "not_kernels": total - compressed - classifier - left_out, "bytes": model_bytes(run.model),
+            "bytes_packed": best.row.packed_bytes}}
+
+
+def evaluate_packed(config: Config, path: str, log, device) -> dict:
+    """Return the accuracy of a packed file on the test images of an experiment, or with ``model.source`` of a user's.
+
+    Image size, mean and std are those that the file was made with. Writes nothing. Accuracies in percentage points on
+    the first ``eval.images`` images and on the whole split, its Wilson interval, and sizes in bytes. Raises InputError
+    where file, network and data do not fit.
+    """
+    packed = pack.read(path)
+    network = {"name": "", "num_classes": None, "mean": [], "std": [], **packed.network}
+    if network["name"] and not config.model.source:
+        config = override(config, {"data.image_size": network["image_size"]})
+    splits = data.load(config.data, log.progress, models.PRETRAINED_STATS[config.model.name])
+    own = own_network(config.model.source, splits.num_classes) if config.model.source else None
+    model = pack.load(path, own)
+    if own is None and network["name"] != config.model.name:
+        log.note(f"the file holds {network['name']}, the experiment is about {config.model.name}")
+    if network["num_classes"] != splits.num_classes:
+        raise InputError(f"{path}: made for {network['num_classes']} classes, {config.data.name} has "
+                         f"{splits.num_classes}; choose the experiment or --set data.name=… that it was made with")
+    test = _normalised(splits.test, network, path, log)
+    hits = correct(model.to(device), test, config.eval.batch_size, 0, log.progress)
+    count, (low, high) = min(config.eval.images, len(test)), wilson(int(hits.sum()), len(hits))
+    result = {"deployed_acc": accuracy(hits[:count]), "eval_images": count, "deployed_acc_full": accuracy(hits),
+              "test_images": len(hits), "deployed_interval_full": [low, high], "packed_bytes": packed.file_bytes,
+              "fp32_bytes": model_bytes(model)}
+    log.info(f"{path}: {network['name'] or config.model.source}, {packed.file_bytes:,} bytes for "
+             f"{result['fp32_bytes']:,} ({result['fp32_bytes'] / packed.file_bytes:.2f} times smaller); accuracy "
+             f"{result['deployed_acc']:.2f} on the first {count} test images, {result['deployed_acc_full']:.2f} "
+             f"[{low:.2f}, {high:.2f}] on all {len(hits)}")
+    return result
+
+
+def _normalised(test, network: dict, path: str, log):
+    """The test images with the mean and std that a packed file names."""
+    for key in ("mean", "std"):
+        values = network[key]
+        if not (isinstance(values, list) and len(values) in (0, len(test.mean)) and all(
+                isinstance(v, (int, float)) and math.isfinite(v) and (key == "mean" or v > 0) for v in values)):
+            raise InputError(f"{path}: its {key} is {shown(values)}, expected a number per channel; pack the network "
+                             "again")
+    if not (network["mean"] and network["std"]) or (network["mean"], network["std"]) == (
+            list(test.mean), list(test.std)):
+        return test
+    log.note(f"images are normalised as the file says: mean {network['mean']}, std {network['std']}")
+    return dataclasses.replace(test, mean=tuple(network["mean"]), std=tuple(network["std"]))

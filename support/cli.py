@@ -1,0 +1,172 @@
+"""The command line: its flags, the settings that they make, and the list of the experiments. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+for _path in ROOT.glob("*.py"):  # before one of them is imported: a folder of the user's may have a file of that name
+    _spec = importlib.util.find_spec(_path.stem) if _path.stem != "hirelc" else None
+    if _spec and _spec.origin and Path(_spec.origin).resolve() != _path:
+        raise ImportError(f"'import {_path.stem}' finds {_spec.origin}, not {_path}: rename that file, or put {ROOT} "
+                          "before its folder on sys.path")
+
+from config import EXPERIMENTS, Config, InputError, override
+from support.published import PRETRAINED
+
+SMOKE = {  # small enough for two CPU cores; blocks, kernels and the code path stay
+    "smoke": True, "out": "runs-smoke", "model.weights": "none",
+    "threads": 1,  # tensors this small gain nothing from a second one, and waiting for it costs on a busy machine
+    "data.name": "synthetic", "data.classes": 10, "data.image_size": 32, "data.train_images": 1024,
+    "data.test_images": 256, "data.batch_size": 32,
+    "scratch.epochs": 8, "scratch.lr": 2e-3, "scratch.warmup_epochs": 0.5, "baseline.epochs": 1,
+    "finetune.epochs": 2, "finetune.lr": 5e-4,
+    "search.cycles": 2, "search.proxy_batches": 1, "sensitivity.images": 16,
+    "lla.timesteps": 32, "hla.timesteps": 64, "hla.burst": 64,
+    "surrogate.min_samples": 1, "surrogate.epochs": 20, "surrogate.epochs_after_warmup": 40}
+SMOKE_MODEL = {  # model.width and model.patch_size per network
+    "deit_tiny_patch16_224": (0.25, 16), "deit_small_patch16_224": (0.125, 16), "deit_base_patch16_224": (0.0834, 16),
+    "vit_base_patch32_clip_224": (0.0834, 16),
+    "resnet18": (0.125, 0), "resnet50": (0.125, 0), "mobilenetv2_100": (0.25, 0)}
+SMOKE_WARMUP = 4  # random configurations where the experiment has a warm-up
+FLAGS = {"smoke": "smoke", "seed": "seed", "device": "device", "data_dir": "data.dir", "weights": "model.weights",
+         "weights_dir": "model.weights_dir", "out": "out", "name": "name", "policy": "policy", "preset": "preset"}
+
+
+def resolve(exp: int, flags: dict, assignments=()) -> Config:
+    """Return the settings of an experiment: the paper's, then --smoke's, then the flags', then --set's."""
+    if exp not in EXPERIMENTS:
+        raise InputError(f"unknown experiment {exp}; there are {', '.join(map(str, EXPERIMENTS))} (see --list)")
+    config = override(Config(), EXPERIMENTS[exp].settings)
+    if flags.get("smoke"):
+        width, patch = SMOKE_MODEL[config.model.name]
+        config = override(config, {**SMOKE, "model.width": width, "model.patch_size": patch,
+                                   "surrogate.warmup": min(config.surrogate.warmup, SMOKE_WARMUP)})
+    return override(override(config, flags), assignments)
+
+
+def resolve_own(source: str, flags: dict, assignments=()) -> Config:
+    """Return the settings for a network of the user's: the defaults, then --smoke's, the flags', then --set's.
+
+    Its weights are those that its function gives it, it is trained already (no baseline epochs), and its name is the
+    function's, unless a flag or setting says otherwise.
+    """
+    if not all(source.rpartition(":")):
+        raise InputError(f"--model {source}: expected module:function or path/to/file.py:function")
+    config = override(override(Config(), SMOKE if flags.get("smoke") else {}), {
+        "model.source": source, "model.weights": "given", "name": source.rpartition(":")[2], "baseline.epochs": 0})
+    config = override(override(config, flags), assignments)
+    if config.model.weights == "auto":
+        raise InputError("--weights auto: there are no published weights for a network of your own; give a file, none "
+                         "to train from scratch, or leave the flag out for the weights that the function gives it")
+    return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of hirelc.py's arguments."""
+    p = _Parser(prog="hirelc.py", description="Compress a vision network with hierarchical reinforcement learning, as "
+                "in arXiv 2606.26002. Without data or a GPU: --exp 3 --smoke.")
+    p.add_argument("--exp", type=int, nargs="+", metavar="N", help="experiments of the paper, one after the other")
+    p.add_argument("--model", metavar="SOURCE", help="a network of your own: module:function or file.py:function")
+    p.add_argument("--load", metavar="FILE", help="only evaluate a packed file on the test images")
+    p.add_argument("--list", action="store_true", help="the experiments with the paper's numbers")
+    p.add_argument("--smoke", action="store_true", help="seconds, not hours: narrow network, synthetic images")
+    p.add_argument("--seed", type=int, help="seed of the run (42)")
+    p.add_argument("--device", help="auto, cpu or cuda")
+    p.add_argument("--data-dir", help="folder of the data sets")
+    p.add_argument("--weights", help="auto, none (train from scratch), or a file or URL; with --model the weights that "
+                   "the function gives it unless this says otherwise")
+    p.add_argument("--weights-dir", help="folder for downloaded weights")
+    p.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
+    p.add_argument("--preset", help="plus: the search and training that go past the paper")
+    p.add_argument("--name", help="name of a variant, part of the run directory")
+    p.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: one cycle of "
+                   "compression and fine-tuning")
+    p.add_argument("--dry-run", action="store_true", help="only check data, weights, disk and device, and print what "
+                   "would run with an estimated time")
+    p.add_argument("--resume", action="store_true", help="go on with a run that was broken off")
+    p.add_argument("--restart", action="store_true", help="begin anew where a run was broken off or is finished")
+    p.add_argument("--no-table", action="store_true", help="leave out the results table at the end")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                   help="any setting of config.py, for example --set data.image_size=64 lla.timesteps=64")
+    return p
+
+
+def arguments(argv=None):
+    """Return (arguments, a Config per run). Raises InputError for arguments that cannot be used."""
+    args = parser().parse_args(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and (args.dry_run or args.load or args.list):
+        raise InputError("--dry-run, --load and --list are for one process; leave out torchrun")
+    if args.resume and args.restart:
+        raise InputError("--resume goes on with a run, --restart begins it anew; give one of them")
+    if args.list:
+        return args, []
+    if bool(args.exp) == bool(args.model):
+        raise InputError("give either --exp N, for example --exp 3 --smoke, or --model FILE.py:FUNCTION, or --list")
+    flags = {key: getattr(args, name) for name, key in FLAGS.items() if getattr(args, name) not in (None, False)}
+    if args.load and len(args.exp or [0]) > 1:
+        raise InputError("--load evaluates one file on one experiment's images; give one --exp")
+    if args.policy is not None and (args.load or len(args.exp or [0]) > 1 or not args.policy):
+        raise InputError("--policy applies one policy.json to one network; give one --exp, or --model, a file, and no "
+                         "--load")
+    configs = [resolve(exp, flags, args.set) for exp in args.exp or ()]
+    return args, configs or [resolve_own(args.model, flags, args.set)]
+
+
+def answer(argv=None) -> None:
+    """End the process where the arguments ask for text alone or cannot be used, before torch is imported."""
+    try:
+        args, _ = arguments(argv)
+    except InputError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            return  # one of several processes: they settle who says it
+        sys.exit(fail(error, 2))
+    if args.list:
+        print(list_experiments())
+        sys.exit(0)
+
+
+def fail(error, code: int) -> int:
+    """Say on stderr, in one line, why the program ends; return its exit code."""
+    sys.stdout.flush()
+    print(f"hirelc: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def stopped(error, args, argv) -> str:
+    """Return what is said of a run that a signal stopped, with the command that goes on."""
+    if args.load or args.dry_run:
+        return str(error)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return f"{error}; go on with the same command and --resume"
+    words = [word for word in argv or sys.argv[1:] if word not in ("--restart", "--resume")]
+    return f"{error}; go on with: {shlex.join(['python', 'hirelc.py', *words, '--resume'])}"
+
+
+def list_experiments() -> str:
+    """Return the experiments with the paper's numbers, and where their weights come from, as text."""
+    lines = ["exp  network, data                             cycles  epochs  paper: baseline   final    drop    CR"]
+    for e in EXPERIMENTS.values():
+        lines.append(f"{e.number:3}  {e.title:40}  {e.settings['search.cycles']:6}  {e.settings['finetune.epochs']:6}  "
+                     f"{e.paper.baseline:15.2f}  {e.paper.final:6.2f}  {e.paper.drop:6.2f}  {e.paper.cr:4.2f}")
+    lines += ["1 to 7 are the paper's seven experiments (run_all.sh); 8 and 9 its ImageNet-1K context.", "",
+              "published weights (--weights auto)"]
+    for name, source in PRETRAINED.items():
+        check = f", SHA-256 {source.sha256}…" if source.sha256 else ""
+        lines.append(f"  {name}: {source.url} (about {source.megabytes} MB{check})")
+    return "\n".join(lines)
+
+
+if getattr(sys.modules["__main__"], "__file__", None) and Path(sys.modules["__main__"].__file__).resolve() == (
+        ROOT / "hirelc.py"):
+    answer()

@@ -1,0 +1,117 @@
+"""The network of a run: built or made by the user's function, with its weights, on its device, and its kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+from torch import nn
+
+import models
+from config import Config, InputError
+from support.kernels import Survey
+from support.log import Log
+from support.own import forward, own_network, try_network, untouched
+from support.published import PRETRAINED
+from support.ranks import Ranks
+
+
+def device_of(config: Config, ranks: Ranks = Ranks()) -> torch.device:
+    """Return the device of a run. Raises InputError for a GPU that is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no usable GPU; use --device cpu or auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # cuBLAS keeps its results the same from run to run with this workspace alone; it reads it at its first use.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device("cuda", ranks.local) if ranks.size > 1 else torch.device("cuda")
+
+
+def make(config: Config, splits, device, ranks: Ranks, log: Log) -> tuple[nn.Module, Survey]:
+    """Return the network of a run with its weights on the device, and its kernels and blocks."""
+    c = config.model
+    with ranks.in_turn():  # the first process downloads
+        model = own_network(c.source, splits.num_classes) if c.source else models.build(
+            c.name, splits.num_classes, config.data.image_size, c.width, c.patch_size)
+        load_weights(model, config, log)
+    if c.source:
+        with ranks.alike():
+            return prepare(model.to(device), splits.train, splits.test, log, config)
+    # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
+    model = model.to(device, memory_format=torch.channels_last)
+    survey = models.survey(model, scope=config.compress.scope)
+    log.info(f"{c.name}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
+             f"{sum(kernel.params for kernel in survey.compressed):,} kernel parameters")
+    return model, survey
+
+
+def load_weights(model: nn.Module, config: Config, log: Log) -> None:
+    """Fill the network as ``model.weights`` says: published weights, a file, a URL, or as it is."""
+    source = config.model.weights
+    if source in ("none", "given"):
+        return
+    if source == "auto":
+        source = PRETRAINED[config.model.name]
+    quick_gelu = {"auto": None, "on": True, "off": False}[config.model.quick_gelu]
+    report = models.load_pretrained(model, source, config.model.weights_dir, log.progress, quick_gelu)
+    log.info(f"weights: {report.loaded} tensors from {report.source}")
+    if report.replaced and config.model.source:
+        raise InputError(f"{source} does not fit the network: {', '.join(report.replaced)} of another class count")
+    if report.replaced:
+        log.info(f"  the classifier starts anew: {', '.join(report.replaced)}")
+    for note in report.notes:
+        log.note(note)
+
+
+def prepare(network: nn.Module, train, test, log: Log, config: Config, exclude=(), groups=None):
+    """Return (network in the memory format that suits it, survey) of a user's network, tried on eight training images.
+
+    What is left out is said in the log, and kept in the notes unless it is the classifier. Raises InputError for a
+    network, images, labels or names that cannot be used.
+    """
+    if not len(train) or not len(test):
+        raise InputError(f"{len(train)} training and {len(test)} test images: there must be some of both")
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    images, labels = train.batch(torch.arange(min(8, len(train))), device)
+    classes, channels_last = try_network(network, images)
+    for name, labels in (("training", getattr(train, "labels", labels)), ("test", getattr(test, "labels", None))):
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise InputError(f"{name} labels go from {int(labels.min())} to {int(labels.max())}, the network has "
+                             f"logits for the classes 0 to {classes - 1}")
+    if channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    survey = models.survey(network, images, exclude, groups, config.compress.scope)
+    log.info(f"{type(network).__name__}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
+             f"{100 * survey.coverage:.2f} % of the kernel parameters besides the classifier's")
+    for kernel in survey.excluded:
+        say = log.info if kernel.classifier else log.note
+        say(f"not compressed: {kernel.name} ({kernel.params:,} parameters): {kernel.reason}")
+    return network, survey
+
+
+def describe(network: nn.Module, config: Config, train) -> dict:
+    """Return what the packed file says of its network: how to build it where it is one of ours, and its images."""
+    images, _ = train.batch(torch.arange(1), next(network.parameters()).device)
+    with untouched(network):
+        classes = forward(network, images).shape[1]
+    _, channels, height, width = images.shape
+    return {"name": "" if config.model.source else config.model.name, "source": config.model.source,
+            "num_classes": classes, "channels": channels, "image_size": height if height == width else [height, width],
+            "width": config.model.width, "patch_size": config.model.patch_size,
+            "quick_gelu": models.has_quick_gelu(network), "mean": list(getattr(train, "mean", ())),
+            "std": list(getattr(train, "std", ())), "data": config.data.name}
+
+
+@contextlib.contextmanager
+def switches(config: Config):
+    """Set torch's threads and TF32 switches as the settings say inside, and as they were afterwards."""
+    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1:]
