@@ -33,8 +33,7 @@ PAPER_ABLATIONS = {"full": ("1.72", "6.23"), "no-hla": ("6.80", "8.87"), "full, 
 NOT_METHOD = {"exp", "name", "seed", "out", "device", "threads", "data.dir", "data.cache", "data.workers",
               "model.weights_dir", "policy", "policy_sha256"}
 ABLATIONS = {"no-hla": {"search.method": "no-hla"}, "a2c": {"lla.algorithms": ["A2C", "A2C", "A2C"]}}
-LOST = "–"
-DAGGER = " †"
+LOST, DAGGER = "–", " †"
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class Family:
 
     @property
     def label(self) -> str:
-        smoke = {run.result["smoke"] for g in self.groups for run in g.runs}
+        smoke = {smoke for g in self.groups for smoke in g.values("smoke")}
         return (f"exp {self.exp}" if self.exp else "users' networks") + (
             "" if True not in smoke else " (miniature)" if len(smoke) == 1 else " (some miniature)")
 
@@ -206,9 +205,9 @@ def packed_drop(group: Group) -> str:
     return LOST
 
 
-def with_derived(result: dict) -> dict:
+def with_derived(r: dict) -> dict:
     """Return a result with the numbers that are computed from others."""
-    r = dict(result)
+    r = {**r}
     for key, which in (("drop_full", "final_acc_full"), ("deployed_drop_full", "deployed_acc_full")):
         if r.get("baseline_acc_full") is not None and r.get(which) is not None:
             r[key] = r["baseline_acc_full"] - r[which]
@@ -444,7 +443,7 @@ def moved_table(all_families: list[Family]) -> Table:
     """How far the trained agents are from uniform draws."""
     rows = []
     for g in (g for fam in all_families for g in fam.groups):
-        steps = [step for run in g.runs for step in run.result.get("searches") or ()
+        steps = [step for searches in g.values("searches") for step in searches or ()
                  if step["level"] == "LLA" and None not in (step.get("consensus_drop"), step.get("random_drop"))]
         if not steps:
             continue
