@@ -3,19 +3,15 @@ configurations."""
 
 import itertools
 import math
-import os
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
-from evidence import baselines
-import data
-import hirelc
 from compress import BlockConfig, KernelConfig, channels_kept, compress_kernel, kernel_shapes
-from config import Compress, Config, override
-from support.log import Log
+from config import Compress
+from evidence import baselines
 
 LIMITS = Compress(bits_min=3, bits_max=5, max_pruning=0.5)  # with two channels: 3, 4 or 5 bits, one channel or both
 CURVATURE = (1.0, 0.3)
@@ -72,7 +68,7 @@ class SixKernels:
         return [self.drop(index, config) for config in configs]
 
     def gain(self, config) -> float:
-        """How much of the way from the mean of all configurations that meet the target to the optimum was gone."""
+        """Share of the way from the mean of all configurations that meet the target to the optimum."""
         drop = sum(self.drop(i, block) for i, block in enumerate(config.blocks))
         return (self.mean - drop) / (self.mean - self.optimum)
 
@@ -84,39 +80,7 @@ def problem(six, **changes) -> baselines.Problem:
     return baselines.Problem(**{**values, **changes})
 
 
-def found(six, method, seed=0, **changes) -> baselines.Found:
-    """What a baseline finds."""
+def found(six, method, seed=0, **changes):
+    """What a baseline chooses."""
     six.asked.clear()
     return baselines.find(method, problem(six, **changes), seed)
-
-
-class Wired(nn.Module):
-    """The six kernels as a network: each takes its first inputs of the image."""
-
-    def __init__(self, blocks):
-        super().__init__()
-        self.kernels = nn.ModuleDict({name: module for b in blocks for name, module in b.kernels.items()})
-
-    def forward(self, x):
-        return sum(kernel(x.flatten(1)[:, :kernel.in_features]) for kernel in self.kernels.values())
-
-
-def hierarchy(six, seed, **changes):
-    """One cycle's search by the two levels, as HiReLC.run has it: the chosen configuration and the row about it."""
-    config = override(Config(), {"model.weights": "given", "search.cycles": 1, "seed": seed, "search.target": TARGET,
-                                 "device": "cpu", "enforce_target": True, "compress.bits_max": 5,
-                                 "compress.max_pruning": 0.5, "data.batch_size": 4, "search.proxy_batches": 1,
-                                 "lla.timesteps": TIMESTEPS, "surrogate.enabled": False, "sensitivity.images": 4,
-                                 **{key.replace("__", "."): value for key, value in changes.items()}})
-    train, test = data.synthetic(2, 8, 8, 8, 0)
-    run = hirelc.HiReLC(Wired(six.blocks), six.blocks, train, test, config, Log(stream=open(os.devnull, "w")))
-    run.theta0, run.baseline_acc, run.sensitivity = run._state(), 50.0, list(CURVATURE)
-    run.make_agents()
-    six.asked.clear()
-    run.estimator.proxy.drops = six.drops
-    run.train_hla(config.hla.timesteps)
-    run.hla.feedback(0.0, 1.0, 1)
-    run.budgets = run.hla.budgets(deterministic=True)
-    run.search_blocks(1)
-    chosen = run.meet_target(run.voted)
-    return chosen, run.searches[-1]
