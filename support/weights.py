@@ -7,9 +7,11 @@ DeiT and torchvision's ResNet files have too; any other network takes files with
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
+import shlex
 import urllib.parse
 import zipfile
 from dataclasses import dataclass
@@ -70,9 +72,10 @@ def _check_zip(path):
     """Check every CRC of a zip archive; InputError for TorchScript, ValueError for damage and for what would expand."""
     with zipfile.ZipFile(path) as archive:
         if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise InputError(f"{path}: a TorchScript archive; if you trust it, convert it (this runs the file's code): "
-                             f"python -c \"import torch; torch.save(torch.jit.load({path!r}, 'cpu').state_dict(), "
-                             f"{os.path.splitext(path)[0] + '-weights.pt'!r})\"")
+            names = json.dumps(path), json.dumps(os.path.splitext(path)[0] + "-weights.pt")
+            code = 'import torch; torch.save(torch.jit.load({}, "cpu").state_dict(), {})'.format(*names)
+            raise InputError(f"{path}: a TorchScript archive; if you trust it, convert it with the following, which runs "
+                             f"the file's code: python -c {shlex.quote(code)}")
         if sum(item.file_size for item in archive.infolist()) > os.path.getsize(path):
             raise ValueError("its parts are compressed, as torch never does")
         damaged = archive.testzip()
@@ -196,7 +199,7 @@ def load_pretrained(model: nn.Module, source, weights_dir: str = "weights", prog
     (False), which OpenAI's CLIP files tell and other files with CLIP's names do not; None leaves a network that takes
     any other file as it is. Raises InputError, one line, that names every name and shape that does not fit.
     """
-    vit = _layout(model) == "vit"
+    vit = getattr(type(model), "layout", "") == "vit"
     if quick_gelu is not None and not vit:
         raise InputError("model.quick_gelu is a matter of CLIP's weights; leave it at auto for any other network")
     source, path = cached(source, weights_dir, progress)
@@ -244,10 +247,6 @@ def classifier_name(model: nn.Module) -> str | None:
     convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     pointwise = convs and convs[-1][1].kernel_size == (1, 1)
     return linear[-1] if linear else convs[-1][0] if pointwise else None
-
-
-def _layout(model):
-    return getattr(type(model), "layout", "")
 
 
 def _replaced(model, state, own, headless, notes):
@@ -322,16 +321,16 @@ def convert_layout(state: dict, model: nn.Module) -> tuple[dict, list[str], str 
     image tower is read as OpenAI and open_clip name it, with or without ``visual.`` in front and the text tower beside.
     A name that no layout has stays as it is, so that it is reported as unexpected; most files need no change.
     """
-    names = list(model.state_dict())
+    names, layout = list(model.state_dict()), getattr(type(model), "layout", "")
     for prefix in PREFIXES * 2:  # one may be around the other
         if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in names):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    if _layout(model) == "mobilenetv2" and "features.0.0.weight" in state:
+    if layout == "mobilenetv2" and "features.0.0.weight" in state:
         table = _torchvision_mobilenet(model)
         split = {name: name.rpartition(".") for name in state}
         return {f"{table[module]}.{leaf}" if module in table else name: state[name]
                 for name, (module, _, leaf) in split.items()}, [], None
-    if _layout(model) == "vit":
+    if layout == "vit":
         activation = "quick" if OPENAI <= state.keys() else "unknown"
         if "visual.class_embedding" in state:
             tower = {name.removeprefix("visual."): tensor for name, tensor in state.items()
