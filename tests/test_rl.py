@@ -102,34 +102,29 @@ def test_ppo_loss_by_hand():
     log_prob = (old + ratio.log()).requires_grad_()
     loss, clip_fraction = rl.ppo_loss(log_prob, old, torch.tensor([2.0, 1.0, -1.0, 1.0, -2.0]), 0.2)
     loss.backward()
-    assert loss.item() == pytest.approx(-0.16, abs=1e-6)
-    assert clip_fraction.item() == pytest.approx(0.8)
+    assert (loss.item(), clip_fraction.item()) == pytest.approx((-0.16, 0.8), abs=1e-6)
     # (r - 1) - ln r: 0.0046898 once, 0.0945349 twice, 0.1931472 twice
     assert rl.approx_kl(log_prob, old).item() == pytest.approx(0.1160108, abs=1e-6)
     # d loss / d log_prob = -ratio A / 5 where the unclipped term is taken, 0 where the clipped one is
     torch.testing.assert_close(log_prob.grad, torch.tensor([-0.44, 0.0, 0.3, -0.1, 0.0]))
 
 
-def test_a2c_loss_by_hand():
+def test_other_losses_by_hand():
     log_prob = torch.tensor([-0.5, -2.0], requires_grad=True)
     loss = rl.a2c_loss(log_prob, torch.tensor([3.0, -1.0]))  # -(-1.5 + 2) / 2
     loss.backward()
     assert loss.item() == pytest.approx(-0.25)
     torch.testing.assert_close(log_prob.grad, torch.tensor([-1.5, 0.5]))
+    assert rl.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.5])).item() == pytest.approx(2.125)  # no half
 
 
-def test_value_loss_is_the_unhalved_mean_square():
-    assert rl.value_loss(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.5])).item() == pytest.approx(2.125)
-
-
-def test_explained_variance_by_hand():
-    returns = torch.tensor([1.0, 2.0, 3.0])
-    assert rl.explained_variance(torch.tensor([1.0, 2.0, 2.0]), returns) == pytest.approx(2 / 3)
-    assert rl.explained_variance(returns + 10, returns) == pytest.approx(1.0)
-    assert rl.explained_variance(torch.tensor([5.0, 5.0, 5.0]), returns) == pytest.approx(0.0)
-    assert rl.explained_variance(-returns, returns) == pytest.approx(-3.0)
-    assert math.isnan(rl.explained_variance(returns, torch.ones(3)))
-    assert math.isnan(rl.explained_variance(torch.ones(1), torch.ones(1)))
+@pytest.mark.parametrize("values, returns, variance", [
+    ([1.0, 2.0, 2.0], [1.0, 2.0, 3.0], 2 / 3), ([11.0, 12.0, 13.0], [1.0, 2.0, 3.0], 1.0),
+    ([5.0] * 3, [1.0, 2.0, 3.0], 0.0),
+    ([-1.0, -2.0, -3.0], [1.0, 2.0, 3.0], -3.0), ([1.0, 2.0, 3.0], [1.0] * 3, math.nan), ([1.0], [1.0], math.nan)])
+def test_explained_variance_by_hand(values, returns, variance):
+    explained = rl.explained_variance(torch.tensor(values), torch.tensor(returns))
+    assert explained == pytest.approx(variance, nan_ok=True)
 
 
 def policy(logits, nvec):
@@ -306,24 +301,12 @@ def test_predict_takes_the_most_probable_option_or_samples(agent_class):
     assert (draws[:, :2] == 1).all(axis=1).mean() == pytest.approx(0.35, abs=0.0177)
 
 
-def test_training_samples_from_the_policy_too(rollouts):
-    A2C(Taped(num_envs=8), (2, 3), n_steps=1000, seed=1).learn(8000)
-    actions = rollouts[0][1].flatten(0, 1).numpy()  # before any update the policy is nearly uniform
-    assert np.bincount(actions[:, 0]) / 8000 == pytest.approx([1 / 2] * 2, abs=0.03)
-    assert np.bincount(actions[:, 1]) / 8000 == pytest.approx([1 / 3] * 3, abs=0.03)
-
-
 def test_size_of_observations_comes_from_obs_dim_or_from_one_reset():
-    env = Taped()
-    PPO(env, (2,))
-    assert env.calls == []
-
     class Bare(Taped):
         obs_dim = property()  # raises AttributeError, as if it were not there
 
-    env = Bare()
-    assert PPO(env, (2,)).actor[0].in_features == 2
-    assert env.calls == ["reset"]
+    for env, calls in ((Taped(), []), (Bare(), ["reset"])):
+        assert PPO(env, (2,)).actor[0].in_features == 2 and env.calls == calls
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -344,12 +327,11 @@ def test_wrong_settings_are_refused(agent_class, error, message, hyper):
 
 def test_the_four_columns():
     assert PPO(Taped(), (2,)).hyper == rl.LLA_PPO and A2C(Taped(), (2,)).hyper == rl.LLA_A2C
-    rows = [(c["lr"], c["n_steps"], c["gamma"], c["lam"]) for c in (rl.LLA_PPO, rl.LLA_A2C, rl.HLA_PPO, rl.HLA_A2C)]
-    assert rows == [(3e-4, 128, 0.99, 0.95), (7e-4, 64, 0.99, 1.0), (1e-4, 64, 0.99, 0.95), (3e-4, 64, 0.99, 1.0)]
-    for column in (rl.LLA_PPO, rl.HLA_PPO):
-        assert (column["minibatch"], column["epochs"], column["clip"]) == (32, 10, 0.2)
-    for column in (rl.LLA_PPO, rl.LLA_A2C, rl.HLA_PPO, rl.HLA_A2C):
-        assert (column["value_coef"], column["entropy_coef"], column["max_grad_norm"]) == (0.5, 0.01, 0.5)
+    rest = {"gamma": 0.99, "value_coef": 0.5, "entropy_coef": 0.01, "max_grad_norm": 0.5}
+    ppo = {**rest, "lam": 0.95, "minibatch": 32, "epochs": 10, "clip": 0.2}
+    assert rl.LLA_PPO == {**ppo, "lr": 3e-4, "n_steps": 128} and rl.HLA_PPO == {**ppo, "lr": 1e-4, "n_steps": 64}
+    a2c = {**rest, "lam": 1.0, "n_steps": 64}
+    assert rl.LLA_A2C == {**a2c, "lr": 7e-4} and rl.HLA_A2C == {**a2c, "lr": 3e-4}
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -403,28 +385,20 @@ def test_training_goes_on_bit_for_bit_after_loading(agent_class):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-
     went_on = agent.learn(60)
     loaded = small(agent_class, seed=2)
     loaded.load_state_dict(torch.load(file, weights_only=True))
-    assert same(loaded.state_dict(), state)  # and the agent's own training since has not changed `state`
-    assert not same(agent.state_dict(), state)
-    resumed = loaded.learn(60)
-
-    assert went_on == resumed
-    assert same(agent.state_dict(), loaded.state_dict())
-    assert loaded.timesteps == 120 and len(loaded.recent_rewards) == 100
+    assert same(loaded.state_dict(), state)  # and the agent's training since has not changed `state`
+    assert loaded.learn(60) == went_on
+    assert same(agent.state_dict(), loaded.state_dict()) and not same(agent.state_dict(), state)
     obs = np.zeros((50, 2), np.float32)
     assert (agent.predict(obs, deterministic=False) == loaded.predict(obs, deterministic=False)).all()
 
 
 def test_state_of_another_agent_is_refused():
     state = small(PPO, seed=1).state_dict()
-    for other, what in (
-        (small(A2C), "algorithm"),
-        (PPO(Taped(), (3, 2), n_steps=4), "nvec"),
-        (small(PPO, lr=1e-3), "hyper"),
-    ):
+    for other, what in ((small(A2C), "algorithm"), (PPO(Taped(), (3, 2), n_steps=4), "nvec"),
+                        (small(PPO, lr=1e-3), "hyper")):
         before = other.state_dict()
         with pytest.raises(ValueError, match=what):
             other.load_state_dict(state)
@@ -432,42 +406,27 @@ def test_state_of_another_agent_is_refused():
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
-def test_what_is_not_finite_is_named_and_no_step_is_made(agent_class):
-    rollout = one_step_rollout([0, 1], [1.0, 2.0])
-    bad_rewards = (*rollout[:2], torch.tensor([[1.0, math.nan]]), rollout[3])
-    bad_observations = (torch.full((2, 2, 2), math.inf), *rollout[1:])
-
-    def bad_loss(agent):
-        with torch.no_grad():
-            agent.critic[-1].bias.fill_(1e30)  # the squared error overflows
-
-    def bad_gradient(agent):
-        with torch.no_grad():  # the squared error is 1e38; 65 gradients of about 1e19 have squares beyond 3.4e38
-            agent.critic[2].bias.fill_(10.0)
-            agent.critic[-1].bias.fill_(1e19)
-
-    for change, data, message in (
-        (None, bad_rewards, "a reward of the environment"),
-        (None, bad_observations, "an observation of the environment"),
-        (bad_loss, rollout, "the loss"),
-        (bad_gradient, rollout, "the norm of the gradients"),
-    ):
-        agent = agent_class(Taped(), (2,), name="block 3")
-        if change:
-            change(agent)
-        before = agent.state_dict()
-        with pytest.raises(FloatingPointError, match=f"^block 3: {message} is not finite"):
-            agent.update(*data)
-        after = agent.state_dict()
-        assert all(same(before[k], after[k]) for k in ("actor", "critic", "optimizer"))
+@pytest.mark.parametrize("what, biases, observed, reward", [
+    ("an observation of the environment", (0.0, 0.0), math.inf, 1.0),
+    ("a reward of the environment", (0.0, 0.0), 1.0, math.nan),
+    ("the loss", (0.0, 1e30), 1.0, 1.0),  # the squared error overflows
+    # The squared error is 1e38; 65 gradients of about 1e19 have squares beyond 3.4e38.
+    ("the norm of the gradients", (10.0, 1e19), 1.0, 1.0)])
+def test_what_is_not_finite_is_named_and_no_step_is_made(agent_class, what, biases, observed, reward):
+    agent = agent_class(Taped(), (2,), name="block 3")
+    with torch.no_grad():
+        for layer, bias in zip((2, 4), biases):
+            agent.critic[layer].bias.fill_(bias)
+    observations, actions, rewards, dones = one_step_rollout([0, 1], [1.0, reward])
+    before = agent.state_dict()
+    with pytest.raises(FloatingPointError, match=f"^block 3: {what} is not finite"):
+        agent.update(observations * observed, actions, rewards, dones)
+    assert all(same(before[part], agent.state_dict()[part]) for part in ("actor", "critic", "optimizer"))
 
 
 class FirstActionCounts:
-    """Episodes of five steps whose reward comes at the end: the share of right choices in the *first* action.
-
-    The observation tells the step and nothing else, so the first action is credited only through the values
-    and returns of the four steps after it. With gamma = 0 it has no effect on anything that the agent learns from.
-    """
+    """Episodes of five steps whose reward comes at the end: the share of right choices in the *first* action, which is
+    credited only through the values and returns of the four steps after it, and with gamma = 0 not at all."""
 
     nvec, right = (3, 2, 4), np.array([2, 0, 3])
     obs_dim, num_envs = 5, 8
@@ -483,9 +442,7 @@ class FirstActionCounts:
         if self.t == 0:
             self.score = (actions == self.right).mean(axis=1)
         self.t = (self.t + 1) % 5
-        done = self.t == 0
-        rewards = self.score if done else np.zeros(self.num_envs)
-        return self._observe(), rewards, np.full(self.num_envs, done), {}
+        return self._observe(), self.score * (self.t == 0), np.full(self.num_envs, self.t == 0), {}
 
     def mean_return(self, agent):
         """Of the stochastic policy, from 4,000 draws (standard error below 0.005)."""

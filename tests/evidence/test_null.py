@@ -1,0 +1,84 @@
+"""Tests of the null search: uniform draws, voted as the ensembles vote, and budgets without an HLA."""
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compress import KernelShape, LayerBudget, NetworkConfig, kernel_shapes
+from config import Config, override
+from search import NullHLA, NullLLA, UniformBudgets, null_controller
+
+FREE = LayerBudget(target=0.25, max_pruning=0.6, min_bits=3, max_drop=2.0, strategy="auto")
+DEIT = [tuple(KernelShape(n_out, n_out * n_in) for n_out, n_in in ((1152, 384), (384, 384), (1536, 384), (384, 1536)))
+        ] * 12
+FLAT, PEAKED = [0.5] * 12, [1.0] + [0.6] * 2 + [0.4] * 4 + [0.1] * 5
+
+
+def block(inputs=8):
+    return SimpleNamespace(kernels={"a": nn.Conv2d(inputs, 100, 1), "b": nn.Conv2d(3, 100, 1)})
+
+
+def test_without_an_hla_every_block_has_the_global_bounds():
+    uniform = UniformBudgets([100, 300, 200], [1.0, 0.1, 0.5], override(Config(), {"search.max_drop": 1.5}))
+    uniform.feedback(2.0, 0.3, 2)
+    assert uniform.train(6) == [] and uniform.entropy() is None
+    for deterministic in (False, True):
+        assert uniform.budgets(deterministic) == (LayerBudget(0.25, 0.6, 3, 1.5, "auto"),) * 3
+
+
+def test_the_null_search_draws_uniformly():
+    high, low = NullHLA([100, 300, 200], [1.0, 0.1, 0.5], Config()), NullLLA(1, block(), 0.5, None, Config(), 3)
+    assert high.train(6) == [] and high.entropy() is None and low.bad_rewards == 0
+    targets = np.array([[b.target for b in high.budgets(deterministic=True)] for _ in range(400)])
+    # s = 1 shifts up (0.35 0.35 0.30 0.25 0.20: mean 0.29), s = 0.1 down (0.21), s = 0.5 not (0.25).
+    assert targets.mean(axis=0) == pytest.approx([0.29, 0.21, 0.25], abs=0.01)
+    found = [low.search(FREE) for _ in range(400)]
+    assert {(f.evaluations, f.entropy, len(f.updates), len(f.compared)) for f in found} == {(0, None, 0, 0)}
+    kernels = [f.config.kernels[0] for f in found]
+    # The mean of three draws from 0…14 is 7: keep 0.7; the vote seldom leaves the middle, single draws often would.
+    keeps = np.array([k.keep for k in kernels])
+    assert keeps.mean() == pytest.approx(0.7, abs=0.02) and keeps.std() == pytest.approx(0.107, abs=0.02)
+    assert {(k.qtype, k.granularity) for k in kernels} == {("INT", "uniform")}
+    assert {k.bits for k in kernels} >= {4, 5, 6}
+
+
+def test_draws_go_on_after_a_file():
+    def fresh():
+        return NullHLA([100, 300], [1.0, 0.1], Config()), NullLLA(0, block(), 0.5, None, Config(), 2)
+
+    for first, second, draw in zip(fresh(), fresh(), (lambda high: high.budgets(False), lambda low: low.search(FREE))):
+        draw(first)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        assert [draw(first) for _ in range(5)] == [draw(second) for _ in range(5)]
+
+
+@pytest.mark.parametrize("sensitivity", [FLAT, PEAKED], ids=["flat", "peaked"])
+def test_null_controller_of_twelve_vit_blocks(sensitivity):
+    """The figures for uniform draws follow from the decoders, budgets and votes alone."""
+    null = null_controller(DEIT, sensitivity, Config(), draws=60)
+    assert 6.2 < null["cr_mean"] < 7.3 and 56 < null["compliance_mean"] < 66 and null["draws"] == 60
+    assert 0 < null["cr_std"] < 0.5 and 0 < null["compliance_std"] < 8
+    assert null_controller(DEIT, sensitivity, Config(), draws=60) == null
+    assert null_controller(DEIT, sensitivity, Config(seed=43), draws=60) != null
+
+
+def test_null_controller_without_hla():
+    config = override(Config(), {"search.method": "no-hla"})
+    assert null_controller(DEIT, FLAT, config, draws=60)["cr_mean"] == pytest.approx(9.15, abs=0.3)
+
+
+def test_null_searches_agree_with_the_null_controller():
+    blocks = [block(4) for _ in range(4)]
+    high = NullHLA([700] * 4, [0.5] * 4, Config())
+    low = [NullLLA(i, b, 0.5, None, Config(), 4) for i, b in enumerate(blocks)]
+    crs = [NetworkConfig(tuple(null.search(allowed).config for null, allowed in zip(low, high.budgets(False)))).cr
+           for _ in range(150)]
+    shortcut = null_controller([kernel_shapes(b) for b in blocks], [0.5] * 4, Config(), draws=150)
+    assert np.mean(crs) == pytest.approx(shortcut["cr_mean"], rel=0.05)
