@@ -60,8 +60,7 @@ def file(tmp_path):
     return str(tmp_path / "w.pth")
 
 
-def prefixed(state, prefix):
-    return {prefix + name: tensor for name, tensor in state.items()}
+prefixed = lambda state, prefix: {prefix + name: tensor for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("legacy", [False, True])
