@@ -12,6 +12,7 @@ from config import Compress, Config, override
 from deploy.allocate import allocations
 from evidence import plus
 from evidence.plus import Candidate, Front, PlusEnv, PlusFound, PlusHLAEnv, combine, encode, plus_blocks
+from evidence.six_kernels import estimator
 from problems import BUDGET, CURVATURE, LIMITS, TARGET, SixKernels
 
 SHAPES = (KernelShape(64, 640), KernelShape(30, 90))
@@ -23,32 +24,13 @@ def six():
     return SixKernels()
 
 
-class Estimator:
-    """The drops of the six kernels, counted."""
-    surrogate_active = False
-
-    def __init__(self, six):
-        self.six, self.evaluations = six, 0
-        six.asked.clear()
-
-    def drops(self, index, configs):
-        self.evaluations += len(configs)
-        return self.six.drops(index, configs)
-
-
-def settings(**changes):
-    return override(Config(), {"search.method": "plus", "search.cycles": 1, "search.target": TARGET, "seed": 0,
-                               "compress.bits_max": 5, "compress.max_pruning": 0.5, "lla.timesteps": 64,
-                               **{key.replace("__", "."): value for key, value in changes.items()}})
-
-
 def one_cycle(six, seed):
     """The results of the blocks and the configuration that they combine to."""
-    config, estimator, notes = settings(seed=seed), Estimator(six), []
-    hla = plus.PlusHLA([sum(s.params for s in kernel_shapes(b)) for b in six.blocks], list(CURVATURE), config)
+    config = override(Config(), {"search.method": "plus", "search.target": TARGET, "seed": seed, "lla.timesteps": 64,
+                                 "compress.bits_max": 5, "compress.max_pruning": 0.5})
+    hla = plus.PlusHLA([sum(s.params for s in kernel_shapes(b)) for b in six.blocks], CURVATURE, config)
     hla.train(config.hla.timesteps)
-    hla.feedback(0.0, 1.0, 1)
-    blocks = plus_blocks(six.blocks, list(CURVATURE), estimator, config)
+    blocks, notes = plus_blocks(six.blocks, CURVATURE, estimator(six), config), []
     found = [block.search(budget) for block, budget in zip(blocks, hla.budgets(deterministic=True))]
     return found, combine(found, TARGET, notes.append), notes
 
