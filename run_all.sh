@@ -4,13 +4,13 @@
 #   bash run_all.sh --smoke                  # minutes, offline: synthetic images, narrow networks
 #   bash run_all.sh --data-dir DIR           # the experiments themselves; every flag of hirelc.py is passed on
 #   bash run_all.sh --seeds 42 43 44         # each experiment with each seed; mean and standard deviation in the report
-#   bash run_all.sh --paper                  # the ablations and baselines of experiment 4 too (variants.py), and with the
-#                                            # first seed the paper's ablations, which are of experiment 1
-#   bash run_all.sh --jobs 2                 # two runs at once, each with its own log; 1 unless --smoke, whose runs take
-#                                            # one thread each: then as many as there are cores, at most 4
+#   bash run_all.sh --paper                  # the ablations and baselines of experiment 4 too (evidence/variants.py);
+#                                            # with the first seed the paper's ablations, of experiment 1
+#   bash run_all.sh --jobs 2                 # two at once, each with its log; 1 unless --smoke, whose runs take one
+#                                            # thread each: then as many as there are cores, at most 4
 #   bash run_all.sh --restart                # begin anew what was broken off, and what is finished
 #
-# What is finished is left as it is, and what was broken off goes on where it was.
+# By itself it leaves what is finished as it is, and goes on with what was broken off.
 # Where torch cannot be imported, a virtual environment with requirements.txt is made in .venv first. A failed
 # experiment does not stop the others; the exit code is then 1.
 set -u
@@ -21,8 +21,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --seeds|--seed|--out|--jobs)
       [ $# -ge 2 ] || { echo "run_all: $1 needs a value" >&2; exit 2; }
-      if [ "$1" = --jobs ]; then jobs="$2"; shift 2; continue; fi
-      if [ "$1" = --out ]; then out="$2"; shift 2; continue; fi
+      case "$1" in --jobs) jobs="$2"; shift 2; continue;; --out) out="$2"; shift 2; continue;; esac
       seeds="${2//,/ }"
       shift 2
       while [[ "${1:-}" =~ ^[0-9][0-9,]*$ ]]; do seeds="$seeds ${1//,/ }"; shift; done ;;
@@ -49,6 +48,7 @@ elif ! usable "$python"; then
     { echo "run_all: could not set up $here/.venv; install requirements.txt by hand and run again" >&2; exit 1; }
   python="$here/.venv/bin/python"
 fi
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"  # and -P: evidence.report is found whatever the working directory
 
 if [ -z "$jobs" ]; then
   jobs=1
@@ -85,7 +85,7 @@ collect() {  # the runs that have ended; waits until fewer than $1 are left
   done
 }
 start() {
-  local title="$1"
+  local title="$1" log
   shift
   if [ "$jobs" = 1 ]; then
     "$python" "$@"
@@ -93,34 +93,28 @@ start() {
     return
   fi
   collect "$jobs"
-  local log
   log="$(mktemp)"
   set -m  # in a process group of its own: Ctrl-C reaches it once, through stop
   "$python" "$@" >"$log" &  # what goes to stderr is seen at once
   set +m
   pids+=($!) titles+=("$title") logs+=("$log")
 }
-variants() {  # title, flags of variants.py
-  local title="$1"
-  shift
-  start "$title" "$here/variants.py" "$@" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
-}
+common=(--out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"})
 ablations() {
   [ "$paper" = 1 ] || return 0
-  local first
-  read -r first _ <<<"$seeds"
-  variants "ablations and baselines of experiment 4" --exp 4 --seeds $seeds
-  variants "the paper's ablations of experiment 1" --exp 1 --seeds "$first" --only no-hla a2c no-sens
+  start "ablations and baselines of experiment 4" -P -m evidence.variants --exp 4 --seeds $seeds "${common[@]}"
+  start "the paper's ablations of experiment 1" -P -m evidence.variants --exp 1 --seeds "${seeds%% *}" \
+    --only no-hla a2c no-sens "${common[@]}"
 }
 [ "$jobs" -eq 1 ] || ablations  # the longest goes first
 for seed in $seeds; do
   for exp in 1 2 3 4 5 6 7; do
-    start "exp $exp seed $seed" "$here/hirelc.py" --exp "$exp" --seed "$seed" --out "$out" --no-table "$mode" ${flags[@]+"${flags[@]}"}
+    start "exp $exp seed $seed" "$here/hirelc.py" --exp "$exp" --seed "$seed" "${common[@]}"
   done
 done
 [ "$jobs" -gt 1 ] || ablations
 collect 1
 
 echo
-"$python" "$here/report.py" "$out" || failed+=("report")
+"$python" -P -m evidence.report "$out" || failed+=("report")
 [ ${#failed[@]} -eq 0 ] || { printf 'run_all: failed: %s\n' "${failed[@]}" >&2; exit 1; }
