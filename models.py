@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from config import InputError
 from support.kernels import (CLASSIFIER, LAST, PATCHES, SHORTCUT, Block, Survey, arrange, registered_kernels,
                              traced_kernels)
-from support.weights import (Published, classifier_name, load_pretrained, set_quick_gelu,  # noqa: F401 (for callers)
-                             weights_path)
+from support.published import PRETRAINED, PRETRAINED_STATS  # noqa: F401 (for callers, as some names of the next line)
+from support.weights import classifier_name, load_pretrained, set_quick_gelu, weights_path  # noqa: F401
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One link of the chain that a network is in eval mode. ``modules``: hold every weight that it uses; ``run``: what
-    the stage before gives → what the next one takes; it treats every image by itself and leaves its input as it is."""
+    """One link of the chain that a network is in eval mode. ``modules``: hold its kernels; ``run``: what the stage
+    before gives → what the next one takes; it treats every image by itself and leaves its input as it is."""
     modules: tuple[nn.Module, ...]
     run: Callable[[Tensor], Tensor]
 
@@ -350,23 +350,6 @@ VITS = {"deit_tiny_patch16_224": dict(patch=16, heads=3),
 CNNS = {"resnet18": lambda classes, width: ResNet(classes, False, (2, 2, 2, 2), width),
         "resnet50": lambda classes, width: ResNet(classes, True, (3, 4, 6, 3), width),
         "mobilenetv2_100": lambda classes, width: MobileNetV2(classes, width)}
-
-# For ``--weights auto``.
-PRETRAINED = {
-    "deit_tiny_patch16_224": Published("https://dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth", 23),
-    "deit_small_patch16_224": Published("https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth", 88),
-    "deit_base_patch16_224": Published("https://dl.fbaipublicfiles.com/deit/deit_base_patch16_224-b5f2ef4d.pth", 346),
-    "vit_base_patch32_clip_224": Published(
-        "https://huggingface.co/timm/vit_base_patch32_clip_224.laion2b_ft_in12k_in1k/resolve/main/model.safetensors",
-        353, "vit_base_patch32_clip_224.laion2b_ft_in12k_in1k.safetensors"),
-    "resnet18": Published("https://download.pytorch.org/models/resnet18-f37072fd.pth", 47),
-    "resnet50": Published("https://download.pytorch.org/models/resnet50-0676ba61.pth", 103),
-    "mobilenetv2_100": Published("https://download.pytorch.org/models/mobilenet_v2-b0353104.pth", 14),
-}
-
-# (mean, std) of the inputs that those weights were trained with, for data.normalize=pretrained.
-PRETRAINED_STATS = {name: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) for name in PRETRAINED} | {
-    "vit_base_patch32_clip_224": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))}
 
 
 def build(name: str, num_classes: int, image_size: int = 224, width: float = 1.0, patch_size: int = 0) -> nn.Module:

@@ -22,6 +22,7 @@ from torch import nn
 
 from config import InputError
 from support.files import download, one_line, parse_json, shown
+from support.published import Published
 
 # Reading
 
@@ -74,8 +75,8 @@ def _check_zip(path):
         if any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist()):
             names = json.dumps(path), json.dumps(os.path.splitext(path)[0] + "-weights.pt")
             code = 'import torch; torch.save(torch.jit.load({}, "cpu").state_dict(), {})'.format(*names)
-            raise InputError(f"{path}: a TorchScript archive; if you trust it, convert it with the following, which runs "
-                             f"the file's code: python -c {shlex.quote(code)}")
+            raise InputError(f"{path}: a TorchScript archive; if you trust it, convert it with the following, which "
+                             f"runs the file's code: python -c {shlex.quote(code)}")
         if sum(item.file_size for item in archive.infolist()) > os.path.getsize(path):
             raise ValueError("its parts are compressed, as torch never does")
         damaged = archive.testzip()
@@ -114,19 +115,6 @@ def _read_safetensors(path):
 
 # Downloads
 
-@dataclass(frozen=True)
-class Published:
-    """Weights at ``url``, of about ``megabytes``; ``file``: name to keep them under in place of :func:`file_name`."""
-    url: str
-    megabytes: int
-    file: str = ""
-
-    @property
-    def sha256(self) -> str:
-        """First digits of the digest, "" where the URL does not carry them."""
-        return hash_prefix(self.url)
-
-
 def hash_prefix(url: str) -> str:
     """Return the digits of the SHA-256 in a URL: NAME-xxxxxxxx.pth, or a folder that is the whole digest; else ""."""
     parts = urllib.parse.unquote(urllib.parse.urlsplit(url).path).split("/")
@@ -153,8 +141,7 @@ def file_name(url: str) -> str:
 
 def weights_path(source, weights_dir: str = "weights") -> str:
     """Return where the file of a URL or :class:`Published` is kept, and where to put it by hand without a network."""
-    url, file = (source.url, source.file) if isinstance(source, Published) else (source, "")
-    return os.path.join(weights_dir, file or file_name(url))
+    return os.path.join(weights_dir, source.file if isinstance(source, Published) else file_name(source))
 
 
 def cached(source, weights_dir: str = "weights", progress=None) -> tuple[str, str]:

@@ -18,7 +18,8 @@ from torch import nn
 import models
 from config import InputError
 from models import build, has_quick_gelu, load_pretrained, weights_path
-from support.weights import LoadReport, Published, hash_prefix, read_checkpoint
+from support.published import Published
+from support.weights import LoadReport, hash_prefix, read_checkpoint
 from test_models import images, randomised, same, snapshot, tiny
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -337,8 +338,7 @@ TEXT = {"positional_embedding": torch.ones(7, 8), "text_projection": torch.ones(
 @pytest.mark.parametrize("form, asked, act", [
     ("openai", None, quick), ("openai", False, exact), ("open_clip", True, quick), ("tower", False, exact),
     ("open_clip", None, None), ("tower", None, None)])
-def test_state_dicts_with_openais_names(file, form, asked, act):
-    """Whole files and image towers alone; the text tower's look-alike names must not get in."""
+def test_state_dicts_with_openais_names(file, form, asked, act):  # the text tower's look-alikes must not get in
     tower = openai_tower()
     state = tower if form == "tower" else {**TEXT, **prefixed(tower, "visual.")}
     torch.save({**state, **OPENAI} if form == "openai" else {"state_dict": prefixed(state, "module.")}, file)
