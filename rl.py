@@ -227,8 +227,8 @@ class _Agent:
                               "recent_rewards": list(self.recent_rewards)})
 
     def load_state_dict(self, state):
-        """Take over a ``state_dict()``; training then goes on bit for bit. Raises ValueError, and changes nothing, if it
-        is of another algorithm, action or observation space, or has other hyperparameters."""
+        """Take over a ``state_dict()``; training then goes on bit for bit. Raises ValueError, and changes nothing, if
+        it is of another algorithm, action or observation space, or has other hyperparameters."""
         for key, mine in self.identity.items():
             if state[key] != mine:
                 raise ValueError(f"the saved agent has {key} {state[key]}, this one {mine}")
