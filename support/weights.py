@@ -192,18 +192,18 @@ def load_pretrained(model: nn.Module, source, weights_dir: str = "weights", prog
     source, path = cached(source, weights_dir, progress)
     state, notes, activation = convert_layout(read_checkpoint(path), model)
     headless = activation is not None
-    own = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
-    replaced = _replaced(model, state, own, headless, notes)
+    target = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    replaced = _replaced(model, state, target, headless, notes)
     if vit and "pos_embed" in state:
-        resized = _resized_positions(state["pos_embed"], own["pos_embed"])
+        resized = _resized_positions(state["pos_embed"], target["pos_embed"])
         if resized is not None:
             notes.append(f"position embeddings interpolated from {state['pos_embed'].shape[1] - 1} to "
                          f"{resized.shape[1] - 1} patches (bicubic)")
             state["pos_embed"] = resized
-    _check_fit(path, state, own, replaced)
-    wanted = [name for name in own if name in state and name not in replaced]
+    _check_fit(path, state, target, replaced)
+    wanted = [name for name in target if name in state and name not in replaced]
     notes += _to_float32(path, state, wanted)  # after the check, so that the file cannot make it take more memory
-    kept = len(own) - len(replaced) - len(wanted)
+    kept = len(target) - len(replaced) - len(wanted)
     if kept:
         notes.append(f"{kept} num_batches_tracked counters are not in the file and keep their values")
     if activation == "unknown" and quick_gelu is None:
@@ -211,7 +211,7 @@ def load_pretrained(model: nn.Module, source, weights_dir: str = "weights", prog
                          "of OpenAI, open_clip's -quickgelu models) or model.quick_gelu=off (open_clip's others)")
     with torch.no_grad():
         for name in wanted:
-            own[name].copy_(state[name])
+            target[name].copy_(state[name])
     if quick_gelu is not None or activation == "quick":
         set_quick_gelu(model, quick_gelu is not False)
         notes.append(f"activation {'GELU' if quick_gelu is False else 'QuickGELU'}, "
@@ -236,34 +236,34 @@ def classifier_name(model: nn.Module) -> str | None:
     return linear[-1] if linear else convs[-1][0] if pointwise else None
 
 
-def _replaced(model, state, own, headless, notes):
+def _replaced(model, state, target, headless, notes):
     """Names of the classifier's tensors where the file has none, or one that differs in the number of classes alone."""
     names = tuple(f"{classifier_name(model)}.{leaf}" for leaf in ("weight", "bias"))
-    names = tuple(name for name in names if name in own)
+    names = tuple(name for name in names if name in target)
     if headless:
         notes.append("classifier left at its initialisation: the file has none")
         return names
     if not names or not all(name in state for name in names):
         return ()
-    before, now = (tuple(tensors[name].shape for name in names) for tensors in (state, own))
+    before, now = (tuple(tensors[name].shape for name in names) for tensors in (state, target))
     if before == now or any(o[:1] != before[0][:1] or len(o) != len(n) or o[1:] != n[1:] for o, n in zip(before, now)):
         return ()
     notes.append(f"classifier left at its initialisation: {before[0][0]} classes in the file, {now[0][0]} here")
     return names
 
 
-def _check_fit(path, state, own, replaced):
+def _check_fit(path, state, target, replaced):
     """Raise InputError with every name, shape and type that does not fit; older files lack BatchNorm's counters."""
-    missing = [name for name in own if name not in state and name not in replaced and
+    missing = [name for name in target if name not in state and name not in replaced and
                not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in own]
+    unexpected = [name for name in state if name not in target]
     problems = [f"{what}: {', '.join(map(shown, names[:1000]))}{' …' if len(names) > 1000 else ''}"
                 for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
-    for name in [name for name in own if name in state and name not in replaced]:
-        if state[name].shape != own[name].shape:
-            problems.append(f"shape: {name} {list(state[name].shape)} (file) vs {list(own[name].shape)} (network)")
-        elif state[name].is_floating_point() != own[name].is_floating_point():
-            problems.append(f"type: {name} {state[name].dtype} (file) vs {own[name].dtype} (network)")
+    for name in [name for name in target if name in state and name not in replaced]:
+        if state[name].shape != target[name].shape:
+            problems.append(f"shape: {name} {list(state[name].shape)} (file) vs {list(target[name].shape)} (network)")
+        elif state[name].is_floating_point() != target[name].is_floating_point():
+            problems.append(f"type: {name} {state[name].dtype} (file) vs {target[name].dtype} (network)")
     if problems:
         raise InputError(f"{path} does not fit the network; " + "; ".join(problems))
 
