@@ -1,12 +1,9 @@
 """The two-level search: action decoders, votes, rewards, environments and ensembles (§3.1.3, §3.4).
 
-Low-level agents (LLA, §3.4.1) choose the configuration of every kernel of one block within the budget that the
-high-level agents (HLA, §3.4.2) give that block. Both levels are ensembles of independent PPO and A2C policies whose
-proposals are voted on. What the paper writes as a formula is a pure function here; the environments put them together.
-Accuracies and drops are in percentage points, retained fractions in (0, 1].
+Low-level agents (LLA, §3.4.1) choose the configuration of every kernel of one block within the budget that high-level
+agents (HLA, §3.4.2) give it. Both are ensembles of PPO and A2C policies that vote on their proposals.
+Drops are in points, retained fractions in (0, 1].
 """
-
-from __future__ import annotations
 
 import math
 import zlib
@@ -17,7 +14,7 @@ import torch
 
 from compress import (GRANULARITIES, QTYPES, STRATEGIES, BlockConfig, KernelConfig, LayerBudget, NetworkConfig,
                       kernel_shapes)
-from config import BASELINES, LEVELS
+from config import LEVELS
 from estimate import WORST
 from rl import A2C, HLA_A2C, HLA_PPO, LLA_A2C, LLA_PPO, PPO, entropy
 
@@ -25,20 +22,17 @@ TIERS = (0.35, 0.30, 0.25, 0.20, 0.15)  # rho* of the five compression levels (E
 TIER_MAX_PRUNING = (0.2, 0.3, 0.4, 0.6, 0.8)
 TIER_MIN_BITS = (6, 6, 5, 4, 4)
 STRATEGY_CODE = {"quantization": 0.0, "pruning": 0.5, "auto": 1.0}
-STABILITY_WINDOW = 5  # rewards
 COMPARED = 4  # random actions per block beside which the consensus is put
 BAD_REWARD = -10.0  # instead of a reward that is not finite
 
 
 def derive_seed(seed: int, *path) -> int:
     """Return a separate seed for each (phase, block, agent, …), so that none depends on what ran before it."""
-    words = [seed] + [zlib.crc32(str(part).encode()) for part in path]
+    words = [seed, *(zlib.crc32(str(part).encode()) for part in path)]
     return int(np.random.SeedSequence(words).generate_state(1)[0] >> 1)
 
 
 # --- Actions (Eq. 5-8) -----------------------------------------------------------------------------------------
-
-
 def lla_nvec(kernels: int) -> list[int]:
     """Return the MultiDiscrete sizes of the LLA action: [15, 15, 2, 4] per kernel (Eq. 5)."""
     return [LEVELS, LEVELS, len(QTYPES), len(GRANULARITIES)] * kernels
@@ -107,8 +101,6 @@ def uniform_budgets(blocks: int, search, limits) -> tuple[LayerBudget, ...]:
 
 
 # --- Votes (Eq. 16-17) -----------------------------------------------------------------------------------------
-
-
 def vote_actions(actions, weights=None) -> np.ndarray:
     """Return the consensus a = round(sum_n omega_n a_n) (Eq. 16): int [agents, heads], weights [agents] → [heads]."""
     actions = np.asarray(actions, dtype=np.float64)
@@ -120,11 +112,8 @@ def vote_actions(actions, weights=None) -> np.ndarray:
 def confidence_weights(rewards, temperature: float = 1.0) -> np.ndarray:
     """Return omega_n = softmax_n(mean of agent n's last rewards / T) (Eq. 17); ``rewards``: one sequence per agent.
 
-    They are standardised over the whole ensemble first, since raw rewards of about 3,000 would make the softmax a
-    maximum. Uniform where an agent has no rewards.
+    They are standardised over the ensemble first: raw ones of about 3,000 would make the softmax a maximum.
     """
-    if any(len(r) == 0 for r in rewards):
-        return np.full(len(rewards), 1 / len(rewards))
     pooled = np.concatenate([np.asarray(r, dtype=np.float64) for r in rewards])
     means = np.array([(np.mean(r) - pooled.mean()) / (pooled.std() + 1e-8) for r in rewards]) / temperature
     powers = np.exp(means - means.max())
@@ -145,8 +134,6 @@ def vote_budgets(proposals) -> tuple[LayerBudget, ...]:
 
 
 # --- Rewards (Eq. 9-12, 25-28). Those of the low level take numbers, or arrays with one entry per candidate. ----
-
-
 def accuracy_reward(drop):
     """Return R_acc (Eq. 25), piecewise linear in the estimated drop, in [0, 100]."""
     beyond = np.where(np.less(drop, 3), 85.0 - 10.0 * (drop - 2), np.maximum(0.0, 70.0 - 10.0 * (drop - 3)))
@@ -170,13 +157,12 @@ def sensitivity_penalty(sensitivity, retained):
 
 def stability_reward(history):
     """Return R_stab = -2 std (population) of the last five rewards, 0 while there are fewer; [..., rewards] → [...]."""
-    last = np.asarray(history)[..., -STABILITY_WINDOW:]
-    return -2.0 * np.std(last, axis=-1) if last.shape[-1] == STABILITY_WINDOW else 0.0
+    last = np.asarray(history)[..., -5:]
+    return -2.0 * np.std(last, axis=-1) if last.shape[-1] == 5 else 0.0
 
 
 def lla_reward(drop, retained, target, penalty, history, weights):
-    """Return R = alpha R_acc + beta R_comp + R_budget + gamma_s R_stab - P_sens (Eq. 9) for the weights (alpha, beta,
-    gamma_s)."""
+    """Return R = alpha R_acc + beta R_comp + R_budget + gamma_s R_stab - P_sens (Eq. 9)."""
     alpha, beta, gamma_s = weights
     return (alpha * accuracy_reward(drop) + beta * compression_reward(retained) + budget_reward(retained, target)
             + gamma_s * stability_reward(history) - penalty)
@@ -207,23 +193,19 @@ def dynamic_reward(mean_target, last_retained, last_drop, wanted, max_drop) -> f
 
 
 # --- Environments (§3.1.3) -------------------------------------------------------------------------------------
-
-
 class LLAEnv:
     """Environments of one low-level agent on one block, stepped together (the interface that rl.py describes).
 
-    Observation float32 [num_envs, 12 + K_i], action int [num_envs, 4 K_i]. All of them start and end an episode
-    together, after ``settings.episode`` steps. ``weights``: (alpha, beta, gamma_s) of the agent; ``budget`` is set
-    before each search. ``penalty_scale`` 0 drops P_sens (the ablation without sensitivity).
+    Observation float32 [num_envs, 12 + K_i], action int [num_envs, 4 K_i]; episodes of ``settings.episode`` steps.
+    ``weights``: (alpha, beta, gamma_s) of the agent; ``budget``: set before each search; ``penalty_scale``: 0 drops
+    P_sens (the ablation without sensitivity).
     """
-
     kept = ("bad_rewards",)  # of a saved state
 
     def __init__(self, index, shapes, sensitivity, estimator, limits, settings, weights, *, blocks, penalty_scale=1.0):
-        self.index, self.shapes, self.sensitivity, self.estimator = index, shapes, sensitivity, estimator
-        self.limits, self.settings, self.weights = limits, settings, weights
-        self.blocks, self.penalty_scale = blocks, penalty_scale
-        self.num_envs, self.obs_dim = settings.envs, 12 + len(shapes)
+        self.index, self.blocks, self.shapes, self.sensitivity = index, blocks, shapes, sensitivity
+        self.estimator, self.limits, self.settings, self.weights = estimator, limits, settings, weights
+        self.penalty_scale, self.num_envs, self.obs_dim = penalty_scale, settings.envs, 12 + len(shapes)
         self.budget: LayerBudget | None = None
         self.bad_rewards = 0  # that were not finite and became BAD_REWARD
         self.steps, self.history = 0, np.zeros((self.num_envs, settings.episode))  # rewards of the episode
@@ -244,10 +226,8 @@ class LLAEnv:
         return obs
 
     def step(self, actions):
-        """Estimate one candidate per environment; actions int [num_envs, 4 K] → observations, rewards, dones, info.
-
-        A drop or reward that is not finite is observed as the worst drop and rewarded with BAD_REWARD.
-        """
+        """Estimate one candidate per environment, actions int [num_envs, 4 K]: observations, rewards, dones, info.
+        Where drop or reward is not finite, the drop is observed as WORST and the reward is BAD_REWARD."""
         configs = [BlockConfig(decode_lla(action, self.budget, self.limits, self.shapes), self.shapes)
                    for action in actions]
         retained = np.array([config.retained for config in configs])
@@ -273,18 +253,15 @@ class HLAEnv:
     """Environment of one high-level agent: a budget for every block (§3.4.2).
 
     Observation float32 [1, 5 + 2 B], action int [1, 2 B]. ``params`` [B]: FP32 parameters of each block's kernels.
-    ``weights``: (alpha, beta, gamma) scale R_sens + R_dyn by alpha / 30, R_glob by beta / 6, R_bal by gamma (ledger
-    D9).
+    ``weights``: (alpha, beta, gamma) scale R_sens + R_dyn by alpha/30, R_glob by beta/6, R_bal by gamma (ledger D9).
     """
-
     num_envs, kept = 1, ("last_drop", "last_retained", "cycle")
 
     def __init__(self, params, sensitivity, limits, search, settings, weights):
         self.params, self.sensitivity = np.asarray(params, dtype=np.float64), list(sensitivity)
         self.limits, self.search, self.settings, self.weights = limits, search, settings, weights
         self.obs_dim = 5 + 2 * len(self.sensitivity)
-        self.last_drop, self.last_retained, self.cycle = 0.0, 1.0, 1
-        self.steps = 0
+        self.last_drop, self.last_retained, self.cycle, self.steps = 0.0, 1.0, 1, 0
 
     def budget(self, tier: int, strategy: int, sensitivity: float) -> LayerBudget:
         """Return the budget of one block."""
@@ -330,16 +307,14 @@ class HLAEnv:
 
 
 # --- Ensembles -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Found:
-    """Result of the search of one block."""
+    """Result of the search of one block; ``compared`` is empty and ``entropy`` None where nothing learns."""
     config: BlockConfig
     updates: list[dict]  # diagnostics of every update of every agent, rows of updates.csv
     evaluations: int  # candidates whose drop was estimated
-    entropy: tuple[float, float] | None  # of the policies before and after (relative_entropy); None: no policies
-    compared: dict  # see LLAEnsemble.compared; empty: no policies
+    entropy: tuple[float, float] | None  # of the policies before and after, 1 = uniform
+    compared: dict  # see LLAEnsemble.compared
 
 
 class _Ensemble:
@@ -356,13 +331,15 @@ class _Ensemble:
                 for n, agent in enumerate(self.agents) for update in agent.learn(timesteps)]
 
     def entropy(self) -> float:
-        """Return the mean of the agents' entropies in the reset state, 1 = uniform (:func:`relative_entropy`)."""
-        return float(np.mean([relative_entropy(agent, env.reset()) for agent, env in zip(self.agents, self.envs)]))
+        """Return the mean of the agents' entropies in the reset state ÷ that of the uniform policy, in [0, 1]."""
+        with torch.no_grad():
+            nats = [entropy(agent.actor(torch.from_numpy(env.reset()))).mean().item()
+                    for agent, env in zip(self.agents, self.envs)]
+        return float(np.mean(nats)) / math.fsum(map(math.log, self.agents[0].nvec))
 
     def _proposals(self, deterministic) -> list[np.ndarray]:
         """Return each agent's action from the reset observation."""
-        return [agent.predict(env.reset(), deterministic=deterministic)[0]
-                for agent, env in zip(self.agents, self.envs)]
+        return [agent.predict(env.reset(), deterministic)[0] for agent, env in zip(self.agents, self.envs)]
 
     def state_dict(self) -> dict:
         """Return the states of agents and environments."""
@@ -377,11 +354,7 @@ class _Ensemble:
 
 
 class LLAEnsemble(_Ensemble):
-    """Low-level agents of one block and their vote (§3.4.1).
-
-    ``block``: with ``.kernels``, the block of place ``index`` of ``blocks``; ``estimator``: estimate.DropEstimator.
-    """
-
+    """Low-level agents of one block, the one of place ``index`` of ``blocks``, and their vote (§3.4.1)."""
     environment = LLAEnv
 
     def __init__(self, index, block, sensitivity, estimator, config, blocks):
@@ -415,9 +388,8 @@ class LLAEnsemble(_Ensemble):
         return BlockConfig(decode_lla(action, self.envs[0].budget, self.config.compress, self.shapes), self.shapes)
 
     def compared(self, consensus: BlockConfig) -> dict:
-        """Return estimated drop in points and reward of the consensus, and their means over COMPARED uniformly drawn
-        actions: what the policies have learnt. Rewards are the agents' mean of Eq. 9 without R_stab. None where a drop
-        is not finite."""
+        """Return estimated drop in points and reward (mean of the agents' Eq. 9 without R_stab) of the consensus, and
+        their means over COMPARED uniformly drawn actions; None where a drop is not finite."""
         rng = np.random.default_rng(derive_seed(self.config.seed, "compare", self.index, self.agents[0].timesteps))
         nvec, env = lla_nvec(len(self.shapes)), self.envs[0]
         configs = [consensus, *(self._decoded(rng.integers(nvec)) for _ in range(COMPARED))]
@@ -438,7 +410,6 @@ class LLAEnsemble(_Ensemble):
 
 class HLAEnsemble(_Ensemble):
     """High-level agents and their vote (§3.4.2). ``params`` [B]: FP32 parameters of each block's kernels."""
-
     environment = HLAEnv
 
     def __init__(self, params, sensitivity, config):
@@ -462,84 +433,32 @@ class HLAEnsemble(_Ensemble):
         return vote_budgets([env.budgets(action) for env, action in zip(self.envs, self._proposals(deterministic))])
 
 
-class _Untrained:
-    """Has the ensembles' methods, and nothing that learns; ``rng`` is what uniform draws come from."""
+class UniformBudgets:
+    """In place of the high-level agents: rho_target and the global bounds for every block (no-hla); nothing learns."""
 
-    bad_rewards = 0
-
-    def __init__(self, config, *path):
-        self.config, self.rng = config, np.random.default_rng(derive_seed(config.seed, "null", *path))
+    def __init__(self, params, sensitivity, config):
+        self.sensitivity, self.config = list(sensitivity), config
 
     def feedback(self, drop: float, retained: float, cycle: int) -> None:
         """Do nothing."""
 
     def train(self, timesteps: int) -> list[dict]:
-        """Do nothing; there are no updates."""
+        """Return no updates."""
         return []
 
     def entropy(self) -> None:
         """Return None, as there are no policies."""
 
-    def state_dict(self) -> dict:
-        """Return the random state."""
-        return {"rng": self.rng.bit_generator.state}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.rng.bit_generator.state = state["rng"]
-
-
-class NullHLA(_Untrained):
-    """In place of the high-level agents: tiers and strategies drawn uniformly, voted as theirs are (search=null)."""
-
-    def __init__(self, params, sensitivity, config):
-        super().__init__(config, "hla")
-        self.sensitivity = list(sensitivity)
-
-    def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
-        """Return one budget per block."""
-        return _drawn_budgets(self.sensitivity, self.config, self.rng)
-
-
-class UniformBudgets(NullHLA):
-    """In place of the high-level agents: rho_target and the global bounds for every block (no-hla, baselines)."""
-
     def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
         """Return one budget per block."""
         return uniform_budgets(len(self.sensitivity), self.config.search, self.config.compress)
 
+    def state_dict(self) -> dict:
+        """Return nothing, as nothing changes."""
+        return {}
 
-class NullLLA(_Untrained):
-    """In place of a block's low-level agents: actions drawn uniformly, voted as theirs are (search=null)."""
-
-    def __init__(self, index, block, sensitivity, estimator, config, blocks):
-        super().__init__(config, index)
-        self.shapes = kernel_shapes(block)
-
-    def search(self, budget: LayerBudget) -> Found:
-        """Vote on uniformly drawn actions."""
-        return Found(_drawn_block(self.shapes, budget, self.config, self.rng), [], 0, None, {})
-
-
-def _drawn_budgets(sensitivity, config, rng):
-    nvec = hla_nvec(len(sensitivity))
-    return vote_budgets([decode_hla(rng.integers(nvec), sensitivity, config.compress) for _ in config.hla.algorithms])
-
-
-def _drawn_block(shapes, budget, config, rng):
-    nvec = lla_nvec(len(shapes))
-    action = vote_actions([rng.integers(nvec) for _ in config.lla.algorithms])
-    return BlockConfig(decode_lla(action, budget, config.compress, shapes), shapes)
-
-
-# --- What is reported about a search ---------------------------------------------------------------------------
-
-
-def relative_entropy(agent, obs) -> float:
-    """Return the mean entropy of an agent's policy at observations [n, d] ÷ that of the uniform policy, in [0, 1]."""
-    with torch.no_grad():
-        log_probs = agent.actor(torch.as_tensor(obs, dtype=torch.float32))
-    return entropy(log_probs).mean().item() / math.fsum(map(math.log, agent.nvec))
+    def load_state_dict(self, state: dict) -> None:
+        """Do nothing."""
 
 
 def compliance(config: NetworkConfig, budgets) -> float:
@@ -549,10 +468,8 @@ def compliance(config: NetworkConfig, budgets) -> float:
 
 
 def random_config(shapes, limits, rng: np.random.Generator) -> NetworkConfig:
-    """Draw a configuration for the surrogate's warm-up: bits in {4…8}, keep uniform in [0.6, 1] (§3.6).
-
-    shapes: per block the kernels' KernelShape; all within what ``limits`` (config.Compress) allows.
-    """
+    """Draw a configuration for the surrogate's warm-up: bits in {4…8}, keep uniform in [0.6, 1], within ``limits``
+    (§3.6). shapes: per block the kernels' KernelShape."""
     low, high = max(4, limits.bits_min), min(8, limits.bits_max)
     least, (qtypes, granularities) = max(0.6, 1 - limits.max_pruning), _options(limits)
     return NetworkConfig(tuple(BlockConfig(tuple(
@@ -561,20 +478,3 @@ def random_config(shapes, limits, rng: np.random.Generator) -> NetworkConfig:
                      qtype=qtypes[rng.integers(len(qtypes))],
                      granularity=granularities[rng.integers(len(granularities))]) for shape in block), tuple(block))
         for block in shapes))
-
-
-def null_controller(shapes, sensitivity, config, draws: int = 200) -> dict:
-    """Return CR and compliance of a controller that draws every action uniformly and votes as the ensembles do.
-
-    shapes: per block a tuple of KernelShape. Means and standard deviations over ``draws`` policies. No network is
-    evaluated: both figures follow from the configuration alone.
-    """
-    rng, crs, compliances = np.random.default_rng(derive_seed(config.seed, "null")), [], []
-    for _ in range(draws):
-        budgets = (uniform_budgets(len(shapes), config.search, config.compress)
-                   if config.search.method in ("no-hla", *BASELINES) else _drawn_budgets(sensitivity, config, rng))
-        drawn = NetworkConfig(tuple(_drawn_block(block, budget, config, rng) for block, budget in zip(shapes, budgets)))
-        crs.append(drawn.cr)
-        compliances.append(compliance(drawn, budgets))
-    return {"draws": draws, "cr_mean": float(np.mean(crs)), "cr_std": float(np.std(crs)),
-            "compliance_mean": float(np.mean(compliances)), "compliance_std": float(np.std(compliances))}

@@ -20,7 +20,8 @@ from config import BASELINES, Config, override  # noqa: E402
 from deploy.target import Demands  # noqa: E402
 from evidence import plus  # noqa: E402
 from problems import BUDGET, CURVATURE, LIMITS, TARGET, TIMESTEPS, SixKernels, found  # noqa: E402
-from search import HLAEnsemble, LLAEnsemble, NullHLA, NullLLA, UniformBudgets  # noqa: E402
+from evidence.null import NullHLA, NullLLA  # noqa: E402
+from search import HLAEnsemble, LLAEnsemble, UniformBudgets  # noqa: E402
 
 SEEDS = range(16)
 

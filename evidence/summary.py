@@ -11,7 +11,7 @@ from compress import kernel_bytes, model_bytes, snap_to_grid
 from config import Config, InputError, override
 from deploy import pack
 from evidence.stats import mcnemar, paired_interval, wilson
-from search import null_controller
+from evidence.null import null_controller
 from support.files import shown
 from support.own import own_network
 from train import accuracy, correct

@@ -10,7 +10,8 @@ from torch import nn
 
 from compress import KernelShape, LayerBudget, NetworkConfig, kernel_shapes
 from config import Config, override
-from search import NullHLA, NullLLA, UniformBudgets, null_controller
+from evidence.null import NullHLA, NullLLA, null_controller
+from search import UniformBudgets
 
 FREE = LayerBudget(target=0.25, max_pruning=0.6, min_bits=3, max_drop=2.0, strategy="auto")
 DEIT = [tuple(KernelShape(n_out, n_out * n_in) for n_out, n_in in ((1152, 384), (384, 384), (1536, 384), (384, 1536)))
