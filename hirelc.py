@@ -38,8 +38,9 @@ from deploy.target import Demands, check_sizes, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
 from evidence import baselines, plus, sensitivities, summary
 from evidence.report import results_table
-from search import (TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, NullHLA, NullLLA, UniformBudgets, derive_seed,
-                    random_config, uniform_budgets)
+from evidence.null import NullHLA, NullLLA
+from search import (TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config,
+                    uniform_budgets)
 from support import networks, plan, policies, runs
 from support.files import check_writable, survive_ascii
 from support.log import Log
@@ -294,11 +295,12 @@ def warm_up(run: Run, out: Outcome) -> None:
 
 def train_hla(run: Run, hla, timesteps: int, out: Outcome) -> None:
     """Train the high-level agents under the last feedback (§3.7 step 2)."""
-    cycle, before = len(out.rows), hla.entropy()
-    updates = run.phases.once(f"hla: training, cycle {cycle}", lambda: hla.train(timesteps), hla=hla)
+    cycle = len(out.rows)
+    before, updates, after = run.phases.once(
+        f"hla: training, cycle {cycle}", lambda: (hla.entropy(), hla.train(timesteps), hla.entropy()), hla=hla)
     out.updates += [{"cycle": cycle, **update} for update in updates]
     if before is not None:
-        out.searches.append({"level": "HLA", "cycle": cycle, "entropy": [before, hla.entropy()]})
+        out.searches.append({"level": "HLA", "cycle": cycle, "entropy": [before, after]})
 
 
 def search_blocks(run: Run, lla, budgets, cycle: int, out: Outcome) -> list[Found]:
@@ -531,7 +533,12 @@ def dry_run(config: Config) -> str:
     """Return what :func:`run_experiment` would do, as text; nothing is written. Raises InputError where that would."""
     check(config, Ranks())
     policy = policies.read(config.policy) if config.policy else None
-    return plan.plan(policy.settings(config) if policy else config, lambda *parts: Run(*parts, Log(open(os.devnull, "w"))))
+    config, silent = policy.settings(config) if policy else config, Log(open(os.devnull, "w"))
+
+    def make_run(model, survey, train, test) -> Run:
+        return Run(model, survey, train, test, config, silent, given=fitted(policy, survey.blocks, config, silent))
+
+    return plan.plan(config, make_run)
 
 
 def main(argv=None) -> int:

@@ -16,11 +16,19 @@ class GivenBudgets(UniformBudgets):
         """Return the policy's budgets."""
         return self.given
 
+    def state_dict(self) -> dict:
+        """Return nothing, as nothing changes."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Do nothing."""
+
 
 class GivenBlock:
     """In place of a block's low-level agents: its configuration in a policy."""
 
     bad_rewards = 0
+    state_dict, load_state_dict = GivenBudgets.state_dict, GivenBudgets.load_state_dict
 
     def __init__(self, config: BlockConfig):
         self.config = config
@@ -28,10 +36,3 @@ class GivenBlock:
     def search(self, budget: LayerBudget) -> Found:
         """Return the configuration; nothing is evaluated."""
         return Found(self.config, [], 0, None, {})
-
-    def state_dict(self) -> dict:
-        """Return nothing, as nothing changes."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Do nothing."""
