@@ -1,7 +1,7 @@
 """compress_model on six networks of torchvision's zoo that this project did not write.
 
-    python benchmarks/zoo.py --data-dir DIR    # real images: cifar10/ or another data set of config.DATASETS below DIR
-    python benchmarks/zoo.py                   # drawn images
+    python -m evidence.zoo --data-dir DIR    # real images: cifar10/ or another data set of config.DATASETS below DIR
+    python -m evidence.zoo                   # drawn images
 
 What it shows is what is found, compressed and counted, and how long it takes, not accuracy: the networks have random
 weights (the zoo's own would have to be downloaded), and search and fine-tuning have the budget that is printed. Of
@@ -16,17 +16,14 @@ import os
 import platform
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torchvision
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data  # noqa: E402
-import hirelc  # noqa: E402
-from config import Data, InputError  # noqa: E402
-from support.log import Log  # noqa: E402
+import data
+import hirelc
+from config import Data, InputError
+from support.log import Log
 
 NETWORKS = ("vgg11_bn", "densenet121", "regnet_y_400mf", "convnext_tiny", "swin_t", "efficientnet_b0")
 BUDGET = {"search__cycles": 1, "lla__timesteps": 4, "hla__timesteps": 16, "search__proxy_batches": 1,

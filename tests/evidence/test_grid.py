@@ -1,4 +1,4 @@
-"""The grid of methods: its commands, what it keeps of a cell, and its tables from cells made by hand."""
+"""The grid of methods: its commands, and its tables from cells made by hand; the commands of the script for a GPU."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import flatten
-from evidence import grid
+from evidence import gpu, grid
 from support.cli import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,3 +81,9 @@ def test_a_cell_that_is_stopped_is_left_for_the_next_time(tmp_path, monkeypatch,
         assert grid.main() == 0 and len(calls) == 2
     else:
         assert "plus seed 45 ended with 3" in capsys.readouterr().err
+
+
+def test_what_the_gpu_script_asks_for_can_be_run(tmp_path):
+    assert any("test_data" in file for command in gpu.commands("tests", "", "cuda") for file in command)
+    found = [arguments(command[1:]) for command in gpu.commands("run", str(tmp_path), "cpu")]
+    assert [config.name for _, (config,) in found] == ["first", "second", ""] and found[2][0].load
