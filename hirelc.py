@@ -195,7 +195,7 @@ class Run:
 
     def train(self, what: str, trainer: Trainer) -> Epoch:
         """Run a training, which goes on from its last saved epoch; return its best epoch."""
-        return trainer.run(self.log.progress, what, self.log.info, self.phases.training)
+        return trainer.run(self.log.progress, what, self.log.info, self.phases)
 
     def train_from_scratch(self) -> None:
         """Train on the experiment's own data where there are no weights."""

@@ -1,9 +1,9 @@
 """Run directories: where the files of a run lie, who may write to them, and how a run goes on where it was stopped.
 
-A run is a row of phases. :meth:`Phases.once` stores what a phase returned and the state of every object that it changed;
-a resumed run passes over the phases that are stored and repeats the one that was broken off. A training within a phase
-stores its state after every epoch. Every file appears by renaming a complete temporary file, so that the state on the
-disk is whole at any moment, however the process ends.
+A run is a row of phases. :meth:`Phases.once` stores what a phase returned and the state of every object that it
+changed; a resumed run passes over the phases that are stored and repeats the one that was broken off. A training within
+a phase stores its state after every epoch. Every file appears by renaming a complete temporary file, so that the state
+on the disk is whole at any moment, however the process ends.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ class Phases:
 
     def __init__(self, folder: Path | None = None, identity: dict | None = None, classes=(), ranks: Ranks = Ranks(),
                  log: Log | None = None):
-        self.folder, self.classes, self.ranks, self.log = folder, list(classes), ranks, log or Log()
-        self.identity = json.loads(json.dumps(identity or {}))
+        self.folder, self.identity, self.classes = folder, identity or {}, list(classes)
+        self.ranks, self.log, self.resumes = ranks, log or Log(), False
         self.seconds: dict[str, float] = {}
         self.saving = 0.0  # seconds spent on writing
-        self.resumes, self.started, self.elapsed = False, time.monotonic(), 0.0  # seconds of the processes before
+        self.started, self.elapsed = time.monotonic(), 0.0  # of this process; seconds of those before it
 
     @property
     def exists(self) -> bool:
@@ -116,14 +116,12 @@ class Phases:
             write_json(path, self.identity)
             return
         try:
-            before = dict(read_json(path)[0])
+            differing = _differing(dict(read_json(path)[0]), self.identity)
         except UNREADABLE as error:
             raise self._damaged(path, error) from None
-        differing = [f"{key} (there {shown(before.get(key))}, now {shown(self.identity.get(key))})"
-                     for key in sorted({*before, *self.identity}) if before.get(key) != self.identity.get(key)]
         if differing:
-            raise InputError(f"{self.folder}: a state with other settings or versions: {'; '.join(differing)}; give "
-                             "those, or start anew with --restart")
+            raise InputError(f"{self.folder}: a state with other settings or versions: {differing}; give those, or "
+                             "start anew with --restart")
         for temporary in self.folder.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
 
@@ -134,65 +132,57 @@ class Phases:
         ``state_dict`` and ``load_state_dict``; the state of each is kept until a later phase stores a newer one under
         the same key. Notes, random states and seconds of the phase are kept with the value.
         """
-        entry = self._read(self._file(name))
+        stem, self.phase = re.sub(r"[^a-z0-9.]+", "-", name.lower()), name
+        entry = self._read(f"{stem}.pt")
         if entry is None:
             notes, start = len(self.log.notes), time.monotonic()
-            self.training = Checkpoint(self, name)
-            value = compute()
-            seconds = time.monotonic() - start
-            entry = {"value": value, "notes": self.log.notes[notes:], "random": random_states(), "seconds": seconds,
-                     "elapsed": self.elapsed + time.monotonic() - self.started}
-            self._write(name, entry, parts)
+            entry = {"value": compute(), "notes": self.log.notes[notes:], "random": random_states(),
+                     "seconds": time.monotonic() - start, "elapsed": self.elapsed + time.monotonic() - self.started}
+            for key, part in parts.items():
+                self._write(f"{stem}@{key}.pt", part.state_dict())
+            self._write(f"{stem}.pt", entry)  # makes the phase one that has ended
+            self._drop_superseded(stem, parts)
         else:
-            self._restore(name, entry, parts)
+            for key, part in parts.items():
+                state = self._read(f"{stem}@{key}.pt")
+                if state is not None:  # else a later phase has stored a newer one
+                    part.load_state_dict(state)
+            self.log.notes += entry["notes"]
+            self.elapsed = entry["elapsed"]
+            set_random_states(entry["random"])
         kind = name.partition(":")[0]
         self.seconds[kind] = self.seconds.get(kind, 0.0) + entry["seconds"]
         return entry["value"]
 
-    def _restore(self, name, entry, parts) -> None:
-        for key, part in parts.items():
-            state = self._read(self._file(name, key))
-            if state is not None:  # else a later phase has stored a newer one
-                try:
-                    part.load_state_dict(state)
-                except UNREADABLE as error:
-                    raise self._damaged(self._file(name, key), error) from None
-        self.log.notes += entry["notes"]
-        self.elapsed = entry["elapsed"]
-        set_random_states(entry["random"])
+    def load(self) -> dict | None:
+        """Return the state that the training of the phase at hand saved last, or None."""
+        saved = self._read("training.pt")
+        if saved is None or saved["phase"] != self.phase:
+            return None
+        set_random_states(saved["random"])
+        return saved["training"]
 
-    def _write(self, name, entry, parts) -> None:
-        """Store the parts, then the entry, which makes the phase one that has ended; then drop what is superseded."""
-        if self.folder is None or not self.ranks.first:
-            return
-        for key, part in parts.items():
-            self.save(self._file(name, key), part.state_dict())
-        self.save(self._file(name), entry)
-        for key in parts:
-            for path in self.folder.glob(f"*@{key}.pt"):
-                if path != self._file(name, key):
-                    path.unlink()
-        (self.folder / "training.pt").unlink(missing_ok=True)
+    def save(self, training: dict) -> None:
+        """Store the state of the training of the phase at hand."""
+        self._write("training.pt", {"phase": self.phase, "training": training, "random": random_states()})
 
-    def _file(self, name: str, part: str = "") -> Path:
-        stem = re.sub(r"[^a-z0-9.]+", "-", name.lower())
-        return (self.folder or Path()) / f"{stem}{part and '@'}{part}.pt"
+    def _drop_superseded(self, stem, parts) -> None:
+        if self.folder is not None and self.ranks.first:
+            older = [path for key in parts for path in self.folder.glob(f"*@{key}.pt") if path.name != f"{stem}@{key}.pt"]
+            for path in (*older, self.folder / "training.pt"):
+                path.unlink(missing_ok=True)
 
-    def save(self, path: Path, value) -> None:
-        """Write a value by torch.save to a temporary name, flush it to the disk and rename it. Raises SaveError."""
-        start = time.monotonic()
-        try:
-            replace_file(path, lambda file: torch.save(value, file))
-        except OSError as error:
-            raise SaveError(f"cannot save the state in {self.folder}: {error.strerror or error}; the one before it is "
-                            "intact: make room there, or give the folder back, and go on with --resume") from None
-        self.saving += time.monotonic() - start
+    def _write(self, file: str, value) -> None:
+        if self.folder is not None and self.ranks.first:
+            start = time.monotonic()
+            write(self.folder / file, lambda out: torch.save(value, out))
+            self.saving += time.monotonic() - start
 
-    def _read(self, path: Path):
+    def _read(self, file: str):
         """What a file of the state holds, the same for all processes; None where there is none."""
         if not self.resumes:
             return None
-        value, error = None, None
+        value, error, path = None, None, self.folder / file
         if self.ranks.first and path.exists():
             try:
                 with torch.serialization.safe_globals(self.classes):
@@ -210,26 +200,6 @@ class Phases:
         """Delete the state of a run that has ended."""
         if self.folder is not None and self.ranks.first:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class Checkpoint:
-    """The state of the training in a phase, which the training saves after every epoch and loads when it begins."""
-
-    def __init__(self, phases: Phases, name: str):
-        self.phases, self.name, self.path = phases, name, (phases.folder or Path()) / "training.pt"
-
-    def load(self) -> dict | None:
-        """Return the state that a training of this phase saved last, or None."""
-        saved = self.phases._read(self.path)
-        if saved is None or saved["phase"] != self.name:
-            return None
-        set_random_states(saved["random"])
-        return saved["training"]
-
-    def save(self, training: dict) -> None:
-        """Store the state of the training."""
-        if self.phases.folder is not None and self.phases.ranks.first:
-            self.phases.save(self.path, {"phase": self.name, "training": training, "random": random_states()})
 
 
 def random_states() -> dict:
@@ -259,7 +229,7 @@ def run_directory(config: Config) -> Path:
 
 
 def check_directory(path: Path, config: Config) -> None:
-    """Raise InputError for a folder that cannot be written, or that holds a run with other settings."""
+    """Raise InputError for a folder that holds a run with other settings."""
     old = path / "config.json"
     if old.exists():
         try:
@@ -267,15 +237,15 @@ def check_directory(path: Path, config: Config) -> None:
         except UNREADABLE as error:
             raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away "
                              "or choose another --out or --name") from None
-        now = flatten(config)
-        differing = [f"{key} (there {shown(before[key])}, now {shown(now[key])})" for key in now
-                     if key not in PLACES and before[key] != now[key]]
+        differing = _differing(*({k: v for k, v in s.items() if k not in PLACES} for s in (before, flatten(config))))
         if differing:
-            raise InputError(f"{path} holds a run with other settings: {'; '.join(differing)}; give the variant a "
-                             "--name or choose another --out")
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise InputError(f"--out {config.out}: {there} is not a folder that can be written to; choose another folder")
+            raise InputError(f"{path} holds a run with other settings: {differing}; give the variant a --name or "
+                             "choose another --out")
+
+
+def _differing(before: dict, now: dict) -> str:
+    return "; ".join(f"{key} (there {shown(before.get(key))}, now {shown(now.get(key))})"
+                     for key in sorted({*before, *now}) if before.get(key) != now.get(key))
 
 
 @contextlib.contextmanager
@@ -285,7 +255,7 @@ def locked(path: Path):
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"{path}: cannot be used as a run directory ({error.strerror}); choose another --out") from None
+        raise InputError(f"{path}: cannot be the folder of a run ({error.strerror}); choose another --out") from None
     try:
         if fcntl:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -307,15 +277,12 @@ def clear(path: Path) -> None:
 
 
 def write(path: Path, fill) -> None:
-    """Write an output file of the run; ``fill``: text, bytes, or a function that writes to a file. Raises SaveError."""
-    if not callable(fill):
-        data = fill.encode() if isinstance(fill, str) else fill
-        fill = lambda file: file.write(data)  # noqa: E731
+    """Write a file of the run; ``fill``: bytes, or a function that writes to a file. Raises SaveError."""
     try:
-        replace_file(path, fill)
+        replace_file(path, fill if callable(fill) else lambda file: file.write(fill))
     except OSError as error:
-        raise SaveError(f"cannot write to {path.parent}: {error.strerror or error}; the state there is intact: make "
-                        "room, or give the folder back, and go on with --resume") from None
+        raise SaveError(f"cannot write to {path.parent}: {error.strerror or error}; the state before is intact: make "
+                        "room there, or give the folder back, and go on with --resume") from None
 
 
 def finished(path: Path) -> dict | None:
@@ -349,9 +316,13 @@ def open_directory(path: Path, config: Config, run, resume: bool) -> None:
 
 def save(path: Path, out) -> None:
     """Write what is known after a cycle: cycles.csv, updates.csv and the best cycle's packed file."""
-    write(path / "cycles.csv", csv_text([dataclasses.asdict(row) for row in out.rows]))
-    if out.updates:
-        write(path / "updates.csv", csv_text(out.updates))
+    for name, rows in (("cycles.csv", [dataclasses.asdict(row) for row in out.rows]), ("updates.csv", out.updates)):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        if rows:
+            write(path / name, text.getvalue().encode())
     write(path / "packed.pt", out.best.packed)
 
 
@@ -368,8 +339,8 @@ def finish(path: Path, run, out, result: dict, policy: dict) -> None:
     seconds = {**phases.seconds, "other": max(total - sum(phases.seconds.values()), 0.0)}
     result["timings"] = {k: round(v, 2) for k, v in {**seconds, "total": total, "saving": phases.saving}.items()}
     result["time_shares"] = {phase: round(value / total, 4) for phase, value in seconds.items()}
-    write(path / "policy.json", json.dumps(policy, indent=1))
-    write(path / "result.json", json.dumps(result, indent=1))
+    write(path / "policy.json", json.dumps(policy, indent=1).encode())
+    write(path / "result.json", json.dumps(result, indent=1).encode())
     phases.remove()
     for phase, share in sorted(result["time_shares"].items(), key=lambda item: -item[1]):
         log.info(f"  {phase:12} {result['timings'][phase]:10.1f} s  {100 * share:5.1f} %")
@@ -379,15 +350,6 @@ def finish(path: Path, run, out, result: dict, policy: dict) -> None:
              f"{result['best_cycle']}, {duration(total)} → {path}")
 
 
-def csv_text(rows: list[dict]) -> str:
-    """Return rows of the same keys as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The machine
 
@@ -395,7 +357,12 @@ def csv_text(rows: list[dict]) -> str:
 def identity(config: Config) -> dict:
     """Return what has to be the same for a run to go on: every setting that its result depends on, and the versions."""
     settings = {key: value for key, value in flatten(config).items() if key not in PLACES}
-    return {**settings, "torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
+    return {**settings, **versions()}
+
+
+def versions() -> dict:
+    """Return the versions of the packages that a result depends on."""
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
 
 
 def provenance(device, processes: int) -> dict:
@@ -407,34 +374,31 @@ def provenance(device, processes: int) -> dict:
                              capture_output=True, text=True)
     return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": processes,
             "git": git.stdout.strip() if git and git.returncode == 0 else None,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "torchvision": torchvision.__version__, "numpy": np.__version__},
+            "versions": {"python": platform.python_version(), **versions()},
             "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
                          "threads": torch.get_num_threads()}}
 
 
 def moved(path: Path, device, processes: int) -> list[str]:
     """Return a line for each thing in which this machine differs from the one that the run began on."""
-    now = provenance(device, processes)
     try:
         before = read_json(path / "config.json")[0]
-        pairs = [(key, before["hardware"][key], value) for key, value in now["hardware"].items()]
+        pairs = [(key, before["hardware"][key], value) for key, value in provenance(device, 1)["hardware"].items()]
         pairs.append(("number of processes", before["processes"], processes))
     except UNREADABLE:
-        return ["config.json of the run cannot be read: whether it began on this machine is not known"]
+        pairs = [("machine, perhaps,", "its config.json cannot be read", "unknown")]
     return [f"goes on with another {key} than it began with ({old}, now {new}): the last bits may differ from those of "
             "a run in one go" for key, old, new in pairs if old != new]
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for the next batch, for the whole process; nothing where it is not glibc.
+    """Let the C library keep freed memory for the next batch; nothing where it is not glibc.
 
-    By default it may hand a freed batch back to the system, and the next one pays a page fault per 4 KB: a pass over
-    decoded 64 px images then takes four times as long, and training a MobileNetV2 a tenth longer.
+    By default it hands a freed batch back to the system, and the next one pays a page fault per 4 KB: training a
+    MobileNetV2 at 64 px takes a tenth longer.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
-        if not mallopt(mmap_threshold, 2**30):
-            mallopt(mmap_threshold, 2**25)  # the most that some versions take
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the most that some versions take

@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(runs, "replace_file", full)
-    with pytest.raises(runs.SaveError, match="No space left on device; the one before it is intact"):
+    with pytest.raises(runs.SaveError, match="No space left on device; the state before is intact"):
         first.once("a: 2", lambda: 2)
     assert {path.name: path.read_bytes() for path in (tmp_path / "state").iterdir()} == before
 
