@@ -1,21 +1,14 @@
 """What the hierarchy is compared with: searches over the same configurations, the same estimates and the same budget.
 
 Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each
-block judged with the others at theta_0 as the low-level agents' candidates are, that retains at most ``target``.
-To first order the drops of the blocks add up, and the sum costs one estimate per block, so that a method is charged
-alike whether it looks at blocks or at networks: one *evaluation* is one estimate of one block's candidate. A candidate
-that was seen before is remembered and costs nothing. No method asks for more than the hierarchy (:func:`budget`).
+block judged with the others at theta_0 as the low-level agents' candidates are, that retains at most ``target``. To
+first order the blocks' drops add up, and the sum costs one estimate per block: a method is charged alike whether it
+looks at blocks or at networks. One *evaluation* is one estimate of one block's candidate; one that was made before is
+remembered and costs nothing. No method makes more than the hierarchy (:func:`budget`).
 
 Configurations are those that the agents' actions can say under uniform budgets: bits_min…bits_max, and the 15 values of
 keep, those that mean other channels. A *genome* is int [K, 4]: bits, step of keep (0 = all), type and granularity of
-each of the network's K kernels.
-
-    uniform     the same bits and keep everywhere: for each number of bits the largest keep that meets the target
-    random      random configurations moved onto the target, the best of all
-    greedy      damage s_i / P_i ||W - W^||^2 per weight saved, as HAWQ-V2 allocates (Dong et al. 2020, 1911.03852)
-    evolution   (mu + lambda) over genomes: tournaments, crossover by blocks, mutation of kernels
-    sequential  one policy that goes through the kernels in order, as AMC (He et al. 2018, 1802.03494) and HAQ (Wang et
-                al. 2019, 1811.08886), with PPO for their DDPG; the best network visited
+each of the network's K kernels. The methods are the functions in METHODS.
 """
 
 from __future__ import annotations
@@ -89,7 +82,7 @@ def joint_blocks(blocks, sensitivity, estimator, config, note) -> list[JointBloc
     asked. ``note(text)`` is called with what there is to say about a choice."""
     problem = Problem(blocks, sensitivity, config.compress, config.search.target, estimator.drops,
                       budget(len(blocks), len(config.lla.algorithms), config.lla))
-    method, shared = config.search.method, {"cycle": 0, "asked": [], "config": None}
+    method, shared = config.search.method, {"cycle": 0, "asked": [], "config": None, "evaluations": 0}
 
     def find_in(cycle: int) -> Choice:
         choice = find(method, problem, derive_seed(config.seed, "baseline", method, cycle))
@@ -104,7 +97,7 @@ class JointBlock:
     """A block's part of a search of the whole network, with the interface of the low-level agents.
 
     The network is searched once per cycle, when the first block is asked; a block that is asked again begins a cycle.
-    The search is a function of seed and cycle alone. ``shared``: cycle, blocks asked in it, and its configuration.
+    ``find_in(cycle)``: the search, a function of seed and cycle alone; ``shared``: by all blocks.
     """
 
     bad_rewards = 0
@@ -113,20 +106,17 @@ class JointBlock:
         self.index, self.find_in, self.shared = index, find_in, shared
 
     def search(self, budget) -> Found:
-        """Return the block's configuration; the evaluations are those of the first block that is asked in a cycle.
-
-        The method has one size for the network, so that the block's ``budget`` plays no part.
-        """
-        shared, evaluations = self.shared, 0
+        """Return the block's configuration, and with the first block of the network the evaluations of the whole; the
+        network has one size, so that ``budget`` plays no part."""
+        shared = self.shared
         if shared["config"] is None or self.index in shared["asked"]:
             choice = self.find_in(shared["cycle"] + 1)
-            shared.update(cycle=shared["cycle"] + 1, asked=[], config=choice.config)
-            evaluations = choice.evaluations
+            shared.update(cycle=shared["cycle"] + 1, asked=[], config=choice.config, evaluations=choice.evaluations)
         shared["asked"] = [*shared["asked"], self.index]
-        return Found(shared["config"].blocks[self.index], [], evaluations, None, {})
+        return Found(shared["config"].blocks[self.index], [], 0 if self.index else shared["evaluations"], None, {})
 
     def state_dict(self) -> dict:
-        """Return the cycle, the blocks asked in it and the network's configuration."""
+        """Return the cycle, the blocks asked in it, and the network's configuration and evaluations."""
         return dict(self.shared)
 
     def load_state_dict(self, state: dict) -> None:
@@ -299,8 +289,8 @@ def random_search(space: Space, rng) -> None:
 
 
 def greedy(space: Space, rng) -> str:
-    """The least damage per weight saved, once with bits alone and once with bits and keep (``allocations``). The two
-    choices' drops are all evaluations."""
+    """The least damage s_i / P_i ||W - W^||^2 per weight saved, with bits alone as HAWQ-V2 allocates (Dong et al. 2020,
+    1911.03852), and with bits and keep; the two choices' drops are all evaluations."""
     p = space.problem
     enforced = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.target)
     space.scores([one.config for one in enforced])
@@ -344,7 +334,8 @@ def _child(space: Space, people, rng) -> np.ndarray:
 
 
 def sequential(space: Space, rng) -> None:
-    """PPO over episodes that decide one kernel after the other; the best network visited."""
+    """One policy that goes through the kernels in order, as AMC (He et al. 2018, 1802.03494) and HAQ (Wang et al. 2019,
+    1811.08886), with PPO for their DDPG; the best network visited."""
     env, kernels, blocks = SequentialEnv(space), len(space.shapes), len(space.problem.blocks)
     agent = PPO(env, [len(space.bits), LEVELS, len(space.qtypes), len(space.granularities)],
                 seed=int(rng.integers(2**31)), name="PPO (sequential controller)",

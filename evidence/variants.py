@@ -43,8 +43,8 @@ def trained(command) -> list[str]:
 def main(argv=None) -> int:
     """Run every variant with every seed; one that fails does not stop the others. Return the exit code: 0, 1 where one
     failed, 2 for bad input, 130 or 143 where it was stopped."""
-    parser = _Parser(prog="variants", description="The ablations and baselines of one experiment. Every other flag goes "
-                     "to hirelc.py.", allow_abbrev=False)
+    parser = _Parser(prog="variants", description=__doc__.split(",")[0] + ". Every other flag goes to hirelc.py.",
+                     allow_abbrev=False)
     parser.add_argument("--exp", type=int, required=True, metavar="N", help="experiment of the paper")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
