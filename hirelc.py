@@ -32,19 +32,17 @@ from config import BASELINES, EXPERIMENTS, Config, InputError, override
 from deploy import pack
 from deploy.batchnorm import estimate_batchnorm
 from deploy.cycle import Best, Cycle, measure
-from deploy.given import GivenBlock, GivenBudgets
+from deploy.given import GivenBlock, GivenBudgets, fitted
 from deploy.qat import GridTraining
 from deploy.target import Demands, check_sizes, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
 from evidence import baselines, plus, sensitivities, summary
-from evidence.report import results_table
 from evidence.null import NullHLA, NullLLA
-from search import (TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config,
-                    uniform_budgets)
+from evidence.report import results_table
+from search import TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config
 from support import networks, plan, policies, runs
 from support.files import check_writable, survive_ascii
 from support.log import Log
-from support.networks import switches
 from support.own import copy_network
 from support.ranks import Elsewhere, Ranks, leave, lost, several, start
 from train import Epoch, Recipe, Trainer, accuracy, correct, fisher_sensitivity
@@ -120,7 +118,7 @@ def algorithm_1(run: Run) -> Outcome:
 
 
 def choose_search(run: Run, sensitivity, estimator):
-    """Return who searches: high-level agents, low-level agents per block, and what makes one configuration of theirs."""
+    """Return the high-level agents, the low-level agents of every block, and what joins their configurations."""
     c, method = run.config, run.config.search.method
     params = [sum(shape.params for shape in block) for block in run.shapes]
 
@@ -139,15 +137,16 @@ def choose_search(run: Run, sensitivity, estimator):
                  "null": (NullHLA, NullLLA)}[method]
     if method != "no-hla" and c.compress.bits_max < max(TIER_MIN_BITS):
         run.log.note(f"budgets that ask for more bits than compress.bits_max={c.compress.bits_max} are cut to it")
-    blocks = [low(i, block, s, estimator, c, len(run.blocks)) for i, (block, s) in enumerate(zip(run.blocks, sensitivity))]
-    return high(params, sensitivity, c), blocks, together
+    pairs = enumerate(zip(run.blocks, sensitivity))
+    return (high(params, sensitivity, c), [low(i, block, s, estimator, c, len(run.blocks)) for i, (block, s) in pairs],
+            together)
 
 
 class Run:
     """One compression of one trained network: what the steps of Algorithm 1 work on, and the steps.
 
-    model: nn.Module on the device of choice, mapping [n, C, H, W] to logits; it is changed in place. survey: its kernels
-    and blocks. train, test: sets of images as ``data.Images``. network: what the packed file says of the network. given:
+    model: nn.Module on its device, mapping [n, C, H, W] to logits; it is changed in place. survey: its kernels and
+    blocks. train, test: sets of images as ``data.Images``. network: what the packed file says of it. given:
     (NetworkConfig, budgets) in place of the search. save(outcome): called after every cycle.
     """
 
@@ -208,7 +207,7 @@ class Run:
             self.log.info(f"trained from scratch: {recipe.epochs} epochs, accuracy {best.acc:.2f} (epoch {best.epoch})")
 
     def train_baseline(self) -> dict:
-        """Fine-tune the weights to theta_0 (§3.1.1); return accuracies in points: ``given_acc`` before, ``acc`` after."""
+        """Fine-tune to theta_0 (§3.1.1); return accuracies in points: ``given_acc`` before, ``acc`` after."""
         recipe, before = self.config.baseline, None
         if recipe.epochs:
             before = self.score() if self.config.model.weights == "given" else None
@@ -336,7 +335,7 @@ def search_blocks(run: Run, lla, budgets, cycle: int, out: Outcome) -> list[Foun
 
 def compress_and_finetune(run: Run, cycle: int, chosen: NetworkConfig, voted: NetworkConfig, budgets, out: Outcome,
                           relaxed: bool = False) -> Cycle:
-    """Apply T(theta_0, C), fine-tune under the masks, pack and measure (§3.7 steps 6, 7 and 9); return the cycle's row.
+    """Apply T(theta_0, C), fine-tune under the masks, pack and measure (§3.7 steps 6, 7 and 9); return the row.
 
     With ``carry=rest`` everything but the kernels goes on from the last cycle (ledger D12).
     """
@@ -391,10 +390,10 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     train, test: a Dataset, a DataLoader, a pair of tensors (:func:`data.as_images`), or an object with ``len()``,
     ``batch`` and ``batches`` as :class:`data.Images`. Kernels and blocks are found by what a forward pass of eight
     training images does. exclude: names of kernels or modules, or patterns with ``*``, to leave out; groups: lists of
-    kernel names that are the blocks. log: a :class:`support.log.Log`; without one it prints. packed: path of the packed
-    file to write; ``deploy.pack.load(path, model=…)`` fills a network of the same class with it. policy: one that this
-    function returned, or the path of a policy.json; it is applied in one cycle without a search. settings: those of
-    config.Config, with ``__`` for the dot, for example ``search__cycles=1``.
+    kernel names that are the blocks. log: a :class:`support.log.Log`; without one it prints. packed: path of the
+    packed file to write, with which ``deploy.pack.load(path, model=…)`` fills a network of the class. policy: one that
+    this function returned, or the path of a policy.json; it is applied in one cycle without a search. settings:
+    those of config.Config, with ``__`` for the dot, for example ``search__cycles=1``.
 
     Returns (network, policy, result): the network of the packed file in eval mode on the given one's device, the other
     two as policy.json and result.json hold them. The given network is left untouched, whatever happens, and so are
@@ -418,7 +417,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     train, test = data.as_images(train), data.as_images(test)
     for images, what in ((train, "training images"), (test, "test images")):
         data.check_finite(images, what)
-    with switches(config), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with networks.switches(config), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
         run = Run(network, survey, train, test, config, log, networks.describe(network, config, train),
@@ -429,27 +428,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
         network = pack.load(out.best.packed, network)
         if packed is not None:
             pack.write(packed, out.best.packed)
-    return network.to(home), policy_of(run, out), result
-
-
-def fitted(policy, blocks, config: Config, log: Log):
-    """Return the (NetworkConfig, budgets) of a policy for these blocks; None without one."""
-    if policy is None:
-        return None
-    chosen, budgets, notes = policy.fit(blocks, config)
-    log.info(f"policy of {policy.where}: CR {chosen.cr:.2f}, {chosen.average_bits:.2f} bits, keep "
-             f"{chosen.average_keep:.3f}; nothing is searched")
-    for note in notes:
-        log.note(note)
-    return chosen, budgets or uniform_budgets(len(blocks), config.search, config.compress)
-
-
-def policy_of(run: Run, out: Outcome) -> dict:
-    """Return the best cycle's configuration of every kernel and budget of every block, as policy.json holds them."""
-    policy = policies.to_policy(run.blocks, out.best.config)
-    for entry, budget in zip(policy["blocks"], out.best.budgets):
-        entry["budget"] = dataclasses.asdict(budget)
-    return policy
+    return network.to(home), policies.to_policy(run.blocks, out.best.config, out.best.budgets), result
 
 
 # One experiment and its run directory
@@ -469,7 +448,8 @@ def run_experiment(config: Config, log: Log | None = None, resume: bool = False,
         with ranks.alike():
             policy = policies.read(config.policy) if config.policy else None
             config = policy.settings(config) if policy else config
-            check(config, ranks)
+            parse_goal(config.goal)
+            networks.check(config, ranks)
             device = networks.device_of(config, ranks)
             if ranks.first:
                 runs.check_directory(path, config)
@@ -484,14 +464,12 @@ def run_experiment(config: Config, log: Log | None = None, resume: bool = False,
         if finished:
             log.info(f"{path}: finished already; --restart begins anew")
             return finished
-        stack.enter_context(switches(config))
+        stack.enter_context(networks.switches(config))
         return _run_experiment(config, log, ranks, device, path, phases, policy, resume)
 
 
 def _run_experiment(config, log, ranks, device, path, phases, policy, resume) -> dict:
-    title = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
-    log.info(f"{title}{' (smoke)' if config.smoke else ''}, seed {config.seed}, on {device}"
-             + (f", {ranks.size} processes" if ranks.size > 1 else ""))
+    log.info(f"{cli.title(config)}, seed {config.seed}, on {device}, processes: {ranks.size}")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(config.seed)
     with ranks.in_turn():  # downloads and builds caches
@@ -514,24 +492,13 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
     result = {**summary.summarise(run, out, summary.score_networks(run, out)), "skipped_images": splits.skipped,
               "policy_source": policy and policy.source}
     if ranks.first:
-        runs.finish(path, run, out, result, policy_of(run, out))
+        runs.finish(path, run, out, result, policies.to_policy(run.blocks, out.best.config, out.best.budgets))
     return result
-
-
-def check(config: Config, ranks: Ranks) -> None:
-    """Raise InputError for settings that cannot be used together."""
-    parse_goal(config.goal)
-    if config.data.batch_size < 2 * ranks.size:
-        raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each needs "
-                         "two images of a batch")
-    if config.model.source and config.data.normalize == "pretrained":
-        raise InputError("data.normalize=pretrained: mean and std of the weights of a network of your own are not known; "
-                         "leave it at dataset, or normalise inside the network")
 
 
 def dry_run(config: Config) -> str:
     """Return what :func:`run_experiment` would do, as text; nothing is written. Raises InputError where that would."""
-    check(config, Ranks())
+    networks.check(config, Ranks())
     policy = policies.read(config.policy) if config.policy else None
     config, silent = policy.settings(config) if policy else config, Log(open(os.devnull, "w"))
 
@@ -552,7 +519,7 @@ def main(argv=None) -> int:
         except InputError as error:
             start("cpu").agree(error)
     except (InputError, Elsewhere) as error:
-        return fail(error, 2)
+        return cli.fail(error, 2)
     if args.list:
         print(cli.list_experiments())
         return 0
@@ -568,16 +535,16 @@ def main(argv=None) -> int:
                 else:
                     done.append(run_experiment(config, log, args.resume, args.restart))
         except (InputError, OSError, Elsewhere) as error:
-            code = max(code, fail(error, 2))
+            code = max(code, cli.fail(error, 2))
         except (FloatingPointError, runs.SaveError, torch.OutOfMemoryError) as error:
-            code = max(code, fail(error, 1))
+            code = max(code, cli.fail(error, 1))
         except (runs.Stopped, KeyboardInterrupt) as error:
             stopped = error if isinstance(error, runs.Stopped) else runs.Stopped(signal.SIGINT)
-            return fail(cli.stopped(stopped, args, argv), stopped.code)
+            return cli.fail(cli.stopped(stopped, args, argv), stopped.code)
         except RuntimeError as error:
             if not lost(error):
                 raise
-            return fail("another process of this run has ended; go on with the same command and --resume", 1)
+            return cli.fail("another process of this run has ended; go on with the same command and --resume", 1)
         finally:
             log.close()
     first = not several() or os.environ["RANK"] == "0"
@@ -585,13 +552,8 @@ def main(argv=None) -> int:
         print("\n" + results_table(done))
     missed = [result for result in done if first and result["goal"] and not result["goal"]["met"]]
     for result in missed:
-        code = max(code, fail(summary.missed(result["goal"], result["cr"]), 3))
+        code = max(code, cli.fail(summary.missed(result["goal"], result["cr"]), 3))
     return code
-
-
-def fail(error, code: int) -> int:
-    """Say on stderr, in one line, why the program ends, unless another process of this run does; return its exit code."""
-    return code if isinstance(error, Elsewhere) else cli.fail(error, code)
 
 
 if __name__ == "__main__":

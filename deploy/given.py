@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from compress import BlockConfig, LayerBudget
-from search import Found, UniformBudgets
+from config import Config
+from search import Found, UniformBudgets, uniform_budgets
+
+
+def fitted(policy, blocks, config: Config, log):
+    """Return the (NetworkConfig, budgets) of a ``support.policies.Policy`` for these blocks; None without a policy."""
+    if policy is None:
+        return None
+    chosen, budgets, notes = policy.fit(blocks, config)
+    log.info(f"policy of {policy.where}: CR {chosen.cr:.2f}, {chosen.average_bits:.2f} bits, keep "
+             f"{chosen.average_keep:.3f}; nothing is searched")
+    for note in notes:
+        log.note(note)
+    return chosen, budgets or uniform_budgets(len(blocks), config.search, config.compress)
 
 
 class GivenBudgets(UniformBudgets):

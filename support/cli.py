@@ -137,10 +137,17 @@ def answer(argv=None) -> None:
 
 
 def fail(error, code: int) -> int:
-    """Say on stderr, in one line, why the program ends; return its exit code."""
+    """Say on stderr, in one line, why the program ends, unless the error has no text; return its exit code."""
     sys.stdout.flush()
-    print(f"hirelc: {' '.join(str(error).split())}", file=sys.stderr)
+    if text := " ".join(str(error).split()):
+        print(f"hirelc: {text}", file=sys.stderr)
     return code
+
+
+def title(config: Config) -> str:
+    """Return what a run is about."""
+    what = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
+    return f"{what} (smoke)" if config.smoke else what
 
 
 def stopped(error, args, argv) -> str:

@@ -28,6 +28,16 @@ def device_of(config: Config, ranks: Ranks = Ranks()) -> torch.device:
     return torch.device("cuda", ranks.local) if ranks.size > 1 else torch.device("cuda")
 
 
+def check(config: Config, ranks: Ranks) -> None:
+    """Raise InputError for settings that cannot be used together."""
+    if config.data.batch_size < 2 * ranks.size:
+        raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each "
+                         "needs two images of a batch")
+    if config.model.source and config.data.normalize == "pretrained":
+        raise InputError("data.normalize=pretrained: mean and std of a network of your own are not known; leave it at "
+                         "dataset, or normalise inside the network")
+
+
 def make(config: Config, splits, device, ranks: Ranks, log: Log) -> tuple[nn.Module, Survey]:
     """Return the network of a run with its weights on the device, and its kernels and blocks."""
     c = config.model

@@ -73,9 +73,10 @@ def read(source) -> Policy:
     return Policy("given", hashlib.sha256(raw).hexdigest(), content)
 
 
-def to_policy(blocks, config: NetworkConfig) -> dict:
-    """Return a configuration as plain data for policy.json: requested values and what follows from them."""
-    return {"format": 1, "blocks": [
+def to_policy(blocks, config: NetworkConfig, budgets=None) -> dict:
+    """Return a configuration, and the blocks' budgets, as plain data for policy.json: requested values and what follows
+    from them."""
+    policy = {"format": 1, "blocks": [
         {"name": block.name, "retained": block_config.retained, "cr": block_config.cr, "kernels": [
             {"name": name, **asdict(kernel), "channels": shape.n_out,
              "channels_kept": channels_kept(kernel.keep, shape.n_out),
@@ -83,6 +84,9 @@ def to_policy(blocks, config: NetworkConfig) -> dict:
              "retained": kernel_retained(kernel, shape.n_out)}
             for name, kernel, shape in zip(block.kernels, block_config.kernels, block_config.shapes)]}
         for block, block_config in zip(blocks, config.blocks)]}
+    for entry, budget in zip(policy["blocks"], budgets or ()):
+        entry["budget"] = asdict(budget)
+    return policy
 
 
 def from_policy(policy, blocks, limits=None, where: str = "policy") -> NetworkConfig:
