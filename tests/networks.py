@@ -1,0 +1,85 @@
+"""Small networks that are not of this project, images for them, and how to tell that a network was left alone."""
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations
+
+
+def pictures(n=40, channels=3, size=16, classes=3):
+    """Noise with a brighter channel or corner per class, floats [n, C, size, size], and labels."""
+    generator = torch.Generator().manual_seed(n)
+    y = torch.arange(n) % classes
+    x = torch.randn(n, channels, size, size, generator=generator)
+    x[:, 0] += y.view(-1, 1, 1)
+    return x, y
+
+
+class Shared(nn.Module):
+    """One convolution used twice under two names, an in-place activation, BatchNorm, dropout; 1-channel images."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.once = nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.dw = nn.Conv2d(8, 8, 3, 1, 1, groups=8)
+        self.again = self.once
+        self.bn, self.drop, self.fc = nn.BatchNorm2d(8), nn.Dropout(0.2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x)).relu_()
+        x = self.dw(self.again(F.relu(self.once(x))))
+        return self.fc(self.drop(x.mean((2, 3))))
+
+
+class Attend(nn.Module):
+    """A patch embedding and a TransformerEncoderLayer, whose in_proj_weight no module holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 4, stride=4)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.1, batch_first=True), 2,
+                                             enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Flattening(nn.Module):
+    """Flattens with view, which channels-last feature maps do not allow; a weight-normed and a frozen layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, 2, 1), parametrizations.weight_norm(nn.Conv2d(6, 4, 3, 2, 1))
+        self.c, self.d = nn.Linear(64, 12), nn.Linear(12, 3)
+        self.a.weight.requires_grad_(False)
+        self.calls = []
+
+    def forward(self, x):
+        return self.d(F.relu(self.c(self.b(F.relu(self.a(x))).view(-1, 64))))
+
+
+def swin():
+    return torchvision.models.SwinTransformer(patch_size=[2, 2], embed_dim=8, depths=[2, 2], num_heads=[2, 2],
+                                              window_size=[4, 4], num_classes=3)
+
+
+def fingerprint(model):
+    """Everything that may not change: tensors bit by bit, modes, requires_grad, gradients, hooks."""
+    return ({k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
+            [(n, p.requires_grad, p.grad, p.data_ptr()) for n, p in model.named_parameters()],
+            [(list(m._forward_hooks.values()), list(m._forward_pre_hooks.values())) for m in model.modules()])
+
+
+def same(one, two):
+    return one[0].keys() == two[0].keys() and all(torch.equal(one[0][k], two[0][k]) for k in one[0]) \
+        and one[1:] == two[1:]
+
+
+def tied():
+    """The shared network with the shared module's weight in a third module, too."""
+    model = Shared()
+    model.fc = nn.Sequential(nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 8, 3, 1, 1), nn.Flatten(), model.fc)
+    model.fc[1].weight = model.once.weight
+    return model
