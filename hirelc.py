@@ -437,9 +437,8 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
 def run_experiment(config: Config, log: Log | None = None, resume: bool = False, restart: bool = False) -> dict:
     """Run one experiment, or one network of the user's, in its run directory; return what result.json holds.
 
-    A finished run is left as it is unless ``restart``; ``resume``: go on with a run that was broken off; ``restart``:
-    begin anew. Raises InputError before anything is written when settings, data, weights, device or folder cannot be
-    used.
+    A finished run is left as it is. ``resume``: go on with a run that was broken off; ``restart``: begin anew. Raises
+    InputError before anything is written when settings, data, weights, device or folder cannot be used.
     """
     ranks = start(config.device)
     log = (log or Log()) if ranks.first else Log(open(os.devnull, "w"))
@@ -482,7 +481,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
     with ranks.alike():
         run = Run(model, survey, splits.train, splits.test, config, log,
                   networks.describe(model, config, splits.train), ranks, fitted(policy, survey.blocks, config, log),
-                  phases, save=lambda out: ranks.first and runs.save(path, out))
+                  phases, save=lambda out: ranks.first and summary.save(path, out, runs.write))
         if ranks.first and not resume:
             runs.clear(path)
         phases.begin(resume)
@@ -492,7 +491,8 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
     result = {**summary.summarise(run, out, summary.score_networks(run, out)), "skipped_images": splits.skipped,
               "policy_source": policy and policy.source}
     if ranks.first:
-        runs.finish(path, run, out, result, policies.to_policy(run.blocks, out.best.config, out.best.budgets))
+        policy = policies.to_policy(run.blocks, out.best.config, out.best.budgets)
+        summary.finish(path, run, out, result, policy, runs.write)
     return result
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
+import json
 import math
+import time
+
+import torch
 
 import data
 import models
 from compress import kernel_bytes, model_bytes, snap_to_grid
-from config import Config, InputError, override
+from config import Config, InputError, flatten, override
 from deploy import pack
 from evidence.stats import mcnemar, paired_interval, wilson
 from evidence.null import null_controller
 from support.files import shown
+from support.log import duration
 from support.own import own_network
 from train import accuracy, correct
 
@@ -157,6 +164,45 @@ def account(run, best) -> dict:
             "parameters": total, "compressed": compressed, "classifier": classifier, "kernels_left_out": left_out,
             "not_kernels": total - compressed - classifier - left_out, "bytes": model_bytes(run.model),
             "bytes_packed": best.row.packed_bytes}}
+
+
+def save(path, out, write) -> None:
+    """Write what is known after a cycle: cycles.csv, updates.csv and the best cycle's packed file.
+
+    ``write(path, bytes or a function of a file)``: support.runs.write.
+    """
+    for name, rows in (("cycles.csv", [dataclasses.asdict(row) for row in out.rows]), ("updates.csv", out.updates)):
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        if rows:
+            write(path / name, text.getvalue().encode())
+    write(path / "packed.pt", out.best.packed)
+
+
+def finish(path, run, out, result: dict, policy: dict, write) -> None:
+    """Write the networks, the policy and at last the result, with where the time went, and say so in the log."""
+    save(path, out, write)
+    write(path / "baseline.pt", lambda file: torch.save(out.theta0, file))
+    best = {"format": 1, "settings": flatten(run.config), "cycle": out.best.row.cycle, "network": run.network,
+            "model": out.best.network, "masks": out.best.masks, "policy": policy}
+    write(path / "best.pt", lambda file: torch.save(best, file))
+    result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
+    phases, log = run.phases, run.log
+    total = phases.elapsed + time.monotonic() - phases.started
+    seconds = {**phases.seconds, "other": max(total - sum(phases.seconds.values()), 0.0)}
+    result["timings"] = {k: round(v, 2) for k, v in {**seconds, "total": total, "saving": phases.saving}.items()}
+    result["time_shares"] = {phase: round(value / total, 4) for phase, value in seconds.items()}
+    write(path / "policy.json", json.dumps(policy, indent=1).encode())
+    write(path / "result.json", json.dumps(result, indent=1).encode())
+    phases.remove()
+    for phase, share in sorted(result["time_shares"].items(), key=lambda item: -item[1]):
+        log.info(f"  {phase:12} {result['timings'][phase]:10.1f} s  {100 * share:5.1f} %")
+    log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
+             f"packed file {result['deployed_acc']:.2f}, CR {result['cr']:.2f}, {result['packed_bytes']:,} bytes for "
+             f"{result['fp32_bytes']:,}, whole model {result['whole_model_ratio']:.2f}, best cycle "
+             f"{result['best_cycle']}, {duration(total)} → {path}")
 
 
 def evaluate_packed(config: Config, path: str, log, device) -> dict:

@@ -9,11 +9,7 @@ on the disk is whole at any moment, however the process ends.
 from __future__ import annotations
 
 import contextlib
-import csv
 import ctypes
-import dataclasses
-import io
-import json
 import os
 import pickle
 import platform
@@ -34,7 +30,7 @@ import torchvision
 
 from config import Config, InputError, flatten, read_settings
 from support.files import read_json, replace_file, shown, write_json
-from support.log import Log, duration
+from support.log import Log
 from support.ranks import Ranks
 
 try:
@@ -168,9 +164,10 @@ class Phases:
 
     def _drop_superseded(self, stem, parts) -> None:
         if self.folder is not None and self.ranks.first:
-            older = [path for key in parts for path in self.folder.glob(f"*@{key}.pt") if path.name != f"{stem}@{key}.pt"]
-            for path in (*older, self.folder / "training.pt"):
-                path.unlink(missing_ok=True)
+            (self.folder / "training.pt").unlink(missing_ok=True)
+            for path in (path for key in parts for path in self.folder.glob(f"*@{key}.pt")):
+                if not path.name.startswith(f"{stem}@"):
+                    path.unlink()
 
     def _write(self, file: str, value) -> None:
         if self.folder is not None and self.ranks.first:
@@ -292,9 +289,8 @@ def finished(path: Path) -> dict | None:
         return None
     try:
         result = dict(read_json(file)[0])
-    except UNREADABLE as error:
-        raise InputError(f"{file}: not a result of this program ({type(error).__name__}); begin anew with --restart"
-                         ) from None
+    except UNREADABLE:
+        raise InputError(f"{file}: not a result of this program; begin anew with --restart") from None
     shutil.rmtree(path / "state", ignore_errors=True)  # the process before may have ended between the two
     return result
 
@@ -314,55 +310,16 @@ def open_directory(path: Path, config: Config, run, resume: bool) -> None:
                                       **provenance(run.device, run.ranks.size)})
 
 
-def save(path: Path, out) -> None:
-    """Write what is known after a cycle: cycles.csv, updates.csv and the best cycle's packed file."""
-    for name, rows in (("cycles.csv", [dataclasses.asdict(row) for row in out.rows]), ("updates.csv", out.updates)):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        if rows:
-            write(path / name, text.getvalue().encode())
-    write(path / "packed.pt", out.best.packed)
-
-
-def finish(path: Path, run, out, result: dict, policy: dict) -> None:
-    """Write the networks, the policy and at last the result, which makes the run one that has ended."""
-    save(path, out)
-    write(path / "baseline.pt", lambda file: torch.save(out.theta0, file))
-    best = {"format": 1, "settings": flatten(run.config), "cycle": out.best.row.cycle, "network": run.network,
-            "model": out.best.network, "masks": out.best.masks, "policy": policy}
-    write(path / "best.pt", lambda file: torch.save(best, file))
-    result["fp32_file_bytes"] = (path / "baseline.pt").stat().st_size
-    phases, log = run.phases, run.log
-    total = phases.elapsed + time.monotonic() - phases.started
-    seconds = {**phases.seconds, "other": max(total - sum(phases.seconds.values()), 0.0)}
-    result["timings"] = {k: round(v, 2) for k, v in {**seconds, "total": total, "saving": phases.saving}.items()}
-    result["time_shares"] = {phase: round(value / total, 4) for phase, value in seconds.items()}
-    write(path / "policy.json", json.dumps(policy, indent=1).encode())
-    write(path / "result.json", json.dumps(result, indent=1).encode())
-    phases.remove()
-    for phase, share in sorted(result["time_shares"].items(), key=lambda item: -item[1]):
-        log.info(f"  {phase:12} {result['timings'][phase]:10.1f} s  {100 * share:5.1f} %")
-    log.info(f"baseline {result['baseline_acc']:.2f}, final {result['final_acc']:.2f}, drop {result['drop']:.2f}, "
-             f"packed file {result['deployed_acc']:.2f}, CR {result['cr']:.2f}, {result['packed_bytes']:,} bytes for "
-             f"{result['fp32_bytes']:,}, whole model {result['whole_model_ratio']:.2f}, best cycle "
-             f"{result['best_cycle']}, {duration(total)} → {path}")
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The machine
 
 
+VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "numpy": np.__version__}
+
+
 def identity(config: Config) -> dict:
     """Return what has to be the same for a run to go on: every setting that its result depends on, and the versions."""
-    settings = {key: value for key, value in flatten(config).items() if key not in PLACES}
-    return {**settings, **versions()}
-
-
-def versions() -> dict:
-    """Return the versions of the packages that a result depends on."""
-    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "numpy": np.__version__}
+    return {**{key: value for key, value in flatten(config).items() if key not in PLACES}, **VERSIONS}
 
 
 def provenance(device, processes: int) -> dict:
@@ -374,7 +331,7 @@ def provenance(device, processes: int) -> dict:
                              capture_output=True, text=True)
     return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": processes,
             "git": git.stdout.strip() if git and git.returncode == 0 else None,
-            "versions": {"python": platform.python_version(), **versions()},
+            "versions": {"python": platform.python_version(), **VERSIONS},
             "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
                          "threads": torch.get_num_threads()}}
 
