@@ -65,6 +65,39 @@ def swin():
                                               window_size=[4, 4], num_classes=3)
 
 
+class Plain(nn.Module):
+    """No BatchNorm and no padding; a 1x1 convolution, a layer that is used twice, weights handed to functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 3, 2, padding="valid")
+        self.w, self.fc = nn.Parameter(torch.randn(10, 6)), nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = F.silu(self.a(x))
+        x = F.gelu(self.b(F.leaky_relu(self.b(x))))
+        x = F.conv2d(x, self.c.weight, self.c.bias, 2).amax((2, 3))
+        return self.fc(torch.tanh(x @ self.w.t()))
+
+
+class Grouped(nn.Module):
+    """A convolution in groups between two others; a depthwise one with two channels per input; a gate; a concatenation
+    with padding; an operation that mixes the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1, groups=4)
+        self.dw, self.gate = nn.Conv2d(8, 16, 5, 2, padding=2, groups=8), nn.Conv2d(16, 16, 1)
+        self.end, self.fc = nn.Conv2d(32, 12, 3, 2, dilation=2, padding=2), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.dw(F.hardswish(self.b(F.elu(self.a(x)))))
+        gate = self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid()
+        x = F.max_pool2d(F.pad(torch.cat([x * gate, x], 1), (1, 0, 2, 1)), 2)
+        x = self.end(x)
+        return self.fc((x.softmax(1) + x).flatten(1).view(-1, 12, x.shape[2] * x.shape[3]).mean(2))
+
+
 def fingerprint(model):
     """Everything that may not change: tensors bit by bit, modes, requires_grad, gradients, hooks."""
     return ({k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
