@@ -1,18 +1,15 @@
-"""What a step of the search costs on this machine, and what each part of the fast path brings.
+"""What the search, training and a network without its pruned channels cost on this machine.
 
-    python benchmarks/search.py                                # this machine's device and threads
-    python benchmarks/search.py --threads 1 --clock cpu        # on a machine that others use, too
+    python -m evidence.speed                                            # proxy and agents
+    python -m evidence.speed --sections training latency processes
+    python -m evidence.speed --threads 1 --clock cpu                    # on a machine that others use, too
 
-The section ``proxy`` is the logit-MSE proxy: DeiT-Tiny and ResNet18, the same candidates in every block for every variant.
-``plain`` is a whole float32 forward pass in the default layout for each candidate; the variants below it add one part
-after another. Per round every block is measured with all variants in turn; what is printed is the median over the
-rounds of the ratios of summed times, and their range. The bound is the bare forward pass of theta_0 from the block's
-first stage on, in the same layout and precision: what the suffix's FLOPs take at the speed that its layers reach here.
-
-``agents`` is environment steps/s with the surrogate active, updates included: the same agents train all blocks together
-(``train_together``), block by block, and agent by agent; printed are rates of wall-clock time, and of the process's own
-time, which other work on the machine disturbs less. ``processes`` is the search of experiments 1 and 4, narrow, by one
-process and by two that torchrun starts.
+``proxy``: steps per second of the logit-MSE proxy, beside a plain loop that prunes, quantises and runs the whole network
+for the same candidates. ``agents``: environment steps per second with the surrogate active, updates included.
+``training``: ResNet18 at 64 px, beside a plain loop over torchvision's network and transforms and a DataLoader.
+``latency``: a forward pass of the dense, masked and narrow network; exit code 1 where the logits of the last two are
+further apart than 1e-4. ``processes``: the search of experiment 4, small, by one process and by two. What is compared
+takes turns, one round untimed; printed are medians and ranges.
 """
 
 from __future__ import annotations
@@ -27,366 +24,229 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch._inductor.config as inductor
-from torch import nn
-from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+import torch.nn.functional as F
+import torchvision
+from torchvision.transforms import v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import models
+from compress import BlockConfig, LayerBudget, compress_kernel, kernel_shapes, prune_mask
+from config import Compress, Config
+from deploy import narrow
+from estimate import DropEstimator, Proxy, Surrogate, proxy_drop
+from search import HLAEnsemble, LLAEnsemble, decode_lla, lla_nvec, random_config
+from support.runs import keep_freed_memory
+from train import Recipe, Trainer
 
-import models  # noqa: E402
-from compress import BlockConfig, compress_kernel, kernel_shapes  # noqa: E402
-from config import Compress, Config  # noqa: E402
-from support.runs import keep_freed_memory  # noqa: E402
-from search import (DropEstimator, HLAEnsemble, LayerBudget, LLAEnsemble, Proxy, Surrogate, decode_lla,  # noqa: E402
-                    lla_nvec, random_config, train_together)
-from support.stages import Chain, Entering, folded, run, split  # noqa: E402
-from support.winograd import fits, with_winograd  # noqa: E402
-
-NETWORKS = ("deit_tiny_patch16_224", "resnet18")
 LIMITS = {"INT uniform": Compress(), "types and granularities chosen": Compress(qtype="any", granularity="any")}
 BUDGET = LayerBudget(0.25, 0.6, 3, 1.0, "auto")
-TOGETHER = len(Config().lla.algorithms) * Config().lla.envs  # candidates that a block's agents hand over at once by default
 
 
-class StartOnly(Proxy):
-    """Starts at the block, and compresses each kernel from nothing."""
-
-    def _compressed(self, block, config):
-        return (compress_kernel(holder.weight, kernel)[0]
-                for holder, kernel in zip(block.kernels.values(), config.kernels))
-
-
-class Bare:
-    """The forward pass of theta_0 from a block's first stage on: no weights made, no errors taken. The block's own
-    convolutions are ordinary ones, as those of a candidate are."""
-
-    def __init__(self, proxy):
-        self.proxy = proxy
-        self.network, _ = folded(proxy.model)
-        if proxy.winograd:
-            self.network = with_winograd(self.network)
-        self.known, self.chain = dict(self.network.named_parameters()), Chain(self.network)
-        self.stages = split(self.network)
-        with torch.inference_mode():
-            self.entering = Entering(self.stages, proxy.batches, 2**40, copy=False)
-
-    def own(self, index):
-        """The block's weights by name."""
-        return {name: self.known[name] for name in self.proxy.blocks[index].weight_names.values()}
-
-    def first(self, index):
-        own = list(self.own(index).values())
-        return next(i for i, stage in enumerate(self.stages) if stage.holds(own))
-
-    @torch.inference_mode()
-    def drops(self, index, configs):
-        first = self.first(index)
-        others = {f"model.{name}": weight.detach() for name, weight in self.own(index).items()}
-        with self.proxy.lower():
-            for _ in configs:
-                for b in range(len(self.proxy.batches)):
-                    functional_call(self.chain, others, (self.stages[first:], self.entering.at(first, b)))
-
-    @torch.inference_mode()
-    def gflop(self, index):
-        """10^9 multiplications and additions of one candidate's suffix, as torch counts them."""
-        first, counter = self.first(index), FlopCounterMode(display=False)
-        with self.proxy.lower(), counter:
-            for b in range(len(self.proxy.batches)):
-                run(self.stages[first:], self.entering.at(first, b))
-        return counter.get_total_flops() / 1e9
-
-
-def variants(model, batches, lower: bool) -> dict:
-    """Name → what is timed, each part added to those above it; bounds after the variants that they belong to."""
-    fast_layout = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    blocks, fast_blocks = models.find_blocks(model), models.find_blocks(fast_layout)
-    fold = Proxy(fast_layout, fast_blocks, batches, together=1, fold=True)
-    winograd = any(map(fits, model.modules()))
-    full = Proxy(fast_layout, fast_blocks, batches, together=1, fold=True, winograd=True) if winograd else fold
-    made = {"plain": Proxy(model, blocks, batches, cache=False),
-            "start at the block": StartOnly(model, blocks, batches, together=1),
-            "+ kernels prepared": Proxy(model, blocks, batches, together=1),
-            "+ channels last": Proxy(fast_layout, fast_blocks, batches, together=1),
-            "+ BatchNorm folded": fold,
-            "  bound of it": Bare(fold),
-            **({"+ Winograd's convolutions": full, "  bound of those": Bare(full)} if winograd else {}),
-            f"+ {TOGETHER} candidates together": Proxy(fast_layout, fast_blocks, batches, together=TOGETHER, fold=True,
-                                                      winograd=winograd)}
-    if lower:
-        half = Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16", together=1, fold=True)
-        made |= {"folded, bfloat16": half, "  bound of that": Bare(half),
-                 f"+ {TOGETHER} together, bfloat16": Proxy(fast_layout, fast_blocks, batches, dtype="bfloat16",
-                                                           together=TOGETHER, fold=True)}
-    return made
-
-
-def candidates(blocks, limits, count: int, seed: int):
-    """[block][count] configurations as agents draw them first: uniform actions."""
-    rng, drawn = np.random.default_rng(seed), []
-    for block in blocks:
-        shapes, nvec = kernel_shapes(block), np.array(lla_nvec(len(block.kernels)))
-        drawn.append([BlockConfig(decode_lla(rng.integers(nvec), BUDGET, limits, shapes), shapes)
-                      for _ in range(count)])
-    return drawn
-
-
-def seconds(call, clock, device) -> float:
-    """Time of one call by ``clock``, until the device is done."""
-    start = clock()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
-
-
-def measured(made, blocks, limits, args, clock):
-    """Variant → [rounds, blocks] seconds for ``args.steps`` candidates of each block."""
-    times = {name: np.zeros((args.rounds, len(blocks))) for name in made}
-    for round_ in range(args.rounds):
-        drawn = candidates(blocks, limits, args.steps, round_)
-        for index, configs in enumerate(drawn):
-            for name, what in made.items():
-                what.drops(index, configs[:1])  # the state that enters the block, the kernels' order; code and caches
-                times[name][round_, index] = seconds(
-                    lambda: [what.drops(index, configs[i:i + TOGETHER]) for i in range(0, len(configs), TOGETHER)],
-                    clock, args.device)
+def in_turn(calls: dict, args) -> dict[str, list[float]]:
+    """Return the seconds of every call, name → one per round; a first round is not timed."""
+    times = {name: [] for name in calls}
+    for round_ in range(args.rounds + 1):
+        for name, call in calls.items():
+            start = args.timer()
+            call()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            if round_:
+                times[name].append(args.timer() - start)
     return times
 
 
 def spread(values, form="{:.2f}") -> str:
-    """Median [least, most]."""
-    return " ".join((form.format(statistics.median(values)),
-                     "[" + ", ".join(form.format(end) for end in (min(values), max(values))) + "]"))
+    """Return median [least, most]."""
+    middle, least, most = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} [{least}, {most}]"
 
 
-def proxy_section(args, clock) -> None:
-    """The proxy's table, per network and per choice of what agents decide."""
-    for network in args.networks:
+def ratios(first, second) -> str:
+    """Return the spread of first / second, round by round."""
+    return spread([a / b for a, b in zip(first, second)])
+
+
+class PlainLoop:
+    """The proxy as one would write it down: compress the block, run the whole network, put theta_0 back."""
+
+    def __init__(self, model, batches):
+        self.model, self.blocks, self.batches = model, models.find_blocks(model), batches
+        with torch.inference_mode():
+            self.reference = [model(batch) for batch in batches]
+
+    @torch.inference_mode()
+    def drops(self, index, configs):
+        kernels, drops = list(self.blocks[index].kernels.values()), []
+        theta0 = [kernel.weight.clone() for kernel in kernels]
+        for config in configs:
+            for kernel, chosen in zip(kernels, config.kernels):
+                kernel.weight.copy_(compress_kernel(kernel.weight, chosen)[0])
+            errors = [F.mse_loss(self.model(x), y).item() for x, y in zip(self.batches, self.reference)]
+            drops.append(proxy_drop(statistics.mean(errors)))
+            for kernel, weight in zip(kernels, theta0):
+                kernel.weight.copy_(weight)
+        return drops
+
+
+def proxy_section(args) -> int:
+    """Steps per second over all blocks, per network and per choice of what agents decide."""
+    for name in args.networks or ("resnet18", "deit_tiny_patch16_224"):
         torch.manual_seed(0)
-        model = models.build(network, 1000, args.size).to(args.device).eval()
-        batches = [torch.randn(args.images, 3, args.size, args.size, device=args.device)]
+        plain = models.build(name, 1000, args.side).to(args.device).eval()
+        batches = [torch.randn(args.images, 3, args.side, args.side, device=args.device)]
+        network = copy.deepcopy(plain).to(memory_format=torch.channels_last)  # as a run has it
+        blocks = models.find_blocks(network)
+        estimators = {"proxy": Proxy(network, blocks, batches), "plain": PlainLoop(plain, batches)}
         for what, limits in LIMITS.items():
-            made = variants(model, batches, not args.no_bfloat16)
-            blocks = made["plain"].blocks
-            rates = [matmul_rate(args.device, torch.float32, clock)]
-            times = measured(made, blocks, limits, args, clock)
-            rates.append(matmul_rate(args.device, torch.float32, clock))
-            count, middle = args.steps * len(blocks), len(blocks) // 2
-            print(f"{network}, {args.size} px, {args.images} images, {what}; {args.steps} candidates in each of "
-                  f"{len(blocks)} blocks, {args.rounds} rounds")
-            print(f"  {'':27} {'candidates/s':>24} {'block ' + str(middle):>8}   times plain")
-            for name, taken in times.items():
-                speeds, ratios = count / taken.sum(1), times["plain"].sum(1) / taken.sum(1)
-                at_middle = statistics.median(args.steps / taken[:, middle])
-                print(f"  {name:27} {spread(speeds.tolist()):>24} {at_middle:8.2f}   {spread(ratios.tolist())}")
-            together = f"+ {TOGETHER} candidates together"
-            for bound, name in (("  bound of it", "+ BatchNorm folded"), ("  bound of those", "+ Winograd's convolutions"),
-                                ("  bound of those" if "  bound of those" in times else "  bound of it", together),
-                                ("  bound of that", "folded, bfloat16")):
-                if bound in times:
-                    share = times[bound].sum(1) / times[name].sum(1)
-                    gflop = sum(made[bound].gflop(i) for i in range(len(blocks))) * args.steps
-                    print(f"  {name.removeprefix('+ ')}: {spread((100 * share).tolist(), '{:.0f}')} % of the bound, "
-                          f"suffixes at {spread((gflop / times[bound].sum(1)).tolist(), '{:.0f}')} GFLOP/s")
-            gflop = sum(made["  bound of it"].gflop(i) for i in range(len(blocks))) / len(blocks)
-            taken = {name: 1000 * statistics.median(times[name].sum(1) / count) for name in (
-                "  bound of it", "+ BatchNorm folded", together)}
-            print(f"  a step: the suffix's {gflop:.2f} GFLOP take {1000 * gflop / max(rates):.1f} ms at the matrix product's "
-                  f"{max(rates):.0f} GFLOP/s; measured " + ", ".join(f"{took:.1f} ms ({name.strip(' +')})"
-                                                                    for name, took in taken.items()))
-            kept = made["+ BatchNorm folded"].entering
-            print(f"  states kept: {kept.bytes / 1e6:.1f} MB in float32", flush=True)
+            rng, seconds = np.random.default_rng(0), {key: np.zeros(args.rounds) for key in estimators}
+            for index, shapes in enumerate(map(kernel_shapes, blocks)):
+                configs = [BlockConfig(decode_lla(rng.integers(lla_nvec(len(shapes))), BUDGET, limits, shapes), shapes)
+                           for _ in range(args.steps)]
+                np.testing.assert_allclose(*[e.drops(index, configs[:1]) for e in estimators.values()], 1e-3, 1e-4)
+                calls = {key: lambda e=e: e.drops(index, configs) for key, e in estimators.items()}
+                for key, times in in_turn(calls, args).items():
+                    seconds[key] += times
+            rates = {key: args.steps * len(blocks) / taken for key, taken in seconds.items()}
+            print(f"{name}, {args.side} px, {args.images} images, {what}: proxy {spread(rates['proxy'])} steps/s, plain "
+                  f"loop {spread(rates['plain'])}, ratio {ratios(rates['proxy'], rates['plain'])}", flush=True)
+    return 0
 
 
-def matmul_rate(device, dtype, clock) -> float:
-    """GFLOP/s of a product of two square matrices of 2048 rows, the best of five."""
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    a @ a
-    return 2 * 2048**3 / min(seconds(lambda: a @ a, clock, device) for _ in range(5)) / 1e9
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The agents, told drops by a surrogate
-
-DEIT_SMALL = ((1152, 384), (384, 384), (1536, 384), (384, 1536))  # outputs and inputs of a block's kernels
-
-
-def ensembles(blocks: int, kernels: int, config: Config):
-    """(low, high): one LLAEnsemble per block, told drops by a surrogate that has just become active; an HLAEnsemble."""
-    sizes = list(islice(cycle(DEIT_SMALL), kernels))
-    network = [SimpleNamespace(kernels={str(n): nn.Linear(size[1], size[0], bias=False, device="meta")
-                                        for n, size in enumerate(sizes)}) for _ in range(blocks)]
-    shapes = [kernel_shapes(block) for block in network]
-    surrogate, rng = Surrogate(5 * kernels * blocks, config.surrogate, seed=0), np.random.default_rng(0)
+def agents_section(args) -> int:
+    """Environment steps per second of both levels on DeiT-Small's blocks, drops told by a surrogate."""
+    config, rng = Config(), np.random.default_rng(0)
+    blocks = models.find_blocks(models.build("deit_small_patch16_224", 100))
+    shapes = [kernel_shapes(block) for block in blocks]
+    surrogate = Surrogate(5 * sum(map(len, shapes)), config.surrogate, seed=0)
     for acc in (80.0, 70.0, 60.0):
         surrogate.add(random_config(shapes, config.compress, rng), acc)
-    surrogate.train(config.surrogate.epochs)
-    estimator = DropEstimator(SimpleNamespace(blocks=network), surrogate, 90.0)
+    estimator = DropEstimator(SimpleNamespace(blocks=blocks), surrogate, 90.0)
     estimator.consensus = list(random_config(shapes, config.compress, rng).blocks)
-    params = [sum(shape.params for shape in block) for block in shapes]
-    return ([LLAEnsemble(i, block, 0.5, estimator, config, blocks) for i, block in enumerate(network)],
-            HLAEnsemble(params, [0.5] * blocks, config))
+    low = LLAEnsemble(0, blocks[0], 0.5, estimator, config, len(blocks))
+    high = HLAEnsemble([sum(shape.params for shape in block) for block in shapes], [0.5] * len(blocks), config)
+    times = in_turn({"low": lambda: low.search(BUDGET), "high": lambda: high.train(config.hla.timesteps)}, args)
+    for level, agents, steps in (("low", low.agents, config.lla.timesteps), ("high", high.agents, config.hla.timesteps)):
+        rates = [len(agents) * steps / taken for taken in times[level]]
+        print(f"{len(agents)} agents of the {level} level: {spread(rates, '{:.0f}')} steps/s", flush=True)
+    return 0
 
 
-def one_by_one(low, timesteps: int) -> None:
-    """Every agent of every block on its own."""
-    for ensemble in low:
-        for env, agent in zip(ensemble.envs, ensemble.agents):
-            env.budget = BUDGET
-            agent.learn(timesteps)
+AUGMENT = v2.Compose([v2.RandomHorizontalFlip(), v2.ColorJitter(0.2, 0.2, 0.2), v2.ToImage(),
+                      v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
 
 
-def take_turns(variants: dict, steps: int, rounds: int) -> None:
-    """Print the rates of each variant, a function that makes ``steps`` environment steps."""
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    for n in range(rounds + 1):
-        for name, run in variants.items():
-            wall, own = time.perf_counter(), time.process_time()
-            run()
-            if n:
-                rates[name].append((steps / (time.perf_counter() - wall), steps / (time.process_time() - own)))
-    for name, pairs in rates.items():
-        wall, own = (sorted(column) for column in zip(*pairs))
-        print(f"  {name:28} {statistics.median(wall):7.0f} [{wall[0]:.0f}, {wall[-1]:.0f}]   of the process's own time "
-              f"{statistics.median(own):7.0f} [{own[0]:.0f}, {own[-1]:.0f}]", flush=True)
+def collate(pairs):
+    """Return a batch of augmented pictures and their labels."""
+    pictures, labels = zip(*pairs)
+    return torch.stack([AUGMENT(picture) for picture in pictures]), torch.tensor(labels)
 
 
-def agents_section(args, clock) -> None:
-    """Steps of all agents, updates included, at several ways of training the same ones together."""
-    config = Config()
-    low, high = ensembles(12, 4, config)
-    timesteps, agents = config.lla.timesteps, sum(len(ensemble.agents) for ensemble in low)
-    print(f"low level, {len(low)} blocks of 4 kernels, surrogate active, {agents} agents of {timesteps} steps each, one "
-          f"thread, environment steps/s, median [range] of {args.rounds}")
-    take_turns({"all blocks together": lambda: train_together(low, [BUDGET] * len(low)),
-                "block by block": lambda: [ensemble.train(BUDGET) for ensemble in low],
-                "agent by agent": lambda: one_by_one(low, timesteps)}, agents * timesteps, args.rounds)
-    print(f"high level, {len(low)} blocks, {len(high.agents)} agents of {config.hla.timesteps} steps each")
-    take_turns({"agents together": lambda: high.train(config.hla.timesteps),
-                "agent by agent": lambda: [agent.learn(config.hla.timesteps) for agent in high.agents]},
-               len(high.agents) * config.hla.timesteps, args.rounds)
+def training_section(args) -> int:
+    """Images per second of an epoch, in batches of 64, flipped and with colour jitter."""
+    count, side, classes = 1280, 64, 10
+    train, _ = data.synthetic(classes, count, classes, side, seed=0)
+    network = models.build("resnet18", classes, side).to(args.device, memory_format=torch.channels_last)
+    trainer = Trainer(network, train, train, Recipe("baseline", 10**6, 1e-4, 0.01), batch_size=64, eval_images=1,
+                   eval_batch_size=1, generator=torch.Generator().manual_seed(0))
+    x, y = train.batch(torch.arange(count), torch.device("cpu"))
+    pictures = [v2.functional.to_pil_image((image - image.min()) / (image.max() - image.min())) for image in x]
+    loader = torch.utils.data.DataLoader(list(zip(pictures, y.tolist())), 64, shuffle=True, collate_fn=collate,
+                                         num_workers=os.cpu_count(), persistent_workers=True)
+    model = torchvision.models.resnet18(num_classes=classes).to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def plain():
+        for images, labels in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(model(images.to(args.device)), labels.to(args.device)).backward()
+            optimizer.step()
+
+    times = in_turn({"ours": trainer.run_epoch, "plain": plain}, args)
+    ours, other = ([count / taken for taken in column] for column in times.values())
+    print(f"training ResNet18 at {side} px, {count} images: {spread(ours, '{:.0f}')} images/s, torchvision and a "
+          f"DataLoader {spread(other, '{:.0f}')}, ratio {ratios(ours, other)}", flush=True)
+    return 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# torch.compile
-
-
-class Behind(nn.Module):
-    """The stages of a network from ``first`` on."""
-
-    def __init__(self, network, first):
-        super().__init__()
-        self.network, self.first = network, first
-
-    def forward(self, state):
-        return run(split(self.network)[self.first:], state)
-
-
-@torch.no_grad()
-def compile_section(args, clock) -> None:
-    """What torch.compile would save behind the middle block, whose layers every candidate has in common, and what it
-    costs to start, nothing of it known from an earlier time."""
-    inductor.force_disable_caches = True
-    inductor.freezing = args.device == "cpu"  # the weights as constants, in the order that products like best
-    count = Config().search.cycles * len(Config().lla.algorithms) * Config().lla.timesteps
-    for name in args.networks:
+@torch.inference_mode()
+def latency_section(args) -> int:
+    """Milliseconds of a forward pass with half of every kernel's channels pruned: dense, masked, narrow."""
+    code = 0
+    for name in args.networks or ("resnet18", "mobilenetv2_100", "deit_small_patch16_224"):
         torch.manual_seed(0)
-        network, _ = folded(models.build(name, 1000, args.size).to(args.device, memory_format=torch.channels_last).eval())
-        stages, images = split(network), torch.randn(args.images, 3, args.size, args.size, device=args.device)
-        first = len(stages) // 2
-        state = run(stages[:first], images.contiguous(memory_format=torch.channels_last))
-        eager = Behind(network, first)
-        faster = torch.compile(Behind(network, first), mode="reduce-overhead" if args.device == "cuda" else None)
-        start = seconds(lambda: faster(state), time.perf_counter, args.device)
-        torch.testing.assert_close(faster(state), eager(state), rtol=1e-3, atol=1e-3)
-        times = [[seconds(lambda: module(state), clock, args.device) for module in (eager, faster)]
-                 for _ in range(10 * args.rounds)]
-        before, after = (statistics.median(column) for column in zip(*times))
-        paid = f"paid after {start / (before - after):.0f} candidates" if after < before else "never paid"
-        print(f"{name}, stages {first} to {len(stages) - 1}, {args.images} images: {1e3 * before:.1f} ms, compiled "
-              f"{1e3 * after:.1f} ms, {spread([b / a for b, a in times])} times as fast; start-up {start:.1f} s, {paid}; "
-              f"a block has {count} in a run", flush=True)
+        dense = models.build(name, 1000, args.side).to(args.device)
+        dense(images := torch.randn(args.images, 3, args.side, args.side, device=args.device))  # for BatchNorm
+        masked = copy.deepcopy(dense.eval())
+        for kernel in (kernel for block in models.find_blocks(masked) for kernel in block.kernels.values()):
+            kernel.weight[~prune_mask(kernel.weight, 0.5)] = 0
+        networks = {"dense": dense, "masked": masked, "narrow": narrow.materialize(masked, images[:1])}
+        apart = float((masked(images) - networks["narrow"](images)).abs().max())
+        code = max(code, int(not apart <= 1e-4))
+        times = in_turn({key: lambda n=n: n(images) for key, n in networks.items()}, args)
+        taken = ", ".join(f"{key} {spread([1000 * t for t in ts])} ms" for key, ts in times.items())
+        work = " and ".join(f"{narrow.multiply_adds(n, images) / 1e6:.0f} M" for n in (dense, networks["narrow"]))
+        print(f"{name}, batch {args.images}: {taken}, dense / narrow {ratios(times['dense'], times['narrow'])}, {work} "
+              f"multiply-adds; logits {apart:.1e} apart", flush=True)
+    return code
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Several processes
-
-RUN = ("--smoke --exp {exp} --device cpu --no-table --restart --set data.image_size=64 model.width=1 surrogate=off "
-       "search.cycles=1 hla.timesteps=16 sensitivity.images=2 finetune.epochs=1 data.train_images=128 data.batch_size=64 "
-       "data.test_images=64 finetune.bn_images=0 eval.full=false")
+RUN = ("--smoke --exp 4 --device cpu --no-table --restart --set data.image_size=64 model.width=1 surrogate=off "
+       "search.cycles=1 hla.timesteps=16 lla.timesteps=16 sensitivity.images=2 finetune.epochs=1 data.train_images=128 "
+       "data.batch_size=64 data.test_images=64 finetune.bn_images=0 eval.full=false threads=1")
 
 
-def processes_section(args, clock) -> None:
+def processes_section(args) -> int:
     """The search of one process and of two, one thread each, from the same theta_0, in turn."""
-    script = str(Path(__file__).resolve().parent.parent / "hirelc.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script, seconds, policies = Path(__file__).resolve().parent.parent / "hirelc.py", {1: [], 2: []}, set()
     with tempfile.TemporaryDirectory() as folder:
-        for exp, steps in ((4, 16), (1, 4)):
-            options = [*RUN.format(exp=exp).split(), f"lla.timesteps={steps}"]
-            if exp == 1:  # DeiT-Small's twelve blocks, narrower
-                options = ["model.width=0.5" if option == "model.width=1" else option for option in options]
-            first = [sys.executable, script, *options, "search=null", "scratch.epochs=1", "baseline.epochs=0",
-                     f"out={folder}/base{exp}"]
-            subprocess.run(first, check=True, env=environment, stdout=subprocess.DEVNULL)
-            weights = next(Path(f"{folder}/base{exp}").glob("*/baseline.pt"))
-            options = ["--weights", str(weights), *options, "baseline.epochs=0"]
-            ratios, policies = [], set()
-            for round_ in range(args.rounds):
-                seconds = []
-                for count in (1, 2):
-                    starter = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone",
-                                                     f"--nproc_per_node={count}"]
-                    out = f"{folder}/{exp}-{count}-{round_}"
-                    subprocess.run([sys.executable, *starter, script, *options, f"out={out}"], check=True,
-                                   env=environment, stdout=subprocess.DEVNULL)
-                    path = next(Path(out).iterdir())
-                    seconds.append(json.loads((path / "result.json").read_text())["timings"]["search"])
-                    policies.add((path / "policy.json").read_text())
-                ratios.append(seconds[0] / seconds[1])
-            print(f"experiment {exp}, search by the proxy, one process {seconds[0]:.1f} s, two {seconds[1]:.1f} s in the last "
-                  f"round; times one process {spread(ratios)}; {'the same' if len(policies) == 1 else 'NOT the same'} "
-                  "policy.json", flush=True)
+        def run(name, count, *more):
+            starter = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+            subprocess.run([sys.executable, *starter, str(script), *RUN.split(), *more, f"out={folder}/{name}"],
+                           check=True, stdout=subprocess.DEVNULL)
+            return next(Path(f"{folder}/{name}").iterdir())
+
+        weights = run("base", 1, "search=null", "scratch.epochs=1", "baseline.epochs=0") / "baseline.pt"
+        for round_ in range(args.rounds):
+            for count in seconds:
+                path = run(f"{count}-{round_}", count, f"model.weights={weights}", "baseline.epochs=0")
+                seconds[count].append(json.loads((path / "result.json").read_text())["timings"]["search"])
+                policies.add((path / "policy.json").read_text())
+    print(f"search of one process {spread(seconds[1], '{:.1f}')} s, of two {spread(seconds[2], '{:.1f}')} s, ratio "
+          f"{ratios(seconds[1], seconds[2])}; {'the same' if len(policies) == 1 else 'NOT the same'} policy.json")
+    return int(len(policies) > 1)
 
 
-SECTIONS = {"proxy": proxy_section, "agents": agents_section, "compile": compile_section, "processes": processes_section}
+SECTIONS = {"proxy": proxy_section, "agents": agents_section, "training": training_section, "latency": latency_section,
+            "processes": processes_section}
 
 
 def main() -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sections", nargs="+", default=["proxy", "agents"], choices=tuple(SECTIONS))
-    parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=sorted([*models.VITS, *models.CNNS]))
-    parser.add_argument("--steps", type=int, default=TOGETHER, help="candidates per block and round")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, all variants in turn")
-    parser.add_argument("--images", type=int, default=8, help="calibration images")
-    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = as many as torch takes by itself")
+    parser.add_argument("--networks", nargs="+", choices=sorted([*models.VITS, *models.CNNS]))
+    parser.add_argument("--steps", type=int, default=3, help="candidates per block and round")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
+    parser.add_argument("--images", type=int, default=8, help="calibration images, and images of a forward pass")
+    parser.add_argument("--side", type=int, default=224, help="side of these images in pixels")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's choice")
     parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu = processor time of this process")
-    parser.add_argument("--no-bfloat16", action="store_true", help="leave bfloat16 out: it is slow without hardware")
     args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.timer = time.perf_counter if args.clock == "wall" else time.process_time
     if args.threads:
         torch.set_num_threads(args.threads)
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    keep_freed_memory()  # as hirelc.py does; for every variant
+    keep_freed_memory()  # as hirelc.py does
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    rates = ", ".join(f"{str(dtype).removeprefix('torch.')} {matmul_rate(args.device, dtype, clock):.0f}"
-                      for dtype in (torch.float32, torch.bfloat16))
     print(f"{name}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch "
-          f"{torch.__version__}, {args.clock} clock, {time.strftime('%Y-%m-%d')}; matrix product {rates} GFLOP/s")
-    for section in args.sections:
-        SECTIONS[section](args, clock)
-    return 0
+          f"{torch.__version__}, {args.clock} clock, {time.strftime('%Y-%m-%d')}", flush=True)
+    return max(SECTIONS[section](args) for section in args.sections)
 
 
 if __name__ == "__main__":
