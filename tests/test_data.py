@@ -103,8 +103,8 @@ def test_jitter_draws_three_independent_factors_per_image_and_an_order_per_batch
     contrast = (grey[:, 0, 0, 0] - grey[:, 0, 0, 7]) / 60 / brightness
     saturation = (tint[:, 0, 0, 0] - tint[:, 1, 0, 0]) / 60 / brightness / contrast
     factors = torch.stack((brightness, contrast, saturation))
-    assert factors.min() > 0.799 and factors.max() < 1.201
-    assert (factors.amin(1) < 0.81).all() and (factors.amax(1) > 1.19).all()
+    for low, high in zip(factors.amin(1), factors.amax(1)):
+        assert 0.799 < low < 0.81 and 1.19 < high < 1.201
     assert (torch.corrcoef(factors) - torch.eye(3)).abs().max() < 0.15
     taped = []
     for name in ("brightness_", "contrast_", "saturation_"):
@@ -126,15 +126,6 @@ def test_without_a_generator_stored_order_unaugmented_normalised_and_limited():
     for x, y in (images.batch(list(range(20)), generator=seeded()), images.batch([0]), next(images.batches(9))):
         x.zero_(), y.zero_()                                            # copies
     assert torch.equal(images.images, before) and images.labels.tolist() == list(range(50))
-
-
-@pytest.mark.parametrize("index, positions", [([7, 3], [7, 3]), (slice(2, 5), [2, 3, 4]), (range(3), [0, 1, 2])])
-def test_subset_keeps_the_settings(index, positions):
-    images = random_images(20, 8, size=12, augment=("flip",))
-    part = images.subset(index)
-    assert len(part) == len(positions) and part.labels.tolist() == positions
-    assert part.mean == images.mean and not hasattr(part, "images")
-    assert torch.equal(part.batch([1], generator=seeded())[0], images.batch(positions[1:2], generator=seeded())[0])
 
 
 # Streams from disk, normalisation by settings
@@ -171,7 +162,7 @@ def test_streamed_batches_are_those_from_memory(tmp_path, monkeypatch, workers):
     assert torch.equal(one.get_state(), other.get_state())
     assert same_batches(images.batches(4, generator=one, limit=9), stream.batches(4, generator=other, limit=9))
     assert same_batches([images.batch([5, 2], generator=one)], [stream.batch([5, 2], generator=other)])
-    for index in ([7, 3, 9], slice(2, 9)):
+    for index in ([7, 3, 9], slice(2, 9), range(3)):
         assert same_batches(images.subset(index).batches(2), stream.subset(index).batches(2))
         assert type(stream.subset(index)) is data.Stream
     began = stream.batches(4)
@@ -259,8 +250,7 @@ def test_a_loaders_collate_and_worker_init_are_kept_and_global_random_numbers_ar
 
 
 class Endless(IterableDataset):
-    def __iter__(self):
-        return iter([])
+    pass
 
 
 class ImagesOfPillow(Squares):
@@ -363,7 +353,8 @@ def test_held_out_images_are_a_fixed_twentieth_and_not_trained_on(kind):
     for part, index in ((train, order[5:].sort().values), (chosen, order[:5])):
         x, y = part.batch(torch.arange(len(part)))
         wanted, labels = whole.batch(index)
-        assert torch.equal(x, wanted) and torch.equal(y, labels) and (kind == "interface" or part.labels.equal(labels))
+        assert torch.equal(x, wanted) and torch.equal(y, labels)
+        assert kind == "interface" or part.labels.equal(labels) and part.mean == whole.mean
         seen = torch.cat([y for _, y in part.batches(16, generator=seeded(1))])
         assert seen.sort().values.equal(labels.sort().values)
     with pytest.raises(InputError, match="5 % of 9 training images are none"):
