@@ -82,8 +82,7 @@ def test_crops_are_black_windows_at_the_resized_size_one_per_image():
     pixels = torch.full((1500, 3, 6, 6), 255, dtype=torch.uint8)
     images = data.Images(pixels, torch.zeros(1500, dtype=torch.int64), 12, *HALF, ("crop",))
     x = torch.cat([x for x, _ in images.batches(64, generator=seeded())])
-    assert x.shape == (1500, 3, 12, 12)
-    assert set(x.unique().tolist()) == {-1.0, 1.0}                      # padded before the normalisation
+    assert x.shape == (1500, 3, 12, 12) and set(x.unique().tolist()) == {-1.0, 1.0}     # padded, then normalised
     rows, columns = (x[:, 0] == 1).any(2), (x[:, 0] == 1).any(1)        # bool [n, 12]
     offset = lambda line: line.index(True) - line[::-1].index(True)             # black lines before minus after
     seen = {(offset(row), offset(column)) for row, column in zip(rows.tolist(), columns.tolist())}
@@ -184,7 +183,6 @@ def test_pretrained_normalisation_takes_the_networks_statistics(tmp_path, name):
         assert part.mean == tuple(stats[0]) != other.mean and part.std == tuple(stats[1])
         assert torch.equal(part.images, other.images) and part.augment == other.augment
     assert any("0.25" in note for note in own.notes)
-    assert data.load(Data(**settings), pretrained_stats=stats).train.mean == plain.train.mean      # not asked for
 
 
 # A user's own images
@@ -228,9 +226,8 @@ def test_a_users_images_have_the_interface(source):
     assert images.batch([20])[1].item() == 30 and images.batch([20])[0].max() == 20
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_uint8_pairs_are_divided_by_255_and_nothing_else(channels):
-    x = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).repeat(1, channels, 6, 6)
+def test_uint8_pairs_are_divided_by_255_and_nothing_else():
+    x = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1).repeat(1, 1, 6, 6)
     got, y = next(data.as_images((x, torch.tensor([2, 1, 0]))).batches(3))
     assert got.shape == x.shape and torch.allclose(got[:, 0, 2, 3], torch.tensor([0, 0.2, 1])) and y[0] == 2
 
@@ -250,7 +247,7 @@ def test_a_loaders_collate_and_worker_init_are_kept_and_global_random_numbers_ar
 
 
 class Endless(IterableDataset):
-    pass
+    __iter__ = None
 
 
 class ImagesOfPillow(Squares):
@@ -272,11 +269,8 @@ ZEROS, THREE = torch.zeros(3, 1, 4, 4), torch.arange(3)
     ((ZEROS[:0], THREE[:0]), "N, C, H, W"), ((ZEROS, torch.rand(3)), "int64"), ((ZEROS.int(), THREE), "int32"),
     ((ZEROS[..., :2].byte(), THREE), "square")])
 def test_what_cannot_be_read_in_full_is_refused(source, word):
-    with pytest.raises(InputError, match=word) as error:
+    with pytest.raises(InputError, match=word):
         data.as_images(source)
-    assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="uint8 of 3 channels"):
-        data.Images(ZEROS.byte(), THREE, 4, *HALF)
 
 
 # Images that are not finite
@@ -319,13 +313,10 @@ def test_synthetic_is_deterministic_balanced_and_different_in_its_test_split():
     assert len({bytes(data._draw(torch.tensor([k]), 16, seeded()).numpy()) for k in range(1000)}) == 1000
     with pytest.raises(InputError):
         data.synthetic(1001, 10, 10, 16, 0)
-
-
-def test_load_synthetic_takes_the_settings():
     splits = data.load(Data(name="synthetic", dir="/nowhere", image_size=24, classes=7, train_images=30))
     assert splits.train.images.shape == (30, 3, 24, 24) and (len(splits.test), splits.asked) == (1000, (30, 1000))
     assert len(splits.class_names) == splits.num_classes == 7 and splits.train.labels.max() == 6
-    assert set(splits.train.augment) == {"flip", "crop"} and splits.test.augment == ()
+    assert splits.train.augment == ("flip", "crop") and splits.test.augment == ()
 
 
 def test_synthetic_is_learnt_by_a_small_convnet():
