@@ -2,99 +2,73 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 42s, 3m05s, 2h07m."""
-    seconds = int(round(seconds))
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    """Return seconds as a person reads them: 42s, 3m05s, 2h07m."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 class Log:
-    """Prints to ``stream`` and, once :meth:`open` has named one, into a file as well.
-
-    On a terminal, progress is one line that is drawn over itself; elsewhere it is a plain line at most every
-    ``interval`` seconds, so that a log file stays short.
-    """
+    """Prints to ``stream`` and, once :meth:`open` has named one, into a file as well. On a terminal, progress is one line
+    that is drawn over itself; elsewhere it is a plain line at most every ``interval`` seconds, so that a log file stays
+    short."""
 
     def __init__(self, stream=None, interval: float = 20.0):
-        self.stream = stream or sys.stdout
-        self.file, self.early = None, []
-        self.interval = interval
+        self.stream, self.file, self.unwritten = stream or sys.stdout, None, []
         self.live = self.stream.isatty()
-        self.what, self.started, self.shown, self.first, self.width = None, 0.0, 0.0, 0, 0
+        self.interval = 0.2 if self.live else interval
+        self.what, self.started, self.shown, self.first = None, 0.0, 0.0, 0
         self.notes: list[str] = []
 
     def open(self, path, append: bool = False) -> None:
-        """From now on write to ``path`` too, beginning with everything that was said before; ``append``: behind what is
-        there."""
-        self.file = open(path, "a" if append else "w", encoding="utf-8")
-        early, self.early = self.early, []
-        self._write("".join(early))
+        """Write to ``path`` too from now on, beginning with what was said before; ``append``: after what it holds."""
+        self.file = open(path, "ab" if append else "wb", buffering=0)
+        self._write()
 
     def info(self, text: str) -> None:
-        """One line to the stream and the file."""
-        self._wipe()
-        print(text, file=self.stream, flush=True)
-        line = time.strftime("%H:%M:%S ") + text + "\n"
-        if self.file:
-            self._write(line)
-        else:
-            self.early.append(line)
-
-    def _write(self, text):
-        try:
-            self.file.write(text)
-            self.file.flush()
-        except OSError as error:  # a full disk: what matters more will say so, or has found room
-            print(f"note: nothing more goes into {self.file.name}: {error.strerror}", file=self.stream, flush=True)
-            with contextlib.suppress(OSError):
-                self.file.close()
-            self.file = None
+        """Say one line, to the stream and the file."""
+        self._say(text)
+        self.unwritten.append(time.strftime("%H:%M:%S ") + text + "\n")
+        self._write()
 
     def note(self, text: str) -> None:
-        """Something was skipped, clipped or substituted: a line here, and kept for result.json."""
+        """Say that something was skipped, clipped or substituted; notes are kept for result.json."""
         self.notes.append(text)
         self.info(f"note: {text}")
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """``done`` of ``total`` steps of ``what`` are finished; shows how long the rest will take."""
+        """Say that ``done`` of ``total`` steps of ``what`` are finished, and how long the rest will take."""
         now = time.monotonic()
-        if what != self.what or done == 0:
+        if what != self.what or done <= self.first:  # steps before the first call were not timed
             self.what, self.started, self.shown, self.first = what, now, now, done
         if done >= total:
-            self._wipe()
             self.what = None
-            return
-        if now - self.shown < (0.2 if self.live else self.interval):
-            return
-        self.shown = now
-        timed = done - self.first  # steps before the first call were not timed
-        left = f", {duration((now - self.started) / timed * (total - done))} left" if timed > 0 else ""
-        line = f"  {what}: {done}/{total} ({100 * done // max(total, 1)} %){left}"
-        if self.live:
-            self.stream.write("\r" + line.ljust(self.width))
-            self.stream.flush()
-            self.width = len(line)
-        else:
-            print(line, file=self.stream, flush=True)
+            self._say("", end="")
+        elif done > self.first and now - self.shown >= self.interval:
+            self.shown = now
+            rest = duration((now - self.started) / (done - self.first) * (total - done))
+            self._say(f"  {what}: {done}/{total} ({100 * done // total} %), {rest} left", end="" if self.live else "\n")
 
     def close(self) -> None:
-        """Ends the updating line and closes the file."""
-        self._wipe()
+        """End the updating line and close the file."""
+        self._say("", end="")
         if self.file:
-            with contextlib.suppress(OSError):
-                self.file.close()
+            self.file.close()
             self.file = None
 
-    def _wipe(self):
-        if self.live and self.width:
-            self.stream.write("\r" + " " * self.width + "\r")
-            self.width = 0
+    def _say(self, text, end="\n"):
+        print(("\r\033[K" if self.live else "") + text, end=end, file=self.stream, flush=True)  # over what is there
+
+    def _write(self):
+        try:
+            if self.file and self.unwritten:
+                self.file.write("".join(self.unwritten).encode())
+                self.unwritten.clear()
+        except OSError as error:  # a full disk: what matters more will say so
+            self._say(f"note: nothing more goes into {self.file.name}: {error.strerror}")
+            self.close()
