@@ -13,7 +13,7 @@ import models
 from support.kernels import CLASSIFIER, INDIRECT, SHORTCUT, UNREACHED, ParameterKernel, traced_kernels
 from config import InputError
 from models import build, find_blocks, survey
-from support.own import copy_network, own_network, try_network
+from support.own import try_network
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
@@ -44,10 +44,6 @@ def kernels(model, example=X, **settings):
     names = [name for block in found.blocks for name in block.kernels]
     assert names == [k.name for k in found.compressed]
     return names, {k.name: k.reason for k in found.excluded}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Order and groups
 
 
 def test_kernels_come_in_forward_order_and_in_groups_of_four():
@@ -81,47 +77,53 @@ def test_grouped_and_depthwise_convolutions_are_kernels():
     assert found.coverage == 1.0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The classifier
+def streamed(m, x):
+    x = m.a(x)
+    x = x + m.b(x)
+    return (x + m.c(x)).mean((2, 3))
 
 
-def test_only_the_last_of_several_linear_layers_is_the_classifier():
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8), nn.ReLU(),
-                          nn.Linear(8, 3), nn.LogSoftmax(dim=1))
-    assert kernels(model) == (["1", "4"], {"6": CLASSIFIER})
+def probed(m, x):
+    x = m.a(x)
+    m.probe(x.mean((2, 3)))
+    return m.b(x)
 
 
-def test_the_classifier_is_not_the_last_registered():
-    model = Net(lambda m, x: m.out(m.a(x).mean((2, 3))), head=0, out=nn.Linear(4, 3), a=conv(3, 4))
-    assert kernels(model) == (["a"], {"out": CLASSIFIER})
+def dense(m, x):
+    x = m.a(x)
+    x = torch.cat([x, m.b(x)], 1)
+    return m.d(torch.cat([x, m.c(x)], 1))
 
 
-def test_a_1x1_convolution_as_classifier():
-    model = nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert kernels(model) == (["0"], {"2": CLASSIFIER})
-
-
-def test_several_heads_are_all_classifiers():
-    model = Net(lambda m, x: torch.stack([h(m.a(x).mean((2, 3))) for h in m.heads]).mean(0), head=0, a=conv(3, 4),
-                heads=nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)]))
-    assert kernels(model) == (["a"], {"heads.0": CLASSIFIER, "heads.1": CLASSIFIER})
-
-
-def test_a_residual_stream_that_ends_in_the_logits_has_one_classifier():
-    def run(m, x):
-        x = m.a(x)
-        x = x + m.b(x)
-        return (x + m.c(x)).mean((2, 3))
-    assert kernels(Net(run, head=0, a=conv(3, 3), b=conv(3, 3), c=conv(3, 3))) == (["a", "b"], {"c": CLASSIFIER})
-
-
-def test_a_result_that_does_not_reach_the_logits_makes_nothing_a_classifier():
-    def run(m, x):
-        x = m.a(x)
-        m.probe(x.mean((2, 3)))
-        return m.b(x)
-    names, left = kernels(Net(run, a=conv(3, 4), probe=nn.Linear(4, 2), b=conv(4, 4)))
-    assert names == ["a", "probe", "b"] and left == {"head": CLASSIFIER}
+@pytest.mark.parametrize("model, names, excluded", [
+    # the classifier: the last of several Linear layers, not the last registered, a 1×1 convolution, several heads
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8), nn.ReLU(),
+                           nn.Linear(8, 3), nn.LogSoftmax(dim=1)), ["1", "4"], {"6": CLASSIFIER}),
+    (lambda: Net(lambda m, x: m.out(m.a(x).mean((2, 3))), head=0, out=nn.Linear(4, 3), a=conv(3, 4)), ["a"],
+     {"out": CLASSIFIER}),
+    (lambda: nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), ["0"],
+     {"2": CLASSIFIER}),
+    (lambda: Net(lambda m, x: torch.stack([h(m.a(x).mean((2, 3))) for h in m.heads]).mean(0), head=0, a=conv(3, 4),
+                 heads=nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])), ["a"],
+     {"heads.0": CLASSIFIER, "heads.1": CLASSIFIER}),
+    # a residual stream that ends in the logits; a result that does not reach them
+    (lambda: Net(streamed, head=0, a=conv(3, 3), b=conv(3, 3), c=conv(3, 3)), ["a", "b"], {"c": CLASSIFIER}),
+    (lambda: Net(probed, a=conv(3, 4), probe=nn.Linear(4, 2), b=conv(4, 4)), ["a", "probe", "b"], {"head": CLASSIFIER}),
+    # shortcuts: a Linear; none where the branch starts from another tensor, where maps are concatenated, or where the
+    # projection is used elsewhere too
+    (lambda: Net(lambda m, x: m.b(F.gelu(m.a(m.norm(x.flatten(1))))) + m.short(m.norm(x.flatten(1))), head=6,
+                 norm=nn.Identity(), a=nn.Linear(192, 8), b=nn.Linear(8, 6), short=nn.Linear(192, 6)), ["a", "b"],
+     {"short": SHORTCUT, "head": CLASSIFIER}),
+    (lambda: Net(lambda m, x: m.b(F.relu(m.a(x[:, :, ::2].clone() * 2))) + m.p(m.q(x)[:, :, ::2]), head=8,
+                 a=conv(3, 4), b=conv(4, 8), p=conv(4, 8, 1), q=conv(3, 4)), ["a", "b", "q", "p"],
+     {"head": CLASSIFIER}),
+    (lambda: Net(dense, a=conv(3, 2), b=conv(2, 2), c=conv(4, 2), d=conv(6, 4, 1)), ["a", "b", "c", "d"],
+     {"head": CLASSIFIER}),
+    (lambda: Net(lambda m, x: m.short(m.b(F.relu(m.a(x))) + m.short(x)), a=conv(3, 4), b=conv(4, 3),
+                 short=conv(3, 3, 1), head=3), ["a", "b", "short"], {"head": CLASSIFIER}),
+])
+def test_what_is_compressed_and_what_is_left_out(model, names, excluded):
+    assert kernels(model()) == (names, excluded)
 
 
 def test_a_classifier_whose_weight_is_computed():
@@ -132,10 +134,6 @@ def test_a_classifier_whose_weight_is_computed():
     cosine = Net(lambda m, x: F.linear(F.normalize(m.a(x).mean((2, 3))), F.normalize(m.out.weight)), head=0,
                  a=conv(3, 4), out=nn.Linear(4, 3, bias=False))
     assert kernels(cosine) == (["a"], {"out": CLASSIFIER})
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Shortcuts
 
 
 def residual(shortcut, *branch, add=lambda y, s: y + s, before=conv(3, 4)):
@@ -174,12 +172,6 @@ def test_an_in_place_addition_and_activation_are_followed():
     assert kernels(model) == (["stem", "a", "b"], {"short": SHORTCUT, "head": CLASSIFIER})
 
 
-def test_a_linear_shortcut_is_left_out():
-    model = Net(lambda m, x: m.b(F.gelu(m.a(m.norm(x.flatten(1))))) + m.short(m.norm(x.flatten(1))), head=6,
-                norm=nn.Identity(), a=nn.Linear(192, 8), b=nn.Linear(8, 6), short=nn.Linear(192, 6))
-    assert kernels(model) == (["a", "b"], {"short": SHORTCUT, "head": CLASSIFIER})
-
-
 def test_squeeze_and_excitation_in_the_branch_and_the_shortcut_after_it():
     class Excite(nn.Module):
         def __init__(self):
@@ -211,31 +203,6 @@ def test_squeeze_and_excitation_in_the_branch_and_the_shortcut_after_it():
 ])
 def test_what_only_looks_like_a_shortcut_is_compressed(model, names):
     assert kernels(model()) == (names, {"head": CLASSIFIER})
-
-
-def test_a_branch_from_another_tensor_makes_no_shortcut():
-    model = Net(lambda m, x: m.b(F.relu(m.a(x[:, :, ::2].clone() * 2))) + m.p(m.q(x)[:, :, ::2]), head=8, a=conv(3, 4),
-                b=conv(4, 8), p=conv(4, 8, 1), q=conv(3, 4))
-    assert kernels(model)[1] == {"head": CLASSIFIER}
-
-
-def test_dense_concatenation_leaves_nothing_out():
-    def run(m, x):
-        x = m.a(x)
-        x = torch.cat([x, m.b(x)], 1)
-        return m.d(torch.cat([x, m.c(x)], 1))
-    assert kernels(Net(run, a=conv(3, 2), b=conv(2, 2), c=conv(4, 2), d=conv(6, 4, 1))) == (
-        ["a", "b", "c", "d"], {"head": CLASSIFIER})
-
-
-def test_a_projection_that_is_used_elsewhere_too_is_compressed():
-    model = Net(lambda m, x: m.short(m.b(F.relu(m.a(x))) + m.short(x)), a=conv(3, 4), b=conv(4, 3), short=conv(3, 3, 1),
-                head=3)
-    assert kernels(model) == (["a", "b", "short"], {"head": CLASSIFIER})
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Kernels that are not called
 
 
 class Attend(nn.Module):
@@ -323,8 +290,14 @@ def test_layers_that_are_not_conv2d_or_linear_are_named_with_the_reason():
     assert "ConvTranspose2d" in left["up"] and "Conv1d" in left["one"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Shared, computed and frozen weights
+@pytest.mark.parametrize("layer, gates", [(nn.LSTM, 4), (nn.GRU, 3)])
+def test_every_weight_of_a_recurrent_layer_is_named(layer, gates):
+    model = Net(lambda m, x: m.l(m.a(x).flatten(2).transpose(1, 2))[0][:, -1], head=6, a=conv(3, 4),
+                l=layer(4, 6, batch_first=True))
+    found = survey(model, X)
+    assert {k.name: k.params for k in found.excluded if k.name != "head"} == {
+        "l.weight_ih_l0": gates * 6 * 4, "l.weight_hh_l0": gates * 6 * 6}
+    assert found.coverage == pytest.approx(108 / (108 + gates * 60))
 
 
 def test_a_shared_module_is_one_kernel_with_all_its_names():
@@ -368,10 +341,6 @@ def test_a_weight_that_the_forward_changes_before_its_use():
 def test_frozen_kernels_are_kernels():
     model = Net(lambda m, x: m.b(m.a(x)), a=conv(3, 4), b=conv(4, 4)).requires_grad_(False)
     assert kernels(model)[0] == ["a", "b"] and not any(p.requires_grad for p in model.parameters())
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# exclude and groups
 
 
 def chain():
@@ -420,10 +389,6 @@ def test_exclude_and_groups_on_this_projects_networks():
     assert list(find_blocks(cnn, groups=[["layer2.0.downsample.0"]])[0].kernels) == ["layer2.0.downsample.0"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What cannot be used, and what is left alone
-
-
 @pytest.mark.parametrize("model, message", [
     (lambda: Net(lambda m, x: {"out": m.a(x)}, head=0, a=conv(3, 4)), "returns a dict.*expected logits: one tensor"),
     (lambda: Net(lambda m, x: (m.a(x), x), head=0, a=conv(3, 4)), "returns a tuple"),
@@ -462,56 +427,9 @@ def test_looking_leaves_the_network_as_it_was():
         assert torch.equal(generator, torch.get_rng_state()) and not model[4].weight.requires_grad
 
 
-def test_channels_last_only_where_it_runs():
-    assert try_network(chain(), X) == (3, True)
-    flat = Net(lambda m, x: m.a(x).view(-1, 256), head=256, a=conv(3, 4))
-    assert try_network(flat, X) == (3, False)
-    two_outputs = Net(lambda m, x: m.a(x) if not m.training else (m.a(x), x), head=0, a=nn.Sequential(
-        nn.Flatten(), nn.Linear(192, 3)))
-    with pytest.raises(InputError, match="tuple .*train mode"):
-        try_network(two_outputs, X)
-
-
-def test_copies_share_nothing_even_with_an_old_weight_norm():
-    model = Net(lambda m, x: m.b(m.a(x)), a=conv(3, 4), b=conv(4, 4))
-    with pytest.warns(FutureWarning):
-        torch.nn.utils.weight_norm(model.b)
-    model(X)
-    copied = copy_network(model)
-    assert torch.equal(copied(X), model(X))
-    assert not {p.data_ptr() for p in copied.parameters()} & {p.data_ptr() for p in model.parameters()}
-    names, left = kernels(model)
-    assert names == ["a"] and "computed from other parameters (b.weight_g, b.weight_v)" in left["b"]
-
-
-def test_a_network_from_a_file_or_a_module(tmp_path, monkeypatch):
-    (tmp_path / "mynet.py").write_text(
-        "import torch, helper\n\ndef make():\n    return torch.nn.Linear(helper.N, 2)\n\n"
-        "def sized(num_classes, width=3):\n    return torch.nn.Linear(width, num_classes)\n\n"
-        "def needs(depth):\n    pass\n\ndef number():\n    return 3\n\n"
-        "def fails():\n    raise ValueError('no\\nluck')\n")
-    (tmp_path / "helper.py").write_text("N = 7\n")
-    (tmp_path / "broken.py").write_text("def make(:\n")
-    file = str(tmp_path / "mynet.py")
-    assert own_network(f"{file}:make", 5).weight.shape == (2, 7)
-    assert own_network(f"{file}:sized", 5).weight.shape == (5, 3)
-    monkeypatch.chdir(tmp_path)
-    assert own_network("mynet:sized", 4).weight.shape == (4, 3)
-    for source, message in ((f"{file}:nothing", "has no function 'nothing'"), (f"{file}:needs", "missing 1 required positional argument"),
-                            (f"{file}:number", "returned a int"), (f"{file}:fails", "ValueError: no"),
-                            ("no_such_module:make", "No module named"), (f"{tmp_path}/gone.py:make", "No such file"),
-                            ("broken.py:make", "SyntaxError"), ("mynet", "expected module:function")):
-        with pytest.raises(InputError, match=message):
-            own_network(source, 3)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Networks of torchvision's zoo, untrained: name, kernels, blocks, coverage, how many shortcuts
-
-
 @pytest.mark.parametrize("name, count, blocks, shortcuts", [
-    ("vgg11_bn", 10, 3, 0), ("densenet121", 120, 30, 0), ("regnet_y_400mf", 81, 21, 4), ("convnext_tiny", 58, 15, 0),
-    ("swin_t", 52, 13, 0), ("efficientnet_b0", 81, 21, 0), ("shufflenet_v2_x0_5", 56, 14, 0)])
+    ("vgg11_bn", 10, 3, 0), ("densenet121", 120, 30, 0), ("regnet_y_400mf", 81, 21, 4), ("swin_t", 52, 13, 0),
+    ("efficientnet_b0", 81, 21, 0), ("shufflenet_v2_x0_5", 56, 14, 0)])
 def test_structure_of_the_zoo(name, count, blocks, shortcuts):
     model = torchvision.models.get_model(name, weights=None, num_classes=5) if name != "vgg11_bn" else \
         torchvision.models.VGG(torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True),
