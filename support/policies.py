@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from compress import (FULL_BITS, GRANULARITIES, QTYPES, STRATEGIES, BlockConfig, KernelConfig, LayerBudget,
                       NetworkConfig, channels_kept, kernel_retained, kernel_shapes)
 from config import Config, InputError, override
-from support.files import member, parse_json, quoted, read_json
+from support.files import member, one_line, parse_json, quoted, read_json
 
 MAX_BYTES = 4 << 20  # of a policy.json; one of 120 kernels has about 40,000
 GIVE = "give the policy.json of a run"
@@ -63,13 +63,13 @@ def read(source) -> Policy:
         except OSError as error:
             raise InputError(f"{where}: the policy cannot be read ({error.strerror or error}); {GIVE}") from None
         except ValueError as error:
-            raise InputError(f"{where}: not a policy: {_line(error)}; {GIVE}") from None
+            raise InputError(f"{where}: not a policy: {one_line(error)}; {GIVE}") from None
         return Policy(where, hashlib.sha256(raw).hexdigest(), content)
     try:
         raw = json.dumps(source, sort_keys=True).encode()
         content = parse_json(raw)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"policy: not plain data as in a policy.json: {_line(error)}; {GIVE}") from None
+        raise InputError(f"policy: not plain data as in a policy.json: {one_line(error)}; {GIVE}") from None
     return Policy("given", hashlib.sha256(raw).hexdigest(), content)
 
 
@@ -143,7 +143,7 @@ def _kernel_config(entry, place, shape, limits) -> KernelConfig:
     try:
         config = KernelConfig(bits, keep, qtype, granularity)
     except ValueError as error:
-        raise InputError(f"{place}: {_line(error)}") from None
+        raise InputError(f"{place}: {one_line(error)}") from None
     for key, value, allowed in (("qtype", qtype, QTYPES), ("granularity", granularity, GRANULARITIES)):
         wanted = getattr(limits, key, value)
         if value != wanted and not (wanted == "any" and value in allowed):
@@ -173,10 +173,6 @@ def _list(owner, key, place) -> list[dict]:
     if not value or not all(type(item) is dict for item in value):
         raise InputError(f"{place}: {key} must be a list of objects with at least one, as in a run's policy.json")
     return value
-
-
-def _line(error) -> str:
-    return quoted(" ".join(str(error).split()))[1:-1] or type(error).__name__
 
 
 def _some(names) -> str:

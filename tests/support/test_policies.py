@@ -1,12 +1,12 @@
 """Policies from files: applied without a search, and refused where they are not what they should be."""
 
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
+import hirelc
 from compress import BlockConfig, KernelConfig, LayerBudget, NetworkConfig, kernel_shapes
 from config import Config, InputError, override
 from support import policies
@@ -19,10 +19,7 @@ BUDGETS = (LayerBudget(0.25, 0.6, 4, 2.0, "auto"), LayerBudget(0.35, 0.2, 6, 0.5
 
 
 def whole():
-    policy = policies.to_policy(BLOCKS, CHOSEN)
-    for entry, budget in zip(policy["blocks"], BUDGETS):
-        entry["budget"] = asdict(budget)
-    return policy
+    return policies.to_policy(BLOCKS, CHOSEN, BUDGETS)
 
 
 def fit(tmp_path, content, config=Config()):
@@ -37,6 +34,8 @@ def test_what_a_policy_says_of_a_kernel():
     assert block["kernels"][0] == {
         "name": "a", "bits": 3, "keep": 0.4, "qtype": "INT", "granularity": "uniform", "channels": 4,
         "channels_kept": 1, "keep_actual": 0.25, "retained": 3 / 128}
+    assert whole()["blocks"][1]["budget"] == {"target": 0.35, "max_pruning": 0.2, "min_bits": 6, "max_drop": 0.5,
+                                              "strategy": "quantization"}
     assert block["retained"] == pytest.approx((12 * 3 / 128 + 24 * 8 / 32 * 4 / 6) / 36)
     assert block["cr"] == 1 / block["retained"]
 
@@ -48,9 +47,8 @@ def test_a_policy_comes_back_as_it_was_written(tmp_path):
 
 def test_a_file_without_budgets_has_none_and_a_note(tmp_path):
     config = override(Config(), {"search.target": 0.2})
-    chosen, budgets, notes = fit(tmp_path, policies.to_policy(BLOCKS, CHOSEN), config)
-    assert chosen == CHOSEN and budgets is None
-    assert len(notes) == 1 and "policy.json" in notes[0] and "0.2" in notes[0]
+    chosen, budgets, (note,) = fit(tmp_path, policies.to_policy(BLOCKS, CHOSEN), config)
+    assert chosen == CHOSEN and budgets is None and "policy.json" in note and "0.2" in note
 
 
 def test_the_settings_that_apply_a_policy(tmp_path):
@@ -76,6 +74,7 @@ GONE = object()
     ((*FIRST, "bits"), 10 ** 300, "bits=10{199}…"), ((*FIRST, "bits"), True, "whole number"),
     ((*FIRST, "bits"), 4.0, "whole number"), ((*FIRST, "keep"), 0.39, "keep=0.39, expected 0.4 to 1"),
     ((*FIRST, "keep"), 1.01, "0.4 to 1"), ((*FIRST, "keep"), True, "a number"), ((*FIRST, "keep"), "0.5", "a number"),
+    ((*FIRST, "keep"), float("nan"), "0.4 to 1"), ((*BUDGET, "max_drop"), float("nan"), "max_drop"),
     ((*FIRST, "keep"), float("nan"), "keep=nan, expected"),
     ((*FIRST, "qtype"), "FLOAT", "compress.qtype=FLOAT"), ((*FIRST, "qtype"), "INT4", "qtype"),
     ((*FIRST, "granularity"), "log", "compress.granularity=log"), ((*FIRST, "granularity"), [], "text"),
@@ -139,3 +138,23 @@ def test_other_things_than_a_file_are_refused(tmp_path):
     for content in (3j, {"a": {1, 2}}, endless):
         with pytest.raises(InputError, match="policy"):
             policies.read(content)
+
+
+def test_a_policy_of_a_run_is_applied_without_a_search_in_a_directory_of_its_own(tmp_path, monkeypatch, capsys):
+    def run(*more):
+        return hirelc.main([*f"--exp 4 --smoke --no-table --out {tmp_path}".split(), *more, "--set", "scratch.epochs=1",
+                            "search.cycles=1", "lla.timesteps=4", "hla.timesteps=4", "data.train_images=64"])
+
+    assert run() == 0
+    monkeypatch.setattr(hirelc, "LLAEnsemble", lambda *_: pytest.fail("a search"))
+    policy = str(tmp_path / "exp4-seed42" / "policy.json")
+    assert run("--policy", policy, "--name", "applied") == 0
+    before, searched, after, applied = (json.loads((tmp_path / name / file).read_text()) for name in (
+        "exp4-seed42", "exp4-applied-seed42") for file in ("policy.json", "result.json"))
+    assert after == before and searched["policy_source"] is None and applied["policy_source"]["file"] == policy
+    for key in ("acc", "cr", "compliance", "packed_bytes", "deployed_acc"):
+        assert applied["cycles"][1][key] == searched["cycles"][1][key]
+    before["blocks"][0]["kernels"][0]["bits"] ^= 1
+    (tmp_path / "other.json").write_text(json.dumps(before))
+    for more in (("--policy", str(tmp_path / "other.json")), ()):  # the directory belongs to that policy
+        assert run(*more, "--name", "applied") == 2 and "policy_sha256" in capsys.readouterr().err
