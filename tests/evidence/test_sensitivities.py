@@ -89,7 +89,7 @@ def test_all_against_autograds_hessian(network):
     product = theta * (hessian @ g)
     assert block_grasp(model, blocks, x, y) == pytest.approx([abs(product[p].sum().item()) for p in parts], rel=1e-3)
     traces = [hessian.diagonal()[p].sum().item() for p in parts]
-    assert block_hessian(model, blocks, x, y, generator(), probes=3000) == pytest.approx(traces, rel=0.1)
+    assert block_hessian(model, blocks, x, y, generator(), probes=800) == pytest.approx(traces, rel=0.15)
 
 
 @pytest.mark.parametrize("method", METHODS)
