@@ -30,7 +30,7 @@ def commands(step: str, out: str, device: str) -> list[list[str]]:
                  if "cuda.is_available" in path.read_text()]
         return [["-m", "pytest", "-q", *files]]
     if step == "speed":
-        return [["-m", "evidence.speed"]]
+        return [["-m", "evidence.speed", "--sections", "proxy", "training", "--device", device]]
     hirelc = [str(ROOT / "hirelc.py"), "--exp", "4", "--smoke", "--device", device, "--out", out]
     return [*([*hirelc, "--restart", "--no-table", "--name", name] for name in ("first", "second")),
             [*hirelc, "--load", str(Path(out) / "exp4-first-seed42" / "packed.pt")]]
