@@ -29,7 +29,7 @@ import models
 from compress import (BlockConfig, Grid, KernelConfig, KernelShape, LayerBudget, NetworkConfig, compress_network,
                       kernel_shapes, model_bytes, snap_to_grid)
 from config import BASELINES, EXPERIMENTS, Config, InputError, override
-from deploy import pack
+from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
 from deploy.cycle import Best, Cycle, measure
 from deploy.given import GivenBlock, GivenBudgets, fitted
@@ -40,7 +40,7 @@ from evidence import baselines, plus, sensitivities, summary
 from evidence.null import NullHLA, NullLLA
 from evidence.report import results_table
 from search import TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config
-from support import networks, plan, policies, runs
+from support import networks, plan, runs
 from support.files import check_writable, survive_ascii
 from support.log import Log
 from support.own import copy_network

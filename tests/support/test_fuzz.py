@@ -14,7 +14,8 @@ import models
 from compress import BlockConfig, KernelConfig, NetworkConfig, compress_network, kernel_shapes, snap_to_grid
 from config import Config, InputError, flatten, override, read_settings
 from deploy import pack
-from support import images, policies, weights
+from deploy import policies
+from support import images, weights
 
 COUNT = 150  # spoilt files of each kind
 

@@ -9,7 +9,7 @@ from torch import nn
 import hirelc
 from compress import BlockConfig, KernelConfig, LayerBudget, NetworkConfig, kernel_shapes
 from config import Config, InputError, override
-from support import policies
+from deploy import policies
 
 BLOCKS = [SimpleNamespace(name="first", kernels={"a": nn.Linear(3, 4), "b": nn.Linear(4, 6)}, whole=()),
           SimpleNamespace(name="second", kernels={"head": nn.Linear(6, 5)}, whole=("head",))]
