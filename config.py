@@ -1,9 +1,7 @@
 """Settings of a run, the paper's experiments, and the numbers that the paper reports for them.
 
-Every number of the method that a user may change is a field here: a frozen dataclass per subject, one line of
-help per field, typed and checked. ``--set data.image_size=64`` and friends go through :func:`override`; nothing
-is ever evaluated. Constants are those of the paper (§4, Appendix B) and, where it leaves them out, of the
-authors' published scripts; docs/LEDGER.md says which.
+Every number of the method that a user may change is a field here, typed and checked by :func:`override`. Constants are
+those of the paper (§4, Appendix B) and, where it leaves them out, of the authors' scripts; docs/LEDGER.md says which.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def plan(config: Config, make_run) -> str:
     lines += [f"note: {note}" for note in notes.notes]
     run = make_run(model, survey, splits.train, splits.test)
     needs.append(("run directory", path, 9 * size + RESERVE))  # theta_0, tuned, best and a training, one written anew
-    lines += _disks(needs)
+    lines += [_room(*need) for need in needs]
     rows = _times(run, counts)
     lines += ["", f"{'phase':12}{'of':34}{'count':>12}{'s each':>12}{'s':>12}"]
     lines += [f"{phase:12}{what:34}{count:>12,.0f}{each:>12.4f}{count * each:>12,.1f}"
@@ -88,14 +88,11 @@ def _images(config: Config, lines, needs):
 
 
 def _weights(config: Config, lines, needs) -> Config:
-    """Say where the weights come from; those that would be downloaded are left out of the settings that it returns."""
+    """Say where the weights come from; the settings that it returns leave out those that would be downloaded."""
     m = config.model
-    if m.weights in ("none", "given"):
-        lines.append(f"weights: {'trained from scratch' if m.weights == 'none' else 'those that the function gives'}")
-        return config
     source = models.PRETRAINED[m.name] if m.weights == "auto" else m.weights
     target = weights_path(source, m.weights_dir) if m.weights == "auto" or "://" in m.weights else source
-    if os.path.isfile(target) or target == source:
+    if target == source or os.path.isfile(target):
         lines.append(f"weights: {target}")
         return config
     lines.append(f"weights: {getattr(source, 'url', source)} would be downloaded to {target}")
@@ -103,26 +100,21 @@ def _weights(config: Config, lines, needs) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(m, weights="given"))
 
 
-def _disks(needs) -> list[str]:
-    """Return a line per file system; ``needs``: (what, folder, bytes). Raises InputError where one has no room."""
-    lines, systems = [], {}
-    for what, folder, size in needs:
-        there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        systems.setdefault(os.stat(there).st_dev, (there, []))[1].append((what, size))
-    for there, parts in systems.values():
-        size, free = sum(size for _, size in parts), shutil.disk_usage(there).free
-        what = ", ".join(f"{name} {part / 1e6:,.1f} MB" for name, part in parts)
-        if size > free:
-            raise InputError(f"{there}: the run needs {size / 1e6:,.1f} MB there ({what}), {free / 1e6:,.1f} MB are "
-                             "free; free space, or choose another --out, --data-dir or --weights-dir")
-        lines.append(f"disk of {there}: {size / 1e6:,.1f} MB needed ({what}), {free / 1e6:,.1f} MB free")
-    return lines
+def _room(what: str, folder: Path, size: float) -> str:
+    """Return a line about the bytes that the run needs in a folder. Raises InputError where the disk has no room."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if size > free or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} ({what}): the run needs {size / 1e6:,.1f} MB there, {free / 1e6:,.1f} MB are free, "
+                         "or it cannot be written; choose another --out, --data-dir or --weights-dir")
+    return f"disk: {what} needs {size / 1e6:,.1f} MB in {folder}, {free / 1e6:,.1f} MB are free"
 
 
 def _times(run, counts):
     """Return (phase, what, how often, seconds each) of training, evaluation and search, each step timed once."""
     c, proxy = run.config, Proxy(run.model, run.blocks, run.calibration_batches())
-    steps, tests = math.ceil(counts[0] / c.data.batch_size), math.ceil(min(c.eval.images, counts[1]) / c.eval.batch_size)
+    steps = math.ceil(counts[0] / c.data.batch_size)
+    tests = math.ceil(min(c.eval.images, counts[1]) / c.eval.batch_size)
     sample = random_config(run.shapes, c.compress, np.random.default_rng(0))
 
     def seconds(work) -> float:
@@ -136,8 +128,8 @@ def _times(run, counts):
     step = seconds(lambda: trainer._step(*batch, len(batch[1])))
     test = seconds(lambda: correct(run.model, run.choice_set, c.eval.batch_size, c.eval.batch_size))
     candidate = sum(seconds(lambda i=i: proxy.drops(i, [sample.blocks[i]])) for i in range(len(run.blocks)))
-    epochs = {"scratch": c.scratch.epochs if c.model.weights == "none" else 0, "baseline": c.baseline.epochs,
-              "warmup": c.surrogate.warmup if c.surrogate.enabled else 0, "finetune": c.finetune.epochs * c.search.cycles}
+    epochs = {"scratch": c.scratch.epochs * (c.model.weights == "none"), "baseline": c.baseline.epochs,
+              "warmup": c.surrogate.warmup * c.surrogate.enabled, "finetune": c.finetune.epochs * c.search.cycles}
     rows = [(phase, f"epochs of {steps} steps and a measurement", count, steps * step + tests * test)
             for phase, count in epochs.items()]
     rows.append(("sensitivity", "images", c.sensitivity.images if c.sensitivity.method != "none" else 0,
