@@ -24,11 +24,11 @@ from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset
 from config import InputError
 from support import layouts
 from support.files import one_line, shown
-from support.layouts import CACHE, PUBLISHED, Sample, absent, has_cache  # noqa: F401 (for callers of this module)
+from support.layouts import PUBLISHED, Sample, absent  # noqa: F401 (for callers of this module)
 
 IN_MEMORY = 4 * 2**30              # bytes of a decoded split of imagenet or folder; a larger one is streamed
 MANY, CHUNK = 500, 50              # images from which on processes decode, and images per request to one
-FORMAT = 3                         # of the cache files, part of their name
+CACHE, FORMAT = ".hirelc-cache", 3 # folder of the cache files, beside the data, and their format
 MAX_PIXELS, MAX_LENGTH = 64 << 20, 1 << 16                  # of an image; one that claims more may take minutes
 RESIZED, RECOLOURED, UNREADABLE = 1, 2, 4                   # flags of an image
 

@@ -13,7 +13,6 @@ up early. Class index = place in the sorted class names; for tiny-imagenet, line
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import pathlib
@@ -27,14 +26,12 @@ import numpy as np
 from config import Data, InputError
 from support.files import download, extract, one_line, shown
 
-CACHE = ".hirelc-cache"            # folder of decoded images, beside the data
 ORDER_SEED = 2606                  # of the fixed permutation of files; no setting, so that test subsets stay the same
 TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 PUBLISHED = {"cifar10": (10, 50_000, 10_000), "cifar100": (100, 50_000, 10_000),
              "tiny-imagenet": (200, 100_000, 10_000),
              "imagenet": (1000, 1_281_167, 50_000)}         # classes, training images, test images
 ARCHIVES = {"cifar10": (170e6, 186e6), "cifar100": (169e6, 186e6), "tiny-imagenet": (248e6, 500e6)}  # bytes; unpacked
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 
 
 @dataclass(eq=False)
@@ -75,10 +72,8 @@ class Layout:
 
 
 def find(settings, progress, notes) -> Layout:
-    """Return the layout of the data set that ``settings`` (config.Data) name, downloaded or unpacked where absent.
-
-    ``notes`` receives a line for everything that a reader of results must know. Raises InputError.
-    """
+    """Return the layout of the data set that ``settings`` name, downloaded or unpacked where absent; what a reader of
+    results must know is appended to ``notes``. Raises InputError."""
     reader = {"tiny-imagenet": _tiny_imagenet, "imagenet": _folder, "folder": _folder}.get(settings.name, _cifar)
     layout = reader(settings, progress, notes)
     counts = zip(("classes", "training images", "test images"), PUBLISHED.get(settings.name, ()),
@@ -86,12 +81,6 @@ def find(settings, progress, notes) -> Layout:
     notes += [f"{settings.name}: {len(items)} {what} found, the published set has {published}"
               for what, published, items in counts if len(items) != published]
     return layout
-
-
-def has_cache(settings, split, side, size) -> bool:
-    """Tell whether there is a cache of at least ``size`` bytes for a split, out of date or not."""
-    pattern = f"{settings.name}-{split}-{side}-*.npy"
-    return any(path.stat().st_size >= size for path in (pathlib.Path(settings.dir) / CACHE).glob(pattern))
 
 
 def fixed_order(n: int) -> list[int]:
@@ -148,59 +137,39 @@ def _class_folders(settings, folder, test, side, notes, may_stream=False):
     """``folder/{train,TEST}/CLASS/*``, both permuted."""
     notes.append(f"{settings.name}: read from class folders in {folder}; both splits in one fixed pseudo-random order")
     mend = f"expected {folder}/{{train,{test}}}/CLASS/*.png or .jpg, one folder per class"
-    classes, others = ([name for name in _entries(folder / split, mend) if (folder / split / name).is_dir()]
+    classes, others = ([name for name in _items(folder / split, mend) if (folder / split / name).is_dir()]
                        for split in ("train", test))
     missing = [str(folder / test / name) for name in classes if name not in others]
     missing += [str(folder / "train" / name) for name in others if name not in classes]
     if missing or not classes:
         raise InputError(f"train and {test} need the same class folders; missing: {', '.join(missing[:5]) or 'all'}"
                          f"{', …' if len(missing) > 5 else ''}; {mend}")
-    train, test = (_list(folder / split, classes, "{}", mend, settings.skip_corrupt).permuted()
-                   for split in ("train", test))
+    train, test = (_list(folder / split, classes, "{}", mend).permuted() for split in ("train", test))
     return Layout(train, test, classes, side, may_stream)
 
 
-def _list(folder, classes, place, mend, skip):
-    """The files of all classes below ``folder``, in ``place`` of each. Without ``skip``, InputError for other files."""
+def _list(folder, classes, place, mend):
+    """The files of all classes below ``folder``, in ``place`` of each."""
     listing = Listing(str(folder), [], [])
     for label, name in enumerate(classes):
         sub = place.format(name)
-        files = _entries(folder / sub, mend)
-        strays = [file for file in files if not file.lower().endswith(SUFFIXES)]
-        if strays and not skip:
-            raise InputError(f"{folder / sub / strays[0]} is no image; move it elsewhere, or leave such files out with "
-                             "data.skip_corrupt=true")
+        files = _items(folder / sub, mend)
         listing.names += [f"{sub}/{file}" for file in files]
         listing.labels += [label] * len(files)
     return listing
 
 
-@contextlib.contextmanager
-def _reading(path, mend):
-    """Make InputError, one line with the way to mend it, of what goes wrong inside."""
+def _items(path, mend):
+    """Sorted names in a folder without hidden ones, or lines of a text file. InputError where there are none."""
     try:
-        yield
+        lines = sorted(os.listdir(path)) if path.is_dir() else path.read_text(encoding="utf-8").splitlines()
+        items = [line for line in lines if line.strip() and not line.startswith(".")]
+        if not items:
+            raise ValueError("it is empty")
+        return items
     except (OSError, ValueError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({one_line(error)})"
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be used ({one_line(error)})"
         raise InputError(f"{shown(path)} {reason}; {mend}") from None
-
-
-def _entries(folder, mend):
-    """Sorted names in a folder without the hidden ones; InputError when there are none or it cannot be read."""
-    with _reading(folder, mend):
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    if not names:
-        raise InputError(f"{folder} holds no images; {mend}")
-    return names
-
-
-def _lines(path, mend):
-    """The lines of a text file that are not empty, stripped; InputError where there are none."""
-    with _reading(path, mend):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise InputError(f"{path} is empty; {mend}")
-    return lines
 
 
 # CIFAR-10, CIFAR-100, Tiny ImageNet
@@ -247,13 +216,13 @@ def _tiny_imagenet(settings, progress, notes):
     mend = f"get the whole set from {TINY_IMAGENET_URL} and extract it into {settings.dir}"
     notes.append("tiny-imagenet: test = the labelled validation split in the order of val_annotations.txt; "
                  "class index = line of wnids.txt")
-    names, annotations = _lines(tree / "wnids.txt", mend), tree / "val" / "val_annotations.txt"
+    names, annotations = _items(tree / "wnids.txt", mend), tree / "val" / "val_annotations.txt"
     classes = {name: i for i, name in enumerate(names)}
     if len(classes) < len(names):
         raise InputError(f"{tree / 'wnids.txt'} names a class twice; {mend}")
-    train = _list(tree / "train", names, "{}/images", mend, settings.skip_corrupt)
+    train = _list(tree / "train", names, "{}/images", mend)
     test = Listing(str(tree / "val" / "images"), [], [])
-    for line in _lines(annotations, mend):
+    for line in _items(annotations, mend):
         file, label = (line.split("\t") + [""])[:2]
         if label not in classes:
             raise InputError(f"{annotations}: the class '{shown(label)}' of {shown(file)} is not in wnids.txt; {mend}")

@@ -189,7 +189,7 @@ def test_pretrained_normalisation_takes_the_networks_statistics(tmp_path, name):
 
 
 class Squares(Dataset):
-    """Item i: a 1 x 4 x 4 image of i, NaN where ``spoilt``, label 10 + i; with noise it draws from torch's generator."""
+    """Item i: a 1 x 4 x 4 image of i, NaN where ``spoilt``, label 10 + i; noise is drawn from torch's generator."""
 
     def __init__(self, n=23, noise=False, spoilt=None):
         self.n, self.noise, self.spoilt = n, noise, spoilt
@@ -262,7 +262,7 @@ ZEROS, THREE = torch.zeros(3, 1, 4, 4), torch.arange(3)
     (Endless(), "IterableDataset"), (Loader(Endless()), "IterableDataset"), (Squares(0), "empty"), (5, "not int"),
     (Loader(Squares(), sampler=SubsetRandomSampler([1])), "Subset"), ([1, 2, 3], "not list"),
     (Loader(Squares(), sampler=RandomSampler(Squares(), True)), "every item once"),
-    (Loader(Squares(), batch_sampler=[[1, 2]]), "batch sampler"), (Loader(Squares(), batch_size=None), "batch_size=None"),
+    (Loader(Squares(), batch_sampler=[[1, 2]]), "batch sampler"), (Loader(Squares(), batch_size=None), "=None"),
     (TensorDataset(ZEROS), "a batch must be"), (TensorDataset(ZEROS.byte(), THREE), "uint8"),
     (TensorDataset(ZEROS, torch.rand(3)), "float32"), (ImagesOfPillow(), "float tensor"),
     ((ZEROS, torch.arange(4)), "N, C, H, W"), ((ZEROS.view(3, 16), THREE), "N, C, H, W"),

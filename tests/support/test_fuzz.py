@@ -72,7 +72,7 @@ def write_settings(path, network):
     path.write_text(json.dumps({"settings": flatten(Config()), "processes": 1}))
 
 
-# Readers: return nothing, assert that what was read is sane
+# Readers, which assert that what was read is sane
 
 
 def read_image(path, network):
@@ -127,7 +127,7 @@ def spoil(whole, draw):
     return bytes(data)
 
 
-KINDS = {**{f"image{suffix}": (write_image, read_image) for suffix in (".png", ".jpg", ".bmp", ".gif", ".tiff", ".webp")},
+KINDS = {**{f"image.{kind}": (write_image, read_image) for kind in ("png", "jpg", "bmp", "gif", "tiff", "webp")},
          "weights.safetensors": (write_safetensors, read_weights), "weights.pt": (write_torch, read_weights),
          "weights.pth": (write_torch, read_weights), "packed.bin": (write_packed, read_packed),
          "policy.json": (write_policy, read_policy), "config.json": (write_settings, read_config)}
