@@ -414,7 +414,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     policy = policies.read(policy) if policy is not None else None
     config = policy.settings(config) if policy else config
     log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
-    train, test = data.as_images(train), data.as_images(test)
+    train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
     for images, what in ((train, "training images"), (test, "test images")):
         data.check_finite(images, what)
     with networks.switches(config), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
