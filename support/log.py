@@ -14,9 +14,9 @@ def duration(seconds: float) -> str:
 
 
 class Log:
-    """Prints to ``stream`` and, once :meth:`open` has named one, into a file as well. On a terminal, progress is one line
-    that is drawn over itself; elsewhere it is a plain line at most every ``interval`` seconds, so that a log file stays
-    short."""
+    """Prints to ``stream`` and, once :meth:`open` has named one, into a file as well. On a terminal, progress is one
+    line that is drawn over itself; elsewhere it is a plain line at most every ``interval`` seconds, so that a log file
+    stays short."""
 
     def __init__(self, stream=None, interval: float = 20.0):
         self.stream, self.file, self.unwritten = stream or sys.stdout, None, []

@@ -2,12 +2,9 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +13,10 @@ import pytest
 import torch
 
 import hirelc
+import models
 from config import InputError
+from support import cli
 from support.ranks import Elsewhere, Ranks
-from test_hirelc import QUICK
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,22 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_alone_everything_is_mine():
     alone, x = Ranks(), torch.arange(5)
     assert alone.gather(3) == [3] and alone.same(3) == 3 and alone.first
-    assert torch.equal(alone.part(x), x) and torch.equal(alone.total(x.clone()), x)
-    assert alone.owners([3.0, 1.0]) == [0, 0]
+    assert torch.equal(alone.part(x), x) and alone.total(x) is x and alone.waves(3) == [[0], [1], [2]]
 
 
-def test_parts_hold_every_image_once():
-    parts = [Ranks(rank, 3).part(torch.arange(10)) for rank in range(3)]
-    assert sorted(torch.cat(parts).tolist()) == list(range(10))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_owners_balance_the_costs():
-    costs = [7.0, 1.0, 1.0, 5.0, 3.0, 1.0]
-    owners = Ranks(0, 2).owners(costs)
-    loads = [sum(c for c, owner in zip(costs, owners) if owner == rank) for rank in range(2)]
-    assert loads == [9.0, 9.0]
-    assert owners == Ranks(1, 2).owners(costs)  # every rank comes to the same
+def test_images_and_blocks_are_divided():
+    assert [Ranks(n, 3).part(torch.arange(8)).tolist() for n in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
+    assert Ranks(1, 2).waves(5) == [[0, 1], [2, 3], [4]]
 
 
 @dataclass(frozen=True)
@@ -58,34 +46,21 @@ class Threads(Ranks):
         return values
 
     @staticmethod
-    def run(locals, body):
-        """What body(ranks) raised or returned, per rank; ``locals``: their numbers on their machines."""
-        shared, barrier = [None] * len(locals), threading.Barrier(len(locals))
-        all_ranks = [Threads(n, len(locals), local, shared, barrier) for n, local in enumerate(locals)]
+    def run(size, body):
+        """What body(ranks) raised or returned, per rank."""
+        shared, barrier = [None] * size, threading.Barrier(size)
 
-        def outcome(ranks):
+        def outcome(rank):
             try:
-                return body(ranks)
+                return body(Threads(rank, size, rank, shared, barrier))
             except (InputError, OSError, Elsewhere) as error:
                 return error
-        with ThreadPoolExecutor(len(locals)) as pool:
-            return list(pool.map(outcome, all_ranks))
-
-
-def test_one_process_of_each_machine_goes_before_the_others():
-    entered = []
-
-    def body(ranks):
-        with ranks.in_turn():
-            time.sleep(0.05 if ranks.first or ranks.local == 0 else 0.0)
-            entered.append(ranks.rank)
-        return ranks.rank
-    assert Threads.run([0, 1, 2, 0, 1], body) == [0, 1, 2, 3, 4]
-    assert entered[:2] == [0, 3] and sorted(entered[2:]) == [1, 2, 4]
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(outcome, range(size)))
 
 
 @pytest.mark.parametrize("turns", ["alike", "in_turn"])
-@pytest.mark.parametrize("bad", [(0,), (1,), (3,), (1, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("bad", [(), (0,), (1,), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("kind", [InputError, FileNotFoundError])
 def test_what_one_process_cannot_do_ends_all_and_one_says_why(turns, bad, kind):
     entered = []
@@ -94,150 +69,92 @@ def test_what_one_process_cannot_do_ends_all_and_one_says_why(turns, bad, kind):
         with getattr(ranks, turns)():
             entered.append(ranks.rank)
             if ranks.rank in bad:
-                raise kind(f"process {ranks.rank}")
+                raise kind(ranks.rank)
         return "went on"
-    outcomes = Threads.run([0, 1, 0, 1], body)
+
+    outcomes = Threads.run(3, body)
     if turns == "in_turn":
-        first = [0] if 0 in bad else [0, 2] if 2 in bad else [0, 1, 2, 3]
-        assert sorted(entered) == first
-    speaker = min(bad)
-    assert type(outcomes[speaker]) is kind and str(outcomes[speaker]) == f"process {speaker}"
-    assert all(type(outcome) is Elsewhere for n, outcome in enumerate(outcomes) if n != speaker)
+        assert entered[0] == 0 and len(entered) == (1 if 0 in bad else 3)
+    assert [outcome.args for outcome in outcomes if type(outcome) is kind] == [(n,) for n in bad[:1]]
+    assert [type(outcome) for outcome in outcomes].count(Elsewhere if bad else str) == (2 if bad else 3)
 
 
-def test_an_error_that_is_no_users_leaves_at_once():
-    with pytest.raises(ZeroDivisionError), Ranks().alike():
-        1 / 0
+def test_what_one_process_does_is_not_for_several(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for option in (["--load", "packed.pt"], ["--dry-run"], ["--list"]):
+        with pytest.raises(InputError, match="leave out torchrun"):
+            cli.arguments(["--exp", "4", "--smoke", *option])
 
 
-def command(processes, *arguments, start=("--standalone",)):
-    return [sys.executable, "-m", "torch.distributed.run", *start, f"--nproc_per_node={processes}",
-            str(ROOT / "hirelc.py"), *arguments]
+def launch(*arguments):
+    """Run a script in two processes of one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
-def launch(processes, *arguments):
-    return subprocess.run(command(processes, *arguments), capture_output=True, text=True, timeout=500,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+KILLED = """
+import os, signal, sys
+import hirelc
+from support import ranks, runs
+once = runs.Phases.once
+def once_or_killed(self, name, *arguments, **parts):
+    if self.ranks.rank == 1 and name.startswith("search: cycle 1, block 2"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return once(self, name, *arguments, **parts)
+runs.Phases.once = once_or_killed
+ranks.leave(hirelc.main(sys.argv[1:]))
+"""
 
 
-def launch_on_two_machines(folder, *arguments):
-    """Two groups of one process each, as on machines with disks of their own: the working directories differ."""
-    port, started = free_port(), []
-    for node in (0, 1):
-        where = folder / f"machine{node}"
-        where.mkdir(exist_ok=True)
-        start = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
-        with open(where / "said", "w") as said:
-            started.append(subprocess.Popen(command(1, *arguments, start=start), cwd=where, stdout=said, stderr=said,
-                                            env={**os.environ, "OMP_NUM_THREADS": "1"}))
-    return started
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def theta0(tmp_path_factory):
-    """A short baseline of the smoke experiment 4."""
-    out = tmp_path_factory.mktemp("base")
-    assert hirelc.main(["--exp", "4", "--smoke", "--device", "cpu", "--out", str(out), "--set", *QUICK]) == 0
-    return out / "exp4-seed42" / "baseline.pt"
-
-
-def test_two_processes_choose_the_policy_of_one(theta0, tmp_path):
-    settings = [item for item in QUICK if not item.startswith(("scratch", "lla"))]
-    arguments = ["--exp", "4", "--smoke", "--device", "cpu", "--weights", str(theta0), "--set", *settings,
-                 "baseline.epochs=0", "search.cycles=1", "surrogate.warmup=0", "lla.timesteps=24"]
+def test_two_processes_of_which_one_is_killed_end_after_resume_as_one_process_does(tmp_path):
+    torch.save(models.build("resnet18", 10, 32, 0.125).state_dict(), tmp_path / "theta0.pt")
+    arguments = ["--exp", "4", "--smoke", "--device", "cpu", "--weights", str(tmp_path / "theta0.pt"), "--set",
+                 "data.train_images=96", "data.test_images=48", "baseline.epochs=0", "surrogate.warmup=0",
+                 "search.cycles=1", "lla.timesteps=4", "hla.timesteps=4", "sensitivity.images=2", "finetune.epochs=1"]
     assert hirelc.main([*arguments, f"out={tmp_path / 'one'}"]) == 0
-    two = launch(2, *arguments, f"out={tmp_path / 'two'}")
-    assert two.returncode == 0, two.stderr[-2000:]
-    assert two.stdout.count("best cycle") == 1  # rank 0 alone speaks
-    paths = [tmp_path / name / "exp4-seed42" for name in ("one", "two")]
-    policies, results, configs = ([json.loads((path / f"{name}.json").read_text()) for path in paths]
-                                  for name in ("policy", "result", "config"))
-    assert policies[0] == policies[1]
-    assert [config["processes"] for config in configs] == [1, 2]
+    (tmp_path / "killed.py").write_text(KILLED)
+    killed = launch(tmp_path / "killed.py", *arguments, f"out={tmp_path / 'two'}")
+    ours = [line for line in killed.stderr.splitlines() if line.startswith("hirelc: ")]
+    assert killed.returncode and len(ours) == 1 and "--resume" in ours[0] and "[rank" not in killed.stderr, killed.stderr
+    one, two = (tmp_path / name / "exp4-seed42" for name in ("one", "two"))
+    assert not (two / "result.json").exists() and (two / "state" / "search-cycle-1-block-0-1.pt").exists()
+
+    again = launch(ROOT / "hirelc.py", *arguments, f"out={tmp_path / 'two'}", "--resume")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert again.stdout.count("best cycle") == 1  # rank 0 alone speaks
+    assert (one / "policy.json").read_text() == (two / "policy.json").read_text()
+    results = [json.loads((path / "result.json").read_text()) for path in (one, two)]
     same = ("baseline_acc", "sensitivity", "cr", "packed_bytes", "mean_kl", "baseline_acc_full")
-    assert {key: results[0][key] for key in same} == {key: results[1][key] for key in same}
-    before = [result["cycles"][1]["acc_before_finetune"] for result in results]
-    assert before[0] == before[1]  # fine-tuning itself may differ in the last bits
-    assert sorted(p.name for p in paths[0].iterdir()) == sorted(p.name for p in paths[1].iterdir())
-
-    killed = tmp_path / "machine0" / "killed" / "exp4-seed42"
-    state = killed / "state" / "manifest.json"
-    machines = launch_on_two_machines(tmp_path, *arguments, "out=killed")
-    while all(machine.poll() is None for machine in machines) and not (
-            state.exists() and json.loads(state.read_text())["number"] >= 6):
-        time.sleep(0.01)
-    os.kill(int((killed / "lock").read_text().split()[1]), signal.SIGKILL)  # rank 0; the other one then ends as well
-    assert all(machine.wait(timeout=200) != 0 for machine in machines)
-    assert not (killed / "result.json").exists()
-    said = [tmp_path / f"machine{n}" / "said" for n in (0, 1)]
-    assert "another process of this run has ended" in said[1].read_text() and "[rank" not in said[1].read_text()
-    again = launch_on_two_machines(tmp_path, *arguments, "out=killed", "--resume")
-    assert [machine.wait(timeout=500) for machine in again] == [0, 0], said[0].read_text()[-2000:]
-    assert "resumed after cycle 1" in said[0].read_text()
-    assert [path.name for path in (tmp_path / "machine1").iterdir()] == ["said"] and not said[1].read_text()
-    assert json.loads((killed / "policy.json").read_text()) == policies[1]
-    timeless = [{k: v for k, v in json.loads((path / "result.json").read_text()).items()
-                 if k not in ("timings", "time_shares")} for path in (killed, paths[1])]
-    assert timeless[0] == timeless[1]
+    assert [results[0][key] for key in same] == [results[1][key] for key in same]
+    assert len({result["cycles"][1]["acc_before_finetune"] for result in results}) == 1  # after it, bits may differ
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--set", "data.name=cifar10", "data.dir=nowhere"], "cifar10 is not in nowhere"),
-    (["--set", "search.cycles=0"], "search.cycles=0"),
-])
-def test_bad_input_is_one_line_of_one_process(tmp_path, arguments, says):
-    done = launch(2, "--exp", "4", "--smoke", "--device", "cpu", "--out", str(tmp_path / "out"), *arguments)
-    lines = done.stderr[:done.stderr.index("torch/distributed/elastic")].splitlines()  # then torchrun reports
-    ours = [line for line in lines if line.startswith("hirelc: ")]
-    assert done.returncode != 0 and len(ours) == 1 and says in ours[0] and "exitcode  : 2" in done.stderr, done.stderr
-    assert "[rank" not in done.stderr and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("option", [["--load", "packed.pt"], ["--dry-run"], ["--list"]])
-def test_what_one_process_does_is_not_for_several(monkeypatch, capsys, option):
-    monkeypatch.setattr(hirelc, "several", lambda: True)
-    assert hirelc.main(["--exp", "4", "--smoke", *option]) == 2
-    assert "leave out torchrun" in capsys.readouterr().err
-
-
-def test_processes_that_share_a_batch_take_the_steps_of_one(tmp_path):
-    """Gradients over two halves of each batch are those of the whole; no BatchNorm, so nothing else differs."""
-    script = tmp_path / "steps.py"
-    script.write_text(f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+STEPS = """
 import torch
 from torch import nn
-from support import ranks as parallel
-from test_qat import Pictures
-from train import Trainer, correct
-ranks = parallel.start("cpu")
-torch.manual_seed(0)
-model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 3))
-trainer = Trainer(model, Pictures(70), Pictures(21), epochs=3, lr=0.01, weight_decay=0.0, patience=0, batch_size=16,
-                  eval_images=21, eval_batch_size=4, generator=torch.Generator().manual_seed(1), ranks=ranks)
-trainer.run()
-hits = correct(model, Pictures(21), 4, 0, ranks=ranks)
-if ranks.first:
-    torch.save({{"state": model.state_dict(), "losses": [e.loss for e in trainer.history], "hits": hits}}, sys.argv[1])
-parallel.leave(0)
-""")
-    found = []
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.pt"
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                               f"--nproc_per_node={processes}", str(script), str(out)], capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(torch.load(out, weights_only=True))
-    one, two = found
-    assert torch.equal(one["hits"], two["hits"]) and len(one["hits"]) == 21
-    torch.testing.assert_close(one["losses"], two["losses"], rtol=1e-4, atol=1e-5)
-    for key, value in one["state"].items():
-        torch.testing.assert_close(value, two["state"][key], rtol=1e-3, atol=1e-4)
+import data, hirelc
+from support import ranks
+from train import Recipe, Trainer, correct
+def trained(ranks):
+    torch.manual_seed(0)
+    train, test = data.synthetic(3, 70, 21, 8, 0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 3))  # no BatchNorm
+    trainer = Trainer(model, train, test, Recipe("finetune", 3, 0.01, 0.0), batch_size=16, eval_images=21,
+                      eval_batch_size=4, generator=torch.Generator().manual_seed(1), ranks=ranks)
+    trainer.run()
+    return dict(model.state_dict()), [epoch.loss for epoch in trainer.history], correct(model, test, 4, ranks=ranks)
+torch.testing.assert_close(trained(ranks.start("cpu")), trained(ranks.Ranks()), rtol=1e-3, atol=1e-4)
+for bad in (["data.name=cifar10", "data.dir=nowhere"], ["search.cycles=0"]):
+    assert hirelc.main(["--exp", "4", "--smoke", "--device", "cpu", "--set", "out=out", *bad]) == 2
+ranks.leave(0)
+"""
+
+
+def test_processes_that_share_a_batch_take_the_steps_of_one_and_say_once_what_is_bad(tmp_path):
+    (tmp_path / "steps.py").write_text(STEPS)
+    done = launch(tmp_path / "steps.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    data, cycles = [line for line in done.stderr.splitlines() if line.startswith("hirelc: ")]
+    assert "cifar10" in data and "nowhere" in data and "search.cycles=0" in cycles
