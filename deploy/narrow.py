@@ -149,7 +149,8 @@ def _kind(node, values):
             return ""
         if kind == "norm" and (node.args[5] or node.args[3] is None):  # by the statistics of the batch
             return ""
-        if kind == "layer" and node.args[2] is not None and values[node.args[2]].shape != values[node.args[1]].shape[:1]:
+        weight, bias = constants[:2]
+        if kind == "layer" and bias is not None and values[bias].shape != values[weight].shape[:1]:
             return ""
     if node.target in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default) and not node.args[1] \
             or node.target is aten.pad.default and node.args[2] != "constant" \

@@ -71,7 +71,7 @@ def check(model, example, tolerance=1e-4):
 NETWORKS = {
     "deit": lambda: models.VisionTransformer(5, 16, 4, 2, 8, 3),
     "clip": lambda: models.VisionTransformer(5, 16, 8, 2, 8, 2, clip=True, quick_gelu=True),
-    "resnet": lambda: models.ResNet(5, models.Bottleneck, (1, 2, 1, 1), 0.125),
+    "resnet": lambda: models.ResNet(5, True, (1, 2, 1, 1), 0.125),
     "mobilenetv2": lambda: models.build("mobilenetv2_100", 5, 32, 0.5),
     "attend": Attend, "flattening": Flattening, "plain": Plain, "grouped": Grouped, "swin": swin,
     "shared": Shared, "tied": tied}
