@@ -182,7 +182,11 @@ def _watched(graph, images) -> dict[fx.Node, Value]:
         if node.op == "placeholder":
             data[node] = images
         elif node.op == "get_attr":
-            data[node] = operator.attrgetter(node.target)(graph).detach()
+            data[node] = operator.attrgetter(node.target)(graph)
+            if not isinstance(data[node], torch.Tensor):  # autocast, cond, ...
+                raise InputError(f"the network runs part of its forward as a graph within the graph ({node.target}), "
+                                 "which cannot be made narrower")
+            data[node] = data[node].detach()
         elif node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: data[n])
             data[node] = node.target(*args, **kwargs)

@@ -270,13 +270,16 @@ def test_channels_last_gives_the_same():
 
 
 class Fixed(nn.Module):
-    """Reads the number of images into a Python number, or branches on values."""
+    """Reads the number of images into a Python number, branches on values, or has a part in another precision."""
 
     def __init__(self, what):
         super().__init__()
         self.what, self.fc = what, nn.Linear(3, 2)
 
     def forward(self, x):
+        if self.what == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.fc(x.mean((2, 3)))
         x = self.fc(x.mean((2, 3)))
         return x + torch.ones(2, 2) if self.what == "batch" else x if x.sum() > 0 else -x
 
@@ -284,6 +287,7 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("model, example, message", [
     (lambda: Fixed("batch"), IMAGES, "Fixed cannot be exported for batches of any size"),
     (lambda: Fixed("branch"), IMAGES, "Fixed cannot be exported: "),
+    (lambda: Fixed("autocast"), IMAGES, "cannot be made narrower"),
     (Attend, None, "expected a batch of images"),
     (Attend, torch.zeros(0, 3, 16, 16), "expected a batch of images"),
     (Attend, torch.zeros(2, 5, 16, 16), "Attend fails on a batch of images"),
