@@ -19,7 +19,7 @@ import models
 from config import InputError
 from models import build, has_quick_gelu, load_pretrained, weights_path
 from support.published import Published
-from support.weights import LoadReport, hash_prefix, read_checkpoint
+from support.weights import LoadReport, read_checkpoint
 from test_models import images, randomised, same, snapshot, tiny
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -118,13 +118,13 @@ def test_position_embeddings_of_another_image_size(file, state):
     torch.testing.assert_close(grid, grid[:1].expand(8, 8))  # no change from row to row
     assert abs(grid[0].mean() - 1.5) < 1e-5 and (grid[0].diff() > 0).all()
     torch.testing.assert_close(grid[0, 3:5], torch.tensor([1.25, 1.75]), atol=0.02, rtol=0)
-    refused(tiny(head_dim=6), file, "shape: pos_embed [1, 17, 8] (file) vs [1, 17, 12] (network)")
+    refused(tiny(head_dim=6), file, "pos_embed torch.float32 [1, 17, 8] in the file, torch.float32 [1, 17, 12] in")
 
 
 def test_counters_may_be_missing(file):
     source, model = (randomised(build("resnet18", 3, width=0.1), seed) for seed in (0, 1))
     torch.save({n: t for n, t in source.state_dict().items() if not n.endswith("num_batches_tracked")}, file)
-    assert "20 num_batches_tracked" in load_pretrained(model, file).notes[0]
+    assert load_pretrained(model, file).loaded == len(source.state_dict()) - 20
     assert same(snapshot(source), model)
 
 
@@ -135,10 +135,10 @@ def test_every_mismatch_is_listed(file, state):
               "blocks.1.norm1.bias": torch.ones(8, dtype=torch.complex64), "head.weight": torch.zeros(4, 12)}
     torch.save(state, file)
     message = refused(tiny(), file, f"{file} does not fit", "missing: blocks.1.attn.qkv.bias, norm.bias;",
-                      "unexpected: dist_token, 'odd\\nname';", "type: norm.weight torch.int8 (file)",
-                      "type: blocks.1.norm1.bias", "shape: head.weight [4, 12]",
-                      "shape: blocks.0.mlp.fc1.weight [5, 8] (file) vs [32, 8] (network)")
-    assert message.count("shape:") == 3
+                      "unexpected: dist_token, 'odd\\nname';", "different: norm.weight torch.int8 [8] in",
+                      "different: blocks.1.norm1.bias torch.complex64 [8]", "head.weight torch.float32 [4, 12] in",
+                      "fc1.weight torch.float32 [5, 8] in the file, torch.float32 [32, 8] in the network")
+    assert message.count("different:") == 5
 
 
 @pytest.mark.parametrize("tensor", [torch.tensor([0.0] * 7 + [float("nan")]), torch.tensor([-float("inf")] + [0.0] * 7),
@@ -159,7 +159,7 @@ HEADERS = [(2 ** 63, b"["), (3, b"[]"), (2, b"[]"), (4, b"\xff\xfe\xfd\xfc"), (4
     *(("safetensors", struct.pack("<Q", length) + content) for length, content in HEADERS)])
 def test_garbage(tmp_path, suffix, content):
     (tmp_path / f"w.{suffix}").write_bytes(content)
-    refused(tiny(), str(tmp_path / f"w.{suffix}"), f"w.{suffix}: {'holds no' if content[8:10] == b'{}' else 'damaged'}")
+    refused(tiny(), str(tmp_path / f"w.{suffix}"), f"w.{suffix}: {'holds no' if content[8:] == b'{}' else 'damaged'}")
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
@@ -219,8 +219,8 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, state, form):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("content, word", [
-    ({}, "no state dict"), ([1], "no state dict"), ({"a": 1}, "'a' is a int"), ({1: torch.zeros(1)}, "1 is a Tensor"),
-    ({"a": torch.zeros(2).to_sparse()}, "plain tensor"), ({"a": torch.zeros(2, device="meta")}, "plain tensor"),
+    ({}, "no state dict"), ([1], "no state dict"), ({"a": 1}, "plain tensors by name"),
+    ({1: torch.zeros(1)}, "plain tensors by name"), ({"a": torch.zeros(2).to_sparse()}, "plain tensors by name"),
     (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"), ({"a": Evil("x")}, "besides tensors")])
 def test_files_without_a_state_dict(file, content, word):
     torch.save(content, file)
@@ -243,10 +243,11 @@ def test_urls_that_fail(tmp_path):
     for url in ("file:///nonexistent/w.pth", "http://127.0.0.1:9/x-0123abcd.pth"):
         refused(tiny(), url, f"cannot fetch {url}", weights_path(url, kept), "--weights none", weights_dir=kept)
     assert os.listdir(kept) == []
-    for url in ("ftp://host/w.pth", "http://host/", "http://[host/w.pth"):
+    for url in ("ftp://host/w.pth", "http://[host/w.pth"):
         refused(tiny(), url, url, weights_dir=kept)
-    known = Published("http://127.0.0.1:9/model.safetensors", 353, "short.safetensors")
-    refused(tiny(), known, known.url, os.path.join(kept, "short.safetensors"), "about 353 MB", weights_dir=kept)
+    known = Published("http://127.0.0.1:9/model.safetensors", 353)
+    refused(tiny(), known, known.url, os.path.join(kept, "127.0.0.1_9_model.safetensors"), "about 353 MB",
+            weights_dir=kept)
 
 
 def test_the_hash_in_a_urls_name_is_checked(tmp_path, file, state):
@@ -255,30 +256,23 @@ def test_the_hash_in_a_urls_name_is_checked(tmp_path, file, state):
         digest = hashlib.file_digest(source, "sha256").hexdigest()[:8]
     for name in (f"w-{digest}.pth", "w-00000000.pth"):
         shutil.copy(file, tmp_path / name)
-        there = f"http://127.0.0.1:9/{name}", str(tmp_path)  # not asked for, the file is in the folder
-        for url, kept in ((tmp_path / name).as_uri(), str(tmp_path / "new")), there:
-            model = tiny()
-            if digest in name:
-                load_pretrained(model, url, weights_dir=kept)
-                assert same(state, model)
-            else:
-                refused(model, url, "00000000", weights_dir=kept)
+    model, kept = tiny(), str(tmp_path / "new")
+    load_pretrained(model, (tmp_path / f"w-{digest}.pth").as_uri(), weights_dir=kept)
+    assert same(state, model)
+    refused(tiny(), (tmp_path / "w-00000000.pth").as_uri(), "00000000", weights_dir=kept)
+    load_pretrained(tiny(), f"http://127.0.0.1:9/w-{digest}.pth", weights_dir=kept)  # the file is there already
 
 
 def test_names_and_digests_of_published_files():
-    whole = "40d36571" * 8
-    assert hash_prefix(f"https://host/clip/models/{whole}/ViT-B-32.pt") == whole
-    assert hash_prefix(f"https://host/{whole}/resnet18-f37072fd.pth?x=1") == "f37072fd"
-    for none in ("https://host/model.pth", "https://host/model-f37072f.pth", f"https://host/{whole}",
-                 f"https://host/{whole[1:]}/a.pt", "https://host/x-F37072FD.pth"):
-        assert hash_prefix(none) == ""
     for name, known in models.PRETRAINED.items():
         path = weights_path(known, "w")
-        assert path == ("w/vit_base_patch32_clip_224.laion2b_ft_in12k_in1k.safetensors" if "clip" in name else
-                        f"w/{os.path.basename(known.url)}")
+        assert path == ("w/huggingface.co_timm_vit_base_patch32_clip_224.laion2b_ft_in12k_in1k_resolve_main_model."
+                        "safetensors" if "clip" in name else f"w/{os.path.basename(known.url)}")
         assert known.sha256 == ("" if "clip" in name else path[-12:-4])
+    for none in ("https://host/model.pth", "https://host/model-f37072f.pth", "https://host/x-F37072FD.pth"):
+        assert Published(none).sha256 == ""
     assert len({weights_path(f"http://h/{name}") for name in ("a/m.pt", "b/m.pt", "b/m.pt?v=2")}) == 3
-    assert os.path.dirname(weights_path("http://h/%2e%2e/..%2fx.pt", "w")) == "w"
+    assert weights_path("http://h/../%2e%2e/..%2fx.pt?a=/../b", "w") == "w/a_.._bh_.._2e_2e_.._2fx.pt"
     assert len(os.path.basename(weights_path(f"http://h/{'x' * 300}.pth"))) <= 255
 
 
@@ -368,15 +362,15 @@ def test_an_activation_where_the_layout_is_not_clips(file, state):
 
 
 def test_nothing_changes_when_a_clip_file_does_not_fit(file):
-    """Not even the activation; and every name is listed, in ours where it has one."""
+    """Not even the activation; and every name is listed."""
     tower = openai_tower()
     del tower["ln_post.bias"], tower["transformer.resblocks.1.mlp.c_fc.weight"]
     tower["transformer.resblocks.0.attn.bias_k"] = torch.zeros(1)
     tower["conv1.weight"] = tower["conv1.weight"][:, :1]
     torch.save(tower, file)
     refused(tiny(clip=True), file, "missing: blocks.1.mlp.fc1.weight, norm.bias",
-            "unexpected: transformer.resblocks.0.attn.bias_k",
-            "shape: patch_embed.proj.weight [8, 1, 4, 4] (file) vs [8, 3, 4, 4]", quick_gelu=True)
+            "unexpected: blocks.0.attn.bias_k",
+            "patch_embed.proj.weight torch.float32 [8, 1, 4, 4] in the file, torch.float32 [8, 3, 4, 4]", quick_gelu=True)
 
 
 def test_openais_halves_and_another_image_size(file):
