@@ -67,7 +67,7 @@ class KernelShape:
 
 
 def channels_kept(keep: float, n_out: int) -> int:
-    """Return n = max(1, floor(keep * n_out)); the tolerance undoes binary rounding (0.29 * 100 is 28.999… in floats)."""
+    """Return n = max(1, floor(keep * n_out)); the tolerance undoes rounding (0.29 * 100 is 28.999… in floats)."""
     return min(n_out, max(1, math.floor(keep * n_out + 1e-9 * n_out)))
 
 
@@ -244,8 +244,8 @@ class Grid:
 
     @cached_property
     def log_table(self) -> Tensor:
-        """Values of a log grid's codes in order, float32. The ends are exact, so that a second pass finds the same table;
-        a single level is in the middle."""
+        """Values of a log grid's codes in order, float32. The ends are exact, so that a second pass finds the same
+        table; a single level is in the middle."""
         levels, (low, step) = self.code_range[1], self.log_steps
         smallest, largest = self.scale.unbind()
         if levels == 1:

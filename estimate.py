@@ -235,7 +235,7 @@ class DropEstimator:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what :meth:`state_dict` returned, for the same blocks."""
-        blocks = zip(state["consensus"], self.proxy.blocks)
-        self.consensus = [chosen and BlockConfig(tuple(KernelConfig(**kernel) for kernel in chosen), kernel_shapes(block))
-                          for chosen, block in blocks]
+        shapes = map(kernel_shapes, self.proxy.blocks)
+        self.consensus = [chosen and BlockConfig(tuple(KernelConfig(**kernel) for kernel in chosen), of_block)
+                          for chosen, of_block in zip(state["consensus"], shapes)]
         self.evaluations = state["evaluations"]

@@ -4,8 +4,8 @@
     python -m evidence.speed --sections training latency processes
     python -m evidence.speed --threads 1 --clock cpu                    # on a machine that others use, too
 
-``proxy``: steps per second of the logit-MSE proxy, beside a plain loop that prunes, quantises and runs the whole network
-for the same candidates. ``agents``: environment steps per second with the surrogate active, updates included.
+``proxy``: steps per second of the logit-MSE proxy, beside a loop that prunes, quantises and runs the whole network for
+the same candidates. ``agents``: environment steps per second with the surrogate active, updates included.
 ``training``: ResNet18 at 64 px, beside a plain loop over torchvision's network and transforms and a DataLoader.
 ``latency``: a forward pass of the dense, masked and narrow network; exit code 1 where the logits of the last two are
 further apart than 1e-4. ``processes``: the search of experiment 4, small, by one process and by two. What is compared
@@ -113,8 +113,8 @@ def proxy_section(args) -> int:
                 for key, times in in_turn(calls, args).items():
                     seconds[key] += times
             rates = {key: args.steps * len(blocks) / taken for key, taken in seconds.items()}
-            print(f"{name}, {args.side} px, {args.images} images, {what}: proxy {spread(rates['proxy'])} steps/s, plain "
-                  f"loop {spread(rates['plain'])}, ratio {ratios(rates['proxy'], rates['plain'])}", flush=True)
+            print(f"{name}, {args.side} px, {args.images} images, {what}: proxy {spread(rates['proxy'])} steps/s, "
+                  f"plain loop {spread(rates['plain'])}, ratio {ratios(rates['proxy'], rates['plain'])}", flush=True)
     return 0
 
 
@@ -131,7 +131,8 @@ def agents_section(args) -> int:
     low = LLAEnsemble(0, blocks[0], 0.5, estimator, config, len(blocks))
     high = HLAEnsemble([sum(shape.params for shape in block) for block in shapes], [0.5] * len(blocks), config)
     times = in_turn({"low": lambda: low.search(BUDGET), "high": lambda: high.train(config.hla.timesteps)}, args)
-    for level, agents, steps in (("low", low.agents, config.lla.timesteps), ("high", high.agents, config.hla.timesteps)):
+    for level, agents, steps in (("low", low.agents, config.lla.timesteps),
+                                 ("high", high.agents, config.hla.timesteps)):
         rates = [len(agents) * steps / taken for taken in times[level]]
         print(f"{len(agents)} agents of the {level} level: {spread(rates, '{:.0f}')} steps/s", flush=True)
     return 0

@@ -137,7 +137,8 @@ def test_a_network_of_one_stage_comes_out_likewise_and_is_left_as_it_was(trainin
 def test_a_kernel_that_is_used_twice_is_replaced_in_both_places():
     torch.manual_seed(0)
     shared = nn.Linear(12, 12)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), shared, nn.ReLU(), nn.Linear(12, 12), shared, nn.Linear(12, 5))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), shared, nn.ReLU(), nn.Linear(12, 12), shared,
+                          nn.Linear(12, 5))
     blocks, batches, before = models.find_blocks(model), [torch.randn(6, 3, 2, 2)], snapshot(model)
     config = alike(blocks[0], 3, 0.5)
     assert Proxy(model, blocks, batches).drops(0, [config]) == pytest.approx(
