@@ -6,10 +6,10 @@ torchvision's (which are timm's too) for the ResNets. ``layout`` tells :mod:`sup
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from config import InputError
 from support.kernels import (CLASSIFIER, LAST, PATCHES, SHORTCUT, Block, Survey, arrange, registered_kernels,
                              traced_kernels)
-from support.weights import (PRETRAINED, PRETRAINED_STATS, classifier_name, load_pretrained,  # noqa: F401 (for callers)
-                             set_quick_gelu, weights_path)
+from support.published import PRETRAINED, PRETRAINED_STATS  # noqa: F401 (for callers)
+from support.weights import classifier_name, load_pretrained, set_quick_gelu, weights_path  # noqa: F401
 
 
 @dataclass(frozen=True)
@@ -65,20 +65,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
+        """Return [B, T, C], or the rows of the first ``queries`` tokens alone."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, T, d]
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # [B, heads, T, d]
-        return self.proj(x.transpose(1, 2).reshape(B, T, -1))  # [B, T, C]
-
-    def class_token(self, x):
-        """The first token's row of forward, [B, 1, C]: its own query, the keys and values of all tokens."""
-        B, T, C = x.shape
-        weights, biases = self.qkv.weight.split((C, 2 * C)), self.qkv.bias.split((C, 2 * C))
-        q = F.linear(x[:, :1], weights[0], biases[0]).reshape(B, 1, self.heads, -1).transpose(1, 2)  # [B, heads, 1, d]
-        k, v = F.linear(x, weights[1], biases[1]).reshape(B, T, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # [B, heads, 1, d]
-        return self.proj(x.transpose(1, 2).reshape(B, 1, -1))  # [B, 1, C]
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, scale=self.scale)  # [B, heads, queries, d]
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class EncoderBlock(nn.Module):
@@ -92,14 +84,10 @@ class EncoderBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=GELU(quick_gelu),
                                              fc2=nn.Linear(4 * width, width)))
 
-    def forward(self, x):  # [B, T, C]
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))  # [B, T, C]
-
-    def class_token(self, x):
-        """The first token's row of forward, [B, 1, C]: of the last block, the classifier needs no more."""
-        x = x[:, :1] + self.attn.class_token(self.norm1(x))
-        return x + self.mlp(self.norm2(x))  # [B, 1, C]
+    def forward(self, x, queries=None):
+        """Return [B, T, C], or the rows of the first ``queries`` tokens alone."""
+        x = x[:, :queries] + self.attn(self.norm1(x), queries)
+        return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
@@ -155,10 +143,10 @@ class VisionTransformer(nn.Module):
         return self.classify(self.blocks(self.embed(x)))
 
     def stages(self):
-        """Embedding, encoder blocks, classifier; the last block computes the class token alone."""
+        """Embedding, encoder blocks, classifier, for which the last block computes the class token alone."""
         *blocks, last = self.blocks
         return (Stage((self.patch_embed, self.norm_pre), self.embed), *(Stage((block,), block) for block in blocks),
-                Stage((last,), last.class_token), Stage((self.norm, self.head), self.classify))
+                Stage((last,), partial(last, queries=1)), Stage((self.norm, self.head), self.classify))
 
 
 def has_quick_gelu(model: nn.Module) -> bool:
@@ -244,20 +232,18 @@ class ResNet(nn.Module):
 
     def stages(self):
         """Stem, residual blocks, classifier."""
-        layers = (self.layer1, self.layer2, self.layer3, self.layer4)
-        return (Stage((self.conv1, self.bn1), self.stem),
-                *(Stage((block,), block) for layer in layers for block in layer), Stage((self.fc,), self.classify))
+        blocks = (*self.layer1, *self.layer2, *self.layer3, *self.layer4)
+        return (Stage((self.conv1, self.bn1), self.stem), *(Stage((block,), block) for block in blocks),
+                Stage((self.fc,), self.classify))
 
 
 # MobileNetV2: expansion, channels, repeats, stride of the first (Table 2 of its paper)
-
 MOBILENET_STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2),
                     (6, 320, 1, 1))
 
 
 class DepthwiseSeparable(nn.Module):
-    """The first block: 3×3 per channel, then a linear 1×1; no expansion and no shortcut.
-    [B, inputs, H, W] → [B, outputs, H, W]."""
+    """The first block: 3×3 per channel, then a linear 1×1, no shortcut: [B, inputs, H, W] → [B, outputs, H, W]."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -341,8 +327,6 @@ class MobileNetV2(nn.Module):
                 Stage((self.conv_head, self.bn2, self.classifier), self.classify))
 
 
-# By name
-
 VITS = {"deit_tiny_patch16_224": dict(patch=16, heads=3),
         "deit_small_patch16_224": dict(patch=16, heads=6),
         "deit_base_patch16_224": dict(patch=16, heads=12),
@@ -357,22 +341,19 @@ def build(name: str, num_classes: int, image_size: int = 224, width: float = 1.0
 
     ``width`` scales channels and keeps blocks and kernels: a ViT keeps depth and heads and narrows each head (at least
     4 channels), a CNN scales every layer (:func:`scale_channels`). ``patch_size`` in pixels replaces a ViT's unless 0.
-    Raises InputError for an unknown name, a patch that does not divide ``image_size``, ``patch_size`` with a CNN, and
-    sizes that are not positive.
+    Raises InputError for an unknown name, a patch that does not fit, and sizes that are not positive.
     """
     if name not in VITS and name not in CNNS:
         raise InputError(f"unknown network '{name}'; known: {', '.join([*VITS, *CNNS])}")
-    if num_classes < 1 or image_size < 1 or patch_size < 0 or not (0 < width < math.inf):
+    if num_classes < 1 or image_size < 1 or patch_size < 0 or not (0 < width < float("inf")):
         raise InputError(f"cannot build {name} with {num_classes} classes, image size {image_size}, width {width}, "
                          f"patch size {patch_size}: sizes must be positive")
     if name in CNNS:
         if patch_size:
             raise InputError(f"patch size {patch_size} given for {name}, which has no patches; leave it at 0")
         return CNNS[name](num_classes, width)
-    settings = dict(VITS[name], image_size=image_size, head_dim=max(4, round(64 * width)))
-    if patch_size:
-        settings["patch"] = patch_size
-    return VisionTransformer(num_classes, **settings)
+    settings = VITS[name] | ({"patch": patch_size} if patch_size else {})
+    return VisionTransformer(num_classes, image_size, head_dim=max(4, round(64 * width)), **settings)
 
 
 # Blocks and kernels (paper §3.2)

@@ -19,7 +19,7 @@ from torch import nn
 
 from config import InputError
 from support.files import download, one_line, parse_json, shown
-from support.published import PRETRAINED, PRETRAINED_STATS, Published  # noqa: F401 (models hands the first two on)
+from support.published import Published
 
 # Reading
 
