@@ -33,7 +33,6 @@ SMOKE_MODEL = {  # model.width and model.patch_size per network
     "deit_tiny_patch16_224": (0.25, 16), "deit_small_patch16_224": (0.125, 16), "deit_base_patch16_224": (0.0834, 16),
     "vit_base_patch32_clip_224": (0.0834, 16),
     "resnet18": (0.125, 0), "resnet50": (0.125, 0), "mobilenetv2_100": (0.25, 0)}
-SMOKE_WARMUP = 4  # random configurations where the experiment has a warm-up
 FLAGS = {"smoke": "smoke", "seed": "seed", "device": "device", "data_dir": "data.dir", "weights": "model.weights",
          "weights_dir": "model.weights_dir", "out": "out", "name": "name", "policy": "policy", "preset": "preset"}
 
@@ -46,7 +45,7 @@ def resolve(exp: int, flags: dict, assignments=()) -> Config:
     if flags.get("smoke"):
         width, patch = SMOKE_MODEL[config.model.name]
         config = override(config, {**SMOKE, "model.width": width, "model.patch_size": patch,
-                                   "surrogate.warmup": min(config.surrogate.warmup, SMOKE_WARMUP)})
+                                   "surrogate.warmup": min(config.surrogate.warmup, 4)})
     return override(override(config, flags), assignments)
 
 
@@ -76,29 +75,27 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of hirelc.py's arguments."""
     p = _Parser(prog="hirelc.py", description="Compress a vision network with hierarchical reinforcement learning, as "
                 "in arXiv 2606.26002. Without data or a GPU: --exp 3 --smoke.")
-    p.add_argument("--exp", type=int, nargs="+", metavar="N", help="experiments of the paper, one after the other")
-    p.add_argument("--model", metavar="SOURCE", help="a network of your own: module:function or file.py:function")
-    p.add_argument("--load", metavar="FILE", help="only evaluate a packed file on the test images")
-    p.add_argument("--list", action="store_true", help="the experiments with the paper's numbers")
-    p.add_argument("--smoke", action="store_true", help="seconds, not hours: narrow network, synthetic images")
-    p.add_argument("--seed", type=int, help="seed of the run (42)")
-    p.add_argument("--device", help="auto, cpu or cuda")
-    p.add_argument("--data-dir", help="folder of the data sets")
-    p.add_argument("--weights", help="auto, none (train from scratch), or a file or URL; with --model the weights that "
-                   "the function gives it unless this says otherwise")
-    p.add_argument("--weights-dir", help="folder for downloaded weights")
-    p.add_argument("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
-    p.add_argument("--preset", help="plus: the search and training that go past the paper")
-    p.add_argument("--name", help="name of a variant, part of the run directory")
-    p.add_argument("--policy", metavar="FILE", help="apply the policy.json of a run instead of searching: one cycle of "
-                   "compression and fine-tuning")
-    p.add_argument("--dry-run", action="store_true", help="only check data, weights, disk and device, and print what "
-                   "would run with an estimated time")
-    p.add_argument("--resume", action="store_true", help="go on with a run that was broken off")
-    p.add_argument("--restart", action="store_true", help="begin anew where a run was broken off or is finished")
-    p.add_argument("--no-table", action="store_true", help="leave out the results table at the end")
-    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                   help="any setting of config.py, for example --set data.image_size=64 lla.timesteps=64")
+    add = p.add_argument
+    add("--exp", type=int, nargs="+", metavar="N", help="experiments of the paper, one after the other")
+    add("--model", metavar="SOURCE", help="a network of your own: module:function or file.py:function")
+    add("--load", metavar="FILE", help="only evaluate a packed file on the test images")
+    add("--list", action="store_true", help="the experiments with the paper's numbers")
+    add("--smoke", action="store_true", help="seconds, not hours: narrow network, synthetic images")
+    add("--seed", type=int, help="seed of the run (42)")
+    add("--device", help="auto, cpu or cuda")
+    add("--data-dir", help="folder of the data sets")
+    add("--weights", help="auto, none (train from scratch), or a file or URL; by itself --model's function gives them")
+    add("--weights-dir", help="folder for downloaded weights")
+    add("--out", help="folder that receives the run directories (runs; runs-smoke with --smoke)")
+    add("--preset", help="plus: the search and training that go past the paper")
+    add("--name", help="name of a variant, part of the run directory")
+    add("--policy", metavar="FILE", help="apply the policy.json of a run, in one cycle, instead of searching")
+    add("--dry-run", action="store_true", help="only check everything, and say what would run and for how long")
+    add("--resume", action="store_true", help="go on with a run that was broken off")
+    add("--restart", action="store_true", help="begin anew where a run was broken off or is finished")
+    add("--no-table", action="store_true", help="leave out the results table at the end")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="any setting of config.py, for example --set data.image_size=64 lla.timesteps=64")
     return p
 
 

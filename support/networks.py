@@ -65,11 +65,9 @@ def load_weights(model: nn.Module, config: Config, log: Log) -> None:
         source = PRETRAINED[config.model.name]
     quick_gelu = {"auto": None, "on": True, "off": False}[config.model.quick_gelu]
     report = models.load_pretrained(model, source, config.model.weights_dir, log.progress, quick_gelu)
-    log.info(f"weights: {report.loaded} tensors from {report.source}")
     if report.replaced and config.model.source:
         raise InputError(f"{source} does not fit the network: {', '.join(report.replaced)} of another class count")
-    if report.replaced:
-        log.info(f"  the classifier starts anew: {', '.join(report.replaced)}")
+    log.info(f"weights: {report.loaded} tensors from {report.source}; new: {', '.join(report.replaced) or 'none'}")
     for note in report.notes:
         log.note(note)
 
@@ -85,10 +83,10 @@ def prepare(network: nn.Module, train, test, log: Log, config: Config, exclude=(
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     images, labels = train.batch(torch.arange(min(8, len(train))), device)
     classes, channels_last = try_network(network, images)
-    for name, labels in (("training", getattr(train, "labels", labels)), ("test", getattr(test, "labels", None))):
-        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise InputError(f"{name} labels go from {int(labels.min())} to {int(labels.max())}, the network has "
-                             f"logits for the classes 0 to {classes - 1}")
+    for name, y in (("training", getattr(train, "labels", labels)), ("test", getattr(test, "labels", labels))):
+        if not 0 <= int(y.min()) <= int(y.max()) < classes:
+            raise InputError(f"{name} labels go from {int(y.min())} to {int(y.max())}, the network has logits for the "
+                             f"classes 0 to {classes - 1}")
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     survey = models.survey(network, images, exclude, groups, config.compress.scope)

@@ -338,14 +338,10 @@ def provenance(device, processes: int) -> dict:
 
 def moved(path: Path, device, processes: int) -> list[str]:
     """Return a line for each thing in which this machine differs from the one that the run began on."""
-    try:
-        before = read_json(path / "config.json")[0]
-        pairs = [(key, before["hardware"][key], value) for key, value in provenance(device, 1)["hardware"].items()]
-        pairs.append(("number of processes", before["processes"], processes))
-    except UNREADABLE:
-        pairs = [("machine, perhaps,", "its config.json cannot be read", "unknown")]
-    return [f"goes on with another {key} than it began with ({old}, now {new}): the last bits may differ from those of "
-            "a run in one go" for key, old, new in pairs if old != new]
+    before, now = read_json(path / "config.json")[0], provenance(device, processes)
+    before, now = ({**entry["hardware"], "number of processes": entry["processes"]} for entry in (before, now))
+    return [f"goes on with another {key} than it began with ({before.get(key)}, now {value}): the last bits may differ "
+            "from those of a run in one go" for key, value in now.items() if before.get(key) != value]
 
 
 def keep_freed_memory() -> None:
