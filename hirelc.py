@@ -202,7 +202,7 @@ class Run:
         if len(self.train_set) % c.data.batch_size == 1 and c.data.batch_size > 1:
             self.log.note("the last batch of each training epoch holds one image and is left out (BatchNorm)")
         if c.model.weights == "none":
-            recipe = Recipe("scratch", **dataclasses.asdict(c.scratch))
+            recipe = Recipe("scratch.lr", **dataclasses.asdict(c.scratch))
             best = self.train("from scratch", self.trainer("scratch", recipe))
             self.log.info(f"trained from scratch: {recipe.epochs} epochs, accuracy {best.acc:.2f} (epoch {best.epoch})")
 
@@ -211,7 +211,7 @@ class Run:
         recipe, before = self.config.baseline, None
         if recipe.epochs:
             before = self.score() if self.config.model.weights == "given" else None
-            self.train("baseline", self.trainer("baseline", Recipe("baseline", **dataclasses.asdict(recipe))))
+            self.train("baseline", self.trainer("baseline", Recipe("baseline.lr", **dataclasses.asdict(recipe))))
         self.ranks.same_tensors(self.model.state_dict().values())
         acc = self.score()
         self.log.info(f"baseline accuracy {acc:.2f} on {self.eval_images} "
@@ -274,7 +274,7 @@ def warm_up(run: Run, out: Outcome) -> None:
 
         def measured() -> float | None:
             run.model.load_state_dict(out.theta0)
-            recipe = Recipe("surrogate.warmup", 1, s.warmup_lr, run.config.finetune.weight_decay)
+            recipe = Recipe("surrogate.warmup_lr", 1, s.warmup_lr, run.config.finetune.weight_decay)
             masks = compress_network(run.blocks, sample)
             try:
                 return run.train(f"warm-up sample {n + 1}", run.trainer(f"warmup {n}", recipe, masks=masks)).acc
@@ -364,7 +364,7 @@ def finetune(run: Run, cycle: int, chosen: NetworkConfig, masks: dict) -> dict:
     """Fine-tune the compressed network, leave it at its best epoch; return what was measured."""
     f, before = run.config.finetune, run.score()
     on_grid = GridTraining(run.blocks, chosen, masks, f.scales == "learned") if f.mode == "qat" else None
-    trainer = run.trainer(f"finetune {cycle}", Recipe("finetune", f.epochs, f.lr, f.weight_decay, f.patience),
+    trainer = run.trainer(f"finetune {cycle}", Recipe("finetune.lr", f.epochs, f.lr, f.weight_decay, f.patience),
                           masks=masks, on_grid=on_grid)
     best = run.train(f"cycle {cycle}, fine-tuning", trainer)
     return {"before": before, "best": best, "epochs": len(trainer.history), "grids": trainer.best_grids}

@@ -169,7 +169,6 @@ def test_a_preset_is_its_settings_and_gives_way_to_later_ones():
 
 
 # The experiments
-
 TABLE = {  # model, data, cycles, epochs, type, granularity, surrogate, warm-up; baseline, final, drop, CR, compliance
     1: ("deit_small_patch16_224", "cifar100", 4, 15, "INT", "uniform", True, 0, 86.88, 85.16, 1.72, 6.23, 59.8),
     2: ("vit_base_patch32_clip_224", "cifar100", 4, 15, "INT", "uniform", True, 0, 57.50, 56.95, 0.55, 6.63, 59.2),
