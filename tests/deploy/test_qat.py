@@ -12,7 +12,6 @@ import data
 import models
 from compress import (BlockConfig, Grid, KernelConfig, NetworkConfig, compress_network, decode, encode, find_grid,
                       kernel_shapes, quantize, snap_to_grid)
-from deploy.batchnorm import estimate_batchnorm
 from deploy.qat import GridTraining
 from train import Recipe, Trainer, accuracy, correct
 
@@ -133,18 +132,3 @@ def test_gradients_are_those_of_a_network_that_holds_the_grid_values():
     F.cross_entropy(snapped(images), labels).backward()
     for at in (0, 3):
         torch.testing.assert_close(model[at].weight.grad, snapped[at].weight.grad * masks[str(at)].view(-1, 1, 1, 1))
-
-
-def test_batchnorm_statistics_are_those_of_the_images():
-    model, (images, _) = small_network(), data.synthetic(3, 64, 1, 8, 0)
-    estimate_batchnorm(model, images, 32, 64, torch.Generator().manual_seed(0))
-    seen = torch.cat([x for x, _ in images.batches(32, "cpu", torch.Generator().manual_seed(0), 64)])
-    x = model[0](seen).detach()
-    torch.testing.assert_close(model[1].running_mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model[1].running_var, x.var((0, 2, 3)), rtol=2e-2, atol=1e-4)
-    assert model[1].momentum == 0.1 and model.training
-
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    for limit in (0, 1):  # nothing to estimate from
-        assert not estimate_batchnorm(model, images, 32, limit, torch.Generator().manual_seed(0))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

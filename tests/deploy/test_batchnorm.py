@@ -1,0 +1,36 @@
+"""BatchNorm's statistics, estimated again from training images."""
+
+import pytest
+import torch
+from torch import nn
+
+import data
+from deploy.batchnorm import estimate_batchnorm
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Flatten(), nn.Linear(288, 3))
+
+
+def test_batchnorm_statistics_are_those_of_the_images():
+    model, (images, _) = network(), data.synthetic(3, 64, 1, 8, 0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert estimate_batchnorm(model, images, 32, 64, torch.Generator().manual_seed(0))
+    seen = torch.cat([x for x, _ in images.batches(32, "cpu", torch.Generator().manual_seed(0), 64)])
+    x = model[0](seen).detach()
+    torch.testing.assert_close(model[1].running_mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[1].running_var, x.var((0, 2, 3)), rtol=2e-2, atol=1e-4)
+    assert model[1].momentum == 0.1 and model.training and model[2].training
+    assert {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])} == {
+        "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+
+
+@pytest.mark.parametrize("norm, limit", [(nn.BatchNorm2d(8), 0), (nn.BatchNorm2d(8), 1), (nn.GroupNorm(2, 8), 64),
+                                         (nn.BatchNorm2d(8, track_running_stats=False), 64)])
+def test_nothing_to_estimate(norm, limit):
+    model, (images, _) = network(), data.synthetic(3, 64, 1, 8, 0)
+    model[1] = norm
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert not estimate_batchnorm(model, images, 32, limit, torch.Generator().manual_seed(0))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
