@@ -248,6 +248,7 @@ def _differing(before: dict, now: dict) -> str:
 @contextlib.contextmanager
 def locked(path: Path):
     """Make the run directory and keep every other process out of it inside. Raises InputError where one is in it."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY)
@@ -262,8 +263,9 @@ def locked(path: Path):
                          "--out") from None
     finally:
         os.close(descriptor)  # releases the lock
-        with contextlib.suppress(OSError):
-            path.rmdir()  # where nothing was written
+        with contextlib.suppress(OSError):  # ends at the first folder into which something was written
+            for folder in made:
+                folder.rmdir()
 
 
 def clear(path: Path) -> None:

@@ -231,11 +231,11 @@ def test_a_folder_with_other_settings_is_refused_with_their_names(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with runs.locked(tmp_path / "run"):
+    with runs.locked(tmp_path / "out" / "run"):
         with pytest.raises(InputError, match="another process works on this run"):
-            with runs.locked(tmp_path / "run"):
+            with runs.locked(tmp_path / "out" / "run"):
                 pass
-    assert not (tmp_path / "run").exists()  # nothing was written
+    assert not (tmp_path / "out").exists()  # nothing was written
     with runs.locked(tmp_path / "run"):
         pass
 
