@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import shlex
-import shutil
 import struct
 import zipfile
 
@@ -73,16 +72,14 @@ prefixed = lambda state, prefix: {prefix + name: tensor for name, tensor in stat
 def test_torch_files(file, state, wrap, legacy):
     torch.save(wrap(state), file, _use_new_zipfile_serialization=not legacy)
     model = tiny()
-    before = {name: id(p) for name, p in model.named_parameters()}
     assert load_pretrained(model, file) == LoadReport(file, len(state))
     assert same(state, model) and all(p.requires_grad for p in model.parameters())
-    assert before == {name: id(p) for name, p in model.named_parameters()}
     torch.save(prefixed(state, "module."), file)  # a prefix that the network's names have, too, stays
     assert load_pretrained(nn.Sequential(collections.OrderedDict(module=model)), file).loaded == len(state)
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_every_kind_of_tensor(tmp_path, form):
+def test_every_kind_of_tensor_and_truncated_files(tmp_path, form):
     content = {"transposed": torch.arange(24.0).view(4, 6).T, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 3),
                **{str(dtype): torch.tensor([0, 1, 1]).to(dtype) for dtype in CODES}}
     path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.bin")
@@ -92,18 +89,23 @@ def test_every_kind_of_tensor(tmp_path, form):
     state = read_checkpoint(str(path))
     assert state.keys() == content.keys()
     assert all(state[n].dtype == t.dtype and torch.equal(state[n], t) for n, t in content.items())
+    whole = path.read_bytes()
+    for keep in (0.05, 0.5, 0.999):
+        path.write_bytes(whole[:int(keep * len(whole))])
+        refused(tiny(), str(path), f"{path}: damaged")
 
 
 @pytest.mark.parametrize("name, classifier", [("vit", "head"), ("resnet18", "fc"), ("mobilenetv2_100", "classifier")])
-def test_another_number_of_classes(file, name, classifier):
-    source, model = (tiny(n) if name == "vit" else build(name, n, width=0.1) for n in (6, 3))
-    torch.save(source.state_dict(), file)
-    before = snapshot(model)
+def test_another_number_of_classes_and_no_counters(file, name, classifier):
+    source, model = (randomised(tiny(n) if name == "vit" else build(name, n, width=0.1), seed=n) for n in (6, 3))
+    state, before = snapshot(source), snapshot(model)
+    state = {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    torch.save(state, file)
     report = load_pretrained(model, file)
     assert report.replaced == (f"{classifier}.weight", f"{classifier}.bias")
-    assert report.loaded == len(before) - 2 and "6 classes in the file, 3 here" in report.notes[0]
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name] if name in report.replaced else source.state_dict()[name])
+    assert report.loaded == len(state) - 2 and "6 classes in the file, 3 here" in report.notes[0]
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key] if key in state and key not in report.replaced else before[key])
 
 
 def test_position_embeddings_of_another_image_size(file, state):
@@ -121,55 +123,34 @@ def test_position_embeddings_of_another_image_size(file, state):
     refused(tiny(head_dim=6), file, "pos_embed torch.float32 [1, 17, 8] in the file, torch.float32 [1, 17, 12] in")
 
 
-def test_counters_may_be_missing(file):
-    source, model = (randomised(build("resnet18", 3, width=0.1), seed) for seed in (0, 1))
-    torch.save({n: t for n, t in source.state_dict().items() if not n.endswith("num_batches_tracked")}, file)
-    assert load_pretrained(model, file).loaded == len(source.state_dict()) - 20
-    assert same(snapshot(source), model)
-
-
 def test_every_mismatch_is_listed(file, state):
     del state["norm.bias"], state["blocks.1.attn.qkv.bias"]
     state |= {"dist_token": torch.zeros(1), "odd\nname": torch.zeros(1), "blocks.0.mlp.fc1.weight": torch.zeros(5, 8),
               "blocks.0.norm1.bias": torch.zeros(9), "norm.weight": torch.ones(8, dtype=torch.int8),
               "blocks.1.norm1.bias": torch.ones(8, dtype=torch.complex64), "head.weight": torch.zeros(4, 12)}
+    state |= {"blocks.0.norm2.bias": torch.full((8,), 1e300, dtype=torch.float64),
+              "blocks.1.norm2.bias": torch.full((8,), float("nan"))}
     torch.save(state, file)
-    message = refused(tiny(), file, f"{file} does not fit", "missing: blocks.1.attn.qkv.bias, norm.bias;",
+    message = refused(tiny(), file, f"{file} does not fit", "blocks.0.norm2.bias holds values that are not finite",
+                      "blocks.1.norm2.bias holds values", "missing: blocks.1.attn.qkv.bias, norm.bias;",
                       "unexpected: dist_token, 'odd\\nname';", "different: norm.weight torch.int8 [8] in",
                       "different: blocks.1.norm1.bias torch.complex64 [8]", "head.weight torch.float32 [4, 12] in",
-                      "fc1.weight torch.float32 [5, 8] in the file, torch.float32 [32, 8] in the network")
+                      "fc1.weight torch.float32 [5, 8] in the file, torch.float32 [32, 8] in the network", quick_gelu=True)
     assert message.count("different:") == 5
 
 
-@pytest.mark.parametrize("tensor", [torch.tensor([0.0] * 7 + [float("nan")]), torch.tensor([-float("inf")] + [0.0] * 7),
-                                    torch.full((8,), 1e300, dtype=torch.float64)])
-def test_values_that_are_not_finite(file, state, tensor):
-    torch.save({**state, "norm.bias": tensor}, file)
-    refused(tiny(), file, "norm.bias", "not finite in float32")
-
-
-GARBAGE = [b"", b"\x00", b"garbage" * 500, b"PK\x03\x04 not really", b"\x80\x02}q\x00(X", b"\xff" * 64,
-           b"<!DOCTYPE html><html>404</html>", b"PK\x05\x06" + bytes(18)]
+GARBAGE = [b"", b"garbage" * 500, b"PK\x03\x04 not really", b"\x80\x02}q\x00(X", b"<!DOCTYPE html><html>404</html>",
+           b"PK\x05\x06" + bytes(18)]
 HEADERS = [(2 ** 63, b"["), (3, b"[]"), (2, b"[]"), (4, b"\xff\xfe\xfd\xfc"), (4, b"null"), (100_000, b"[" * 100_000),
-           (2, b"{}"), (2, b"{}" + bytes(9))]
+           (2, b"{}" + bytes(9))]
 
 
 @pytest.mark.parametrize("suffix, content", [
-    *(("pth", content) for content in GARBAGE), *(("safetensors", content) for content in GARBAGE),
+    *((suffix, content) for content in GARBAGE for suffix in ("pth", "safetensors")),
     *(("safetensors", struct.pack("<Q", length) + content) for length, content in HEADERS)])
 def test_garbage(tmp_path, suffix, content):
     (tmp_path / f"w.{suffix}").write_bytes(content)
-    refused(tiny(), str(tmp_path / f"w.{suffix}"), f"w.{suffix}: {'holds no' if content[8:] == b'{}' else 'damaged'}")
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_truncated(tmp_path, state, form):
-    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
-    torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
-    content = safetensors(state) if form == "safetensors" else path.read_bytes()
-    for keep in (0.05, 0.5, 0.9, 0.999):
-        path.write_bytes(content[:int(keep * len(content))])
-        refused(tiny(), str(path), str(path))
+    refused(tiny(), str(tmp_path / f"w.{suffix}"), f"w.{suffix}: damaged")
 
 
 def test_torch_files_with_changed_bytes_or_compressed_ones(tmp_path, state):
@@ -186,9 +167,8 @@ def test_torch_files_with_changed_bytes_or_compressed_ones(tmp_path, state):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("dtype", "F8_E4M3"), ("dtype", ["F32"]), ("dtype", None), ("shape", [9]), ("shape", [-8]), ("shape", [True] * 8),
-    ("shape", 8), ("shape", {}), ("shape", [8.0]), ("shape", [2 ** 70]), ("data_offsets", [0, 10 ** 12]),
-    ("data_offsets", [-32, 0]), ("data_offsets", [64, 32]), ("data_offsets", [0]), ("data_offsets", [0.0, 32.0]),
+    ("dtype", "F8_E4M3"), ("dtype", ["F32"]), ("shape", [9]), ("shape", [-8]), ("shape", [True] * 8), ("shape", 8),
+    ("shape", [8.0]), ("shape", [2 ** 70]), ("data_offsets", [0, 10 ** 12]), ("data_offsets", [-32, 0]),
     ("data_offsets", None), ("data_offsets", [0, 32])])  # the last are the bytes of another tensor
 def test_safetensors_entries_that_lie(tmp_path, state, field, value):
     path = tmp_path / "w.safetensors"
@@ -205,13 +185,11 @@ class Evil(str):
         return os.mkdir, (str(self),)
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, state, form):
-    path, mark = tmp_path / "w.pth", tmp_path / "executed"
-    torch.save({**state, "evil": Evil(mark)}, path, _use_new_zipfile_serialization=form == "zip")
-    if form == "pickle":
-        path.write_bytes(pickle.dumps({"evil": Evil(mark)}, protocol=2))
-    refused(tiny(), str(path), str(path))
+@pytest.mark.parametrize("new", [True, False])
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, file, state, new):
+    mark = tmp_path / "executed"
+    torch.save({**state, "evil": Evil(mark)}, file, _use_new_zipfile_serialization=new)
+    refused(tiny(), file, f"{file}: holds Python objects besides tensors")
     assert not mark.exists()
     pickle.loads(pickle.dumps(Evil(mark)))
     assert mark.exists()  # the trap is a working one
@@ -221,56 +199,45 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, state, form):
 @pytest.mark.parametrize("content, word", [
     ({}, "no state dict"), ([1], "no state dict"), ({"a": 1}, "plain tensors by name"),
     ({1: torch.zeros(1)}, "plain tensors by name"), ({"a": torch.zeros(2).to_sparse()}, "plain tensors by name"),
-    (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"), ({"a": Evil("x")}, "besides tensors")])
+    (nn.Linear(2, 2), "torch.nn.modules.linear.Linear")])
 def test_files_without_a_state_dict(file, content, word):
     torch.save(content, file)
     refused(tiny(), file, file, word)
-    refused(tiny(), f"{file}.none", f"{file}.none: no such file")
-    refused(tiny(), os.path.dirname(file), "no such file")
+    for path in (f"{file}.none", os.path.dirname(file)):
+        refused(tiny(), path, f"{path}: no such file")
 
 
-def test_file_urls_go_through_the_weights_folder(tmp_path, state):
+def test_urls_go_through_the_weights_folder(tmp_path, state):
     url, kept, model = (tmp_path / "w.pth").as_uri(), str(tmp_path / "deep" / "weights"), tiny()
-    for _ in range(2):  # the URL's file changes; the copy must follow
+    for _ in range(2):  # the file of a file: URL changes; the copy must follow
         state["norm.bias"] += 1
         torch.save(state, tmp_path / "w.pth")
         assert load_pretrained(model, url, weights_dir=kept).source == url and same(state, model)
         assert [os.path.join(kept, name) for name in os.listdir(kept)] == [weights_path(url, kept)]
+    content = (tmp_path / "w.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    for name in (f"w-{digest}.pth", "w-00000000.pth"):
+        (tmp_path / name).write_bytes(content)
+    refused(tiny(), (tmp_path / "w-00000000.pth").as_uri(), "00000000", weights_dir=kept)
+    load_pretrained(tiny(), (tmp_path / f"w-{digest}.pth").as_uri(), weights_dir=kept)
+    load_pretrained(tiny(), f"http://127.0.0.1:9/w-{digest}.pth", weights_dir=kept)  # the file is there already
 
 
 def test_urls_that_fail(tmp_path):
-    kept = str(tmp_path / "weights")
-    for url in ("file:///nonexistent/w.pth", "http://127.0.0.1:9/x-0123abcd.pth"):
-        refused(tiny(), url, f"cannot fetch {url}", weights_path(url, kept), "--weights none", weights_dir=kept)
-    assert os.listdir(kept) == []
-    for url in ("ftp://host/w.pth", "http://[host/w.pth"):
-        refused(tiny(), url, url, weights_dir=kept)
     known = Published("http://127.0.0.1:9/model.safetensors", 353)
-    refused(tiny(), known, known.url, os.path.join(kept, "127.0.0.1_9_model.safetensors"), "about 353 MB",
-            weights_dir=kept)
-
-
-def test_the_hash_in_a_urls_name_is_checked(tmp_path, file, state):
-    torch.save(state, file)
-    with open(file, "rb") as source:
-        digest = hashlib.file_digest(source, "sha256").hexdigest()[:8]
-    for name in (f"w-{digest}.pth", "w-00000000.pth"):
-        shutil.copy(file, tmp_path / name)
-    model, kept = tiny(), str(tmp_path / "new")
-    load_pretrained(model, (tmp_path / f"w-{digest}.pth").as_uri(), weights_dir=kept)
-    assert same(state, model)
-    refused(tiny(), (tmp_path / "w-00000000.pth").as_uri(), "00000000", weights_dir=kept)
-    load_pretrained(tiny(), f"http://127.0.0.1:9/w-{digest}.pth", weights_dir=kept)  # the file is there already
+    refused(tiny(), known, f"cannot fetch {known.url}", str(tmp_path / "127.0.0.1_9_model.safetensors"), "about 353 MB",
+            "--weights none", weights_dir=str(tmp_path))
+    for url in ("file:///nonexistent/w.pth", "ftp://host/w.pth", "http://[host/w.pth"):
+        refused(tiny(), url, f"cannot fetch {url}", weights_dir=str(tmp_path))
+    assert os.listdir(tmp_path) == []
 
 
 def test_names_and_digests_of_published_files():
     for name, known in models.PRETRAINED.items():
         path = weights_path(known, "w")
-        assert path == ("w/huggingface.co_timm_vit_base_patch32_clip_224.laion2b_ft_in12k_in1k_resolve_main_model."
-                        "safetensors" if "clip" in name else f"w/{os.path.basename(known.url)}")
-        assert known.sha256 == ("" if "clip" in name else path[-12:-4])
-    for none in ("https://host/model.pth", "https://host/model-f37072f.pth", "https://host/x-F37072FD.pth"):
-        assert Published(none).sha256 == ""
+        assert path.endswith("in1k_resolve_main_model.safetensors") if "clip" in name else (
+            path == f"w/{os.path.basename(known.url)}" and known.sha256 == path[-12:-4])
+    assert Published("https://host/model.pth").sha256 == Published("https://host/model-f37072f.pth").sha256 == ""
     assert len({weights_path(f"http://h/{name}") for name in ("a/m.pt", "b/m.pt", "b/m.pt?v=2")}) == 3
     assert weights_path("http://h/../%2e%2e/..%2fx.pt?a=/../b", "w") == "w/a_.._bh_.._2e_2e_.._2fx.pt"
     assert len(os.path.basename(weights_path(f"http://h/{'x' * 300}.pth"))) <= 255
@@ -278,22 +245,19 @@ def test_names_and_digests_of_published_files():
 
 quick = lambda x: x / (1 + torch.exp(-1.702 * x))
 exact = lambda x: x * 0.5 * (1 + torch.erf(x / 2 ** 0.5))
+OPENAIS = {"cls_token": "class_embedding", "pos_embed": "positional_embedding", "patch_embed.proj": "conv1",
+           "norm_pre": "ln_pre", "blocks.": "transformer.resblocks.", "norm1": "ln_1", "norm2": "ln_2",
+           "qkv.": "in_proj_", "attn.proj": "attn.out_proj", "fc1": "c_fc", "fc2": "c_proj", "norm.": "ln_post."}
 
 
-def openai_tower(width=8, depth=2, patch=4, side=16, projected=6):
+def openai_tower(model):
     """The state dict of CLIP's image tower as OpenAI names it, of drawn weights."""
-    generator = torch.Generator().manual_seed(3)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
-    state = {"class_embedding": 0.3 * draw(width), "positional_embedding": 0.3 * draw(1 + (side // patch) ** 2, width),
-             "proj": draw(width, projected), "conv1.weight": draw(width, 3, patch, patch) / (3 * patch * patch) ** 0.5}
-    blocks = [f"transformer.resblocks.{i}." for i in range(depth)]
-    for name in ["ln_pre", "ln_post"] + [block + norm for block in blocks for norm in ("ln_1", "ln_2")]:
-        state[f"{name}.weight"], state[f"{name}.bias"] = 1 + 0.3 * draw(width).tanh(), 0.3 * draw(width)
-    for block in blocks:
-        for name, rows, columns in (("attn.in_proj_", 3, 1), ("attn.out_proj.", 1, 1), ("mlp.c_fc.", 4, 1),
-                                    ("mlp.c_proj.", 1, 4)):
-            state[f"{block}{name}weight"] = draw(rows * width, columns * width) / (columns * width) ** 0.5
-            state[f"{block}{name}bias"] = 0.3 * draw(rows * width)
+    state = {"proj": torch.ones(8, 6)}
+    for name, tensor in snapshot(randomised(model, seed=3)).items():
+        if not name.startswith("head."):
+            for ours, openais in OPENAIS.items():
+                name = name.replace(ours, openais)
+            state[name] = tensor.squeeze() if name.endswith("embedding") else tensor
     return state
 
 
@@ -333,7 +297,7 @@ TEXT = {"positional_embedding": torch.ones(7, 8), "text_projection": torch.ones(
     ("openai", None, quick), ("openai", False, exact), ("open_clip", True, quick), ("tower", False, exact),
     ("open_clip", None, None), ("tower", None, None)])
 def test_state_dicts_with_openais_names(file, form, asked, act):  # the text tower's look-alikes must not get in
-    tower = openai_tower()
+    tower = openai_tower(tiny(clip=True))
     state = tower if form == "tower" else {**TEXT, **prefixed(tower, "visual.")}
     torch.save({**state, **OPENAI} if form == "openai" else {"state_dict": prefixed(state, "module.")}, file)
     model = tiny(5, clip=True)
@@ -361,26 +325,12 @@ def test_an_activation_where_the_layout_is_not_clips(file, state):
     refused(build("resnet18", 3, width=0.1), file, "quick_gelu", quick_gelu=False)
 
 
-def test_nothing_changes_when_a_clip_file_does_not_fit(file):
-    """Not even the activation; and every name is listed."""
-    tower = openai_tower()
-    del tower["ln_post.bias"], tower["transformer.resblocks.1.mlp.c_fc.weight"]
-    tower["transformer.resblocks.0.attn.bias_k"] = torch.zeros(1)
-    tower["conv1.weight"] = tower["conv1.weight"][:, :1]
-    torch.save(tower, file)
-    refused(tiny(clip=True), file, "missing: blocks.1.mlp.fc1.weight, norm.bias",
-            "unexpected: blocks.0.attn.bias_k",
-            "patch_embed.proj.weight torch.float32 [8, 1, 4, 4] in the file, torch.float32 [8, 3, 4, 4]", quick_gelu=True)
-
-
-def test_openais_halves_and_another_image_size(file):
-    tower = {name: tensor.half() for name, tensor in openai_tower(48, 12, 32, 64).items()}
+def test_openais_halves_in_the_published_network(file):
+    model = build("vit_base_patch32_clip_224", 5, image_size=64, width=4 / 64)
+    tower = {name: tensor.half() for name, tensor in openai_tower(model).items()}
     torch.save({**prefixed(tower, "visual."), **OPENAI}, file)
-    model, larger = (build("vit_base_patch32_clip_224", 5, image_size=side, width=4 / 64) for side in (64, 128))
     assert "tensors of another precision converted to float32" in " | ".join(load_pretrained(model, file).notes)
     assert equals_openai(model, tower, quick, side=64, heads=12)
-    assert "interpolated from 4 to 16 patches" in " | ".join(load_pretrained(larger, file).notes)
-    assert torch.equal(larger.pos_embed[0, 0], tower["positional_embedding"][0].float())
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; the files that people have are not
