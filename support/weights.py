@@ -21,8 +21,6 @@ from config import InputError
 from support.files import download, one_line, parse_json, shown
 from support.published import Published
 
-# Reading
-
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net")  # keys under which training scripts save the weights
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -54,9 +52,8 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
     for key in WRAPPERS * 2:  # one may be around the other
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
-    if not isinstance(value, dict) or not value or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
-            for name, tensor in value.items()):
+    if not isinstance(value, dict) or not value or not all(isinstance(name, str) and isinstance(
+            tensor, torch.Tensor) and tensor.layout == torch.strided for name, tensor in value.items()):
         raise InputError(f"{path}: holds no state dict of plain tensors by name; save the network's state_dict() with "
                          "torch.save")
     return {name: tensor.detach() for name, tensor in value.items()}
@@ -164,8 +161,7 @@ def load_pretrained(model: nn.Module, source, weights_dir: str = "weights", prog
             target[name].copy_(state[name])
     if quick_gelu is not None or activation == "quick":
         set_quick_gelu(model, quick_gelu is not False)
-        notes.append(f"activation {'GELU' if quick_gelu is False else 'QuickGELU'}, "
-                     f"{'as OpenAI trained it' if quick_gelu is None else 'as asked'}")
+        notes.append(f"activation {'GELU' if quick_gelu is False else 'QuickGELU'}")
     return LoadReport(source, len(wanted), replaced, tuple(notes))
 
 
@@ -203,9 +199,8 @@ def _misfits(state, target, wanted, replaced):
     not finite; older files lack BatchNorm's counters."""
     missing = [name for name in target if name not in state and name not in replaced and
                not name.endswith("num_batches_tracked")]
-    unexpected = [name for name in state if name not in target]
-    problems = [f"{what}: {', '.join(map(shown, names))}"
-                for what, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    kinds = {"missing": missing, "unexpected": [name for name in state if name not in target]}
+    problems = [f"{kind}: {', '.join(map(shown, names))}" for kind, names in kinds.items() if names]
     for name in wanted:
         old, new = state[name], target[name]
         if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
