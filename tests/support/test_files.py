@@ -69,9 +69,8 @@ def test_member_names_the_place_and_the_value(value, kinds, words):
     assert files.member({"a": 3}, "a", (int, float), "HERE") == 3
 
 
-def test_names_and_values_of_a_file_fit_on_a_line():
-    assert files.shown("a\nb") == "'a\\nb'" and files.shown("é" * 300) == "é" * 200 + "…"
-    assert files.quoted("a\nb") == "'a\\nb'" and files.quoted("\u2028") == "'\\u2028'"
+def test_names_values_and_errors_fit_on_a_line():
+    assert files.shown("a\nb") == files.quoted("a\nb") == "'a\\nb'" and files.shown("é" * 300) == "é" * 200 + "…"
     assert files.one_line(ValueError("a\n  b")) == "a b" and files.one_line(ValueError()) == "ValueError"
 
 
@@ -120,8 +119,6 @@ def test_extract(tmp_path):
     files.extract(archive, tmp_path / "new" / "folder")
     assert {str(path.relative_to(tmp_path / "new")): path.stat().st_size for path in (tmp_path / "new").rglob("*")
             if path.is_file()} == {"folder/top/one.txt": 1, "folder/top/deep/two.txt": 2, "folder/text": 2000}
-    with pytest.raises(OSError):
-        files.extract(archive, tmp_path / "a.zip" / "below")
 
 
 @pytest.mark.parametrize("name, content, said", [("zeros", bytes(5 << 20), "100 times its size"), *(
