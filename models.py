@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from config import InputError
 from support.kernels import (CLASSIFIER, LAST, PATCHES, SHORTCUT, Block, Survey, arrange, registered_kernels,
                              traced_kernels)
-from support.published import PRETRAINED, PRETRAINED_STATS  # noqa: F401 (for callers)
-from support.weights import classifier_name, load_pretrained, set_quick_gelu, weights_path  # noqa: F401
+from support.weights import (PRETRAINED, PRETRAINED_STATS, classifier_name, load_pretrained,  # noqa: F401 (for callers)
+                             set_quick_gelu, weights_path)
 
 
 @dataclass(frozen=True)

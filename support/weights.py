@@ -19,7 +19,7 @@ from torch import nn
 
 from config import InputError
 from support.files import download, one_line, parse_json, shown
-from support.published import Published
+from support.published import PRETRAINED, PRETRAINED_STATS, Published  # noqa: F401 (models hands the first two on)
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net")  # keys under which training scripts save the weights
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and of torch.compile
