@@ -144,7 +144,7 @@ HEADERS = [(2 ** 63, b"["), (3, b"[]"), (2, b"[]"), (4, b"\xff\xfe\xfd\xfc"), (4
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"garbage" * 500, b"PK\x03\x04 not really", b"\x80\x02}q\x00(X", b"<!DOCTYPE html>", b"PK\x05\x06" + bytes(18),
+    b"", b"garbage" * 500, b"PK\x03\x04 not really", b"\x80\x02}q\x00(X", b"<html>", b"PK\x05\x06" + bytes(18),
     *(struct.pack("<Q", length) + content for length, content in HEADERS)])
 def test_garbage(tmp_path, content):
     for name in ("w.pth", "w.safetensors"):
