@@ -1,486 +1,471 @@
-"""The loop in the paper's order, run directories, bad input and the command line."""
+"""The loop in the paper's order, what a run leaves, networks of a user's, and bad input."""
 
 import csv
 import json
 import os
-import shutil
+import re
+import signal
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import data
 import hirelc
 import models
-from deploy import pack
-from support import runs
-from compress import KernelConfig, NetworkConfig, from_policy, kernel_retained, prune_mask
+import train
+from compress import KernelConfig, kernel_retained, prune_mask, snap_to_grid
 from config import Config, InputError, override
-from hirelc import Cycle, HiReLC
+from deploy import pack, policies
+from deploy.batchnorm import estimate_batchnorm
+from evidence import summary
+from hirelc import Cycle, Run, algorithm_1, compress_model
+from support import networks
 from support.log import Log
-from support.state import Progress, Store
 from train import accuracy, correct
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = {"config.json", "run.log", "cycles.csv", "updates.csv", "policy.json", "result.json", "best.pt",
-         "baseline.pt", "packed.pt"}
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "hla.burst=4", "data.train_images=64",
-         "data.test_images=40", "sensitivity.images=2", "finetune.epochs=1"]
+         "data.test_images=40", "sensitivity.images=2", "finetune.epochs=1", "finetune.bn_images=32"]
+SMALL = {"data.batch_size": 16, "eval.images": 30, "search.cycles": 2, "lla.timesteps": 4, "hla.timesteps": 6,
+         "hla.burst": 5, "finetune.epochs": 2, "finetune.lr": 1e-3, "sensitivity.images": 4, "surrogate.epochs": 3,
+         "search.proxy_batches": 1, "device": "cpu", "finetune.bn_images": 32}
+API = {key.replace(".", "__"): value for key, value in {**SMALL, "search.cycles": 1}.items()}
+TRAINED = {"baseline.epochs": 6, "baseline.patience": 6, "baseline.lr": 0.03}  # it learns something
+SMALL["model.weights"] = "given"
 
 
-def small_run(**settings) -> HiReLC:
-    """A loop over a two-block convolutional network on a few drawn images."""
-    config = override(Config(), {
-        "model.weights": "given", "data.batch_size": 16, "eval.images": 30, "search.cycles": 2, "lla.timesteps": 8,
-        "hla.timesteps": 8, "hla.burst": 8, "baseline.epochs": 1, "finetune.epochs": 2, "finetune.lr": 1e-3,
-        "sensitivity.images": 4, "surrogate.min_samples": 1, "surrogate.epochs": 3, "search.proxy_batches": 1,
-        "device": "cpu", **settings})
-    torch.manual_seed(config.seed)
-    train, test = data.synthetic(3, 48, 40, 16, 0)
-    model = small_network()
-    return HiReLC(model, models.find_blocks(model), train, test, config, Log(stream=open(os.devnull, "w")))
+def silent():
+    return Log(open(os.devnull, "w"))
 
 
 def small_network():
-    conv = torch.nn.Conv2d
-    return torch.nn.Sequential(conv(3, 8, 3, 2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), conv(8, 8, 1),
-                               torch.nn.ReLU(), conv(8, 8, 3, 2), torch.nn.ReLU(), conv(8, 12, 1), torch.nn.ReLU(),
-                               conv(12, 12, 1), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
-                               torch.nn.Linear(12, 3))
+    conv = nn.Conv2d
+    torch.manual_seed(0)
+    return nn.Sequential(conv(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8, 1), nn.ReLU(), conv(8, 8, 3, 2),
+                         nn.ReLU(), conv(8, 12, 1), nn.ReLU(), conv(12, 12, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(12, 3))
 
 
-def tensors_equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def images():
+    return data.synthetic(3, 48, 40, 16, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def small_run(**settings) -> Run:
+    """A loop over a network of two blocks with BatchNorm, on a few drawn images."""
+    config, log, sets = override(Config(), {**SMALL, "surrogate.min_samples": 1, **settings}), silent(), images()
+    return Run(*networks.prepare(small_network(), *sets, log, config), *sets, config, log)
+
+
+def result_of(run, out):
+    return summary.summarise(run, out, summary.score_networks(run, out))
+
+
+def state(network):
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 # The algorithm
 
 
 def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
-    run, tape = small_run(), []
+    run, tape, choose = small_run(**TRAINED), [], hirelc.choose_search
 
-    def taped(owner, name, label):
+    def taped(owner, name, label=None):
         method = getattr(owner, name)
 
-        def call(*args, **kwargs):
-            tape.append(label(args) if callable(label) else label)
-            return method(*args, **kwargs)
-        setattr(owner, name, call)
+        def call(*args, **more):
+            tape.append(label(args) if label else name)
+            return method(*args, **more)
+        monkeypatch.setattr(owner, name, call)
 
-    for name in ("train_from_scratch", "train_baseline", "estimate_sensitivity", "warm_up_surrogate", "search_blocks",
-                 "apply", "finetune_and_measure", "update_surrogate", "keep_best", "report"):
-        taped(run, name, name)
-    make = run.make_agents
+    def choose_and_tape(*args):
+        hla, lla, combine = choose(*args)
+        taped(hla, "feedback", lambda args: ("feedback", *args))
+        taped(hla, "train", lambda args: ("train_hla", *args))
+        taped(hla, "budgets", lambda args: ("budgets", *args))
+        for i, block in enumerate(lla):
+            taped(block, "search", lambda args, i=i: ("search", i, equal(run.weights(), theta0)))
+        tape.append("agents")
+        theta0 = run.weights()
+        return hla, lla, combine
 
-    def make_and_tape():
-        tape.append("make_agents")
-        make()
-        taped(run.hla, "feedback", lambda args: ("feedback", *(round(float(a), 9) for a in args)))
-        taped(run.hla, "train", lambda args: ("train_hla", args[0]))
-        budgets = run.hla.budgets
-        run.hla.budgets = lambda deterministic: tape.append(("budgets", deterministic)) or budgets(deterministic)
-        for i, lla in enumerate(run.lla):
-            taped(lla, "consensus", ("consensus", i))
-    together = hirelc.train_together
-    monkeypatch.setattr(hirelc, "train_together", lambda ensembles, *args: tape.extend(
-        ("train_lla", lla.index) for lla in ensembles) or together(ensembles, *args))
-    run.make_agents = make_and_tape
-    run.config = override(run.config, ["hla.timesteps=6", "hla.burst=5"])
-    run.run()
+    for name in ("train_from_scratch", "train_baseline", "estimate_sensitivity"):
+        taped(run, name)
+    for name in ("warm_up", "compress_network", "finetune", "measure", "teach"):
+        taped(hirelc, name)
+    taped(hirelc.Demands, "chosen")
+    monkeypatch.setattr(hirelc, "choose_search", choose_and_tape)
+    out = algorithm_1(run)
 
-    # The proxy (cycle 1) takes block after block, the surrogate (cycle 2) all at once.
-    by_proxy = ["search_blocks", ("train_lla", 0), ("consensus", 0), ("train_lla", 1), ("consensus", 1)]
-    by_surrogate = ["search_blocks", ("train_lla", 0), ("train_lla", 1), ("consensus", 0), ("consensus", 1)]
-    after = ["apply", "finetune_and_measure", "update_surrogate", "keep_best"]
-    first = run.cycles[1]
-    assert tape == (
-        ["train_from_scratch", "train_baseline", "estimate_sensitivity", "make_agents", "warm_up_surrogate", ("train_hla", 6)]
-        + [("feedback", 0.0, 1.0, 1.0), ("budgets", False)] + by_proxy + after
-        + [("feedback", round(first.drop, 9), round(first.retained, 9), 2.0), ("train_hla", 5), ("budgets", True)]
-        + by_surrogate + after + ["report"])
+    # blocks are searched with theta_0 in the network, and leave it there
+    steps = [("search", 0, True), ("search", 1, True), "chosen", "compress_network", "finetune", "measure", "teach"]
+    first = out.rows[1]
+    assert tape == [
+        "train_from_scratch", "train_baseline", "estimate_sensitivity", "agents", "warm_up", ("train_hla", 6),
+        ("feedback", 0.0, 1.0, 1), ("budgets", False), *steps,
+        ("feedback", first.drop, first.retained, 2), ("train_hla", 5), ("budgets", True), *steps]
+    assert first.retained < 0.25 and first.drop == out.baseline["acc"] - first.acc
+    assert [row.cycle for row in out.rows] == [0, 1, 2] and len(out.surrogate.buffer) == 2
 
 
-@pytest.mark.parametrize("surrogate", ["on", "off"])
-def test_the_search_leaves_the_network_bit_identical(surrogate):
-    run = small_run(**{"surrogate.enabled": surrogate})
-    run.train_baseline()
-    run.estimate_sensitivity()
-    run.make_agents()
-    before = {k: v.clone() for k, v in run.model.state_dict().items()}
-    run.budgets = run.hla.budgets(False)
-    run.search_blocks(1)
-    assert tensors_equal(before, run.model.state_dict())
-    assert tensors_equal(before, run.theta0)
-    assert run.voted.retained < 0.25
+@pytest.mark.parametrize("carry", ["none", "rest"])
+def test_the_best_cycle_is_kept_and_theta_0_is_what_a_cycle_starts_from(monkeypatch, carry):
+    run, starts, ends = small_run(**{"search.cycles": 4, "search.method": "null", "carry": carry}), [], []
+    compress = hirelc.compress_network
 
+    def measured(run, cycle, tuned, voted, new, out):
+        ends.append(run.weights())
+        return Cycle(cycle, (50.0, 60.0, 60.0, 55.0)[cycle - 1], 0.0)
 
-def test_theta0_is_what_a_cycle_starts_from():
-    run = small_run(**{"search.cycles": 1})
-    run.run()
-    theta0 = run.theta0
-    run.carried = {k: v + 1 if v.is_floating_point() else v for k, v in theta0.items()}
+    monkeypatch.setattr(hirelc, "compress_network", lambda *args: starts.append(run.weights()) or compress(*args))
+    monkeypatch.setattr(hirelc, "measure", measured)
+    out = algorithm_1(run)
+    assert out.best.row.cycle == 2 and equal(out.best.network, ends[1])  # the most accurate, the first of equals
     kernels = {f"{name}.weight" for block in run.blocks for name in block.kernels}
-
-    starts = {}
-    for carry in ("none", "rest", "all"):
-        run.config = override(run.config, {"carry": carry})
-        seen = {}
-        original, hirelc.compress_network = hirelc.compress_network, lambda *_: seen.update(run._state()) or {}
-        try:
-            run.apply(run.best_config)
-        finally:
-            hirelc.compress_network = original
-        starts[carry] = seen
-    assert tensors_equal(starts["none"], theta0)
-    assert tensors_equal(starts["all"], run.carried)
-    for key, value in starts["rest"].items():
-        assert torch.equal(value, theta0[key] if key in kernels else run.carried[key]), key
+    for cycle, start in enumerate(starts):
+        rest = out.theta0 if carry == "none" or not cycle else ends[cycle - 1]  # ledger D12
+        for key, value in start.items():
+            assert torch.equal(value, (out.theta0 if key in kernels else rest)[key]), (cycle, key)
 
 
-def test_the_best_cycle_is_the_most_accurate_and_the_first_of_equals():
-    run = small_run()
-    run.carried, run.packed = {}, b""
-    for cycle, acc in enumerate((50.0, 60.0, 60.0, 55.0), start=1):
-        run.keep_best(Cycle(cycle, acc, 0.0), f"config {cycle}", {}, ())
-    assert run.best.cycle == 2 and run.best_config == "config 2"
+def test_what_is_reported_is_the_best_cycle_and_drops_compare_like_with_like():
+    run = small_run(**{"search.cycles": 3, "surrogate.min_samples": 2, **TRAINED})
+    out = algorithm_1(run)
+    result, best, model = result_of(run, out), out.best, small_network().to(memory_format=torch.channels_last)
 
+    def score(change=lambda: None):
+        change()
+        hits = correct(model, run.test_set)
+        return accuracy(hits[:30]), accuracy(hits)
 
-def test_the_search_may_be_around_what_the_last_cycle_chose():
-    for around, surrounded in (("theta0", False), ("last", True)):
-        run, seen = small_run(**{"surrogate.enabled": False, "search.around": around}), []
-        search, measure = run.search_blocks, run.measure
-        run.search_blocks = lambda cycle: (search(cycle), seen.append(run.estimator.proxy.around))
-        run.measure = lambda cycle: (measure(cycle), seen.append(NetworkConfig(tuple(run.estimator.consensus))))
-        run.run()
-        assert seen[0] is None and seen[2] == (seen[1] if surrounded else None)
-        assert seen[1].cr == run.cycles[1].cr
+    def again():
+        estimate_batchnorm(model, run.train_set, 16, run.config.finetune.bn_images, run.generator("batchnorm"))
 
-
-def test_the_reported_network_is_the_best_cycle_and_scores_what_is_reported():
-    run = small_run()
-    result = run.run()
-    assert result["best_cycle"] in (1, 2) and len(result["cycles"]) == 3
-    assert accuracy(correct(run.model, run.test_set, limit=30)) == result["final_acc"]
-    assert accuracy(correct(run.model, run.test_set)) == result["final_acc_full"]
+    model.load_state_dict(out.theta0)
+    assert score() == (result["baseline_acc"], result["baseline_acc_full"])
+    assert score(again)[1] == result["baseline_bn_acc_full"]
+    model.load_state_dict(best.network)
+    assert score() == (result["final_acc"], result["final_acc_full"])
     assert result["final_acc"] == max(row["acc"] for row in result["cycles"][1:])
-    assert result["drop"] == pytest.approx(result["baseline_acc"] - result["final_acc"])
-    for block, config in zip(run.blocks, run.best_config.blocks):
+    blocks = models.find_blocks(model, torch.zeros(2, 3, 16, 16))
+    for block, config in zip(blocks, best.config.blocks):
         for module, kernel in zip(block.kernels.values(), config.kernels):
             zero_rows = int((module.weight.flatten(1) == 0).all(dim=1).sum())
             assert zero_rows == len(module.weight) - int(prune_mask(module.weight, kernel.keep).sum())
-    pack.load(run.best_packed, run.model)
-    assert accuracy(correct(run.model, run.test_set, limit=30)) == result["deployed_acc"]
-    assert accuracy(correct(run.model, run.test_set)) == result["deployed_acc_full"]
-    for block, config in zip(run.blocks, run.best_config.blocks):
-        for module, kernel in zip(block.kernels.values(), config.kernels):
-            assert module.weight.unique().numel() <= 2 ** kernel.bits
-
-
-def test_surrogate_error_and_activity_are_those_of_the_cycles():
-    run = small_run(**{"search.cycles": 3, "surrogate.min_samples": 2})
-    result = run.run()
+    assert score(lambda: snap_to_grid(blocks, best.config, best.masks)) == (result["grid_acc"], result["grid_acc_full"])
+    assert score(again) == (result["deployed_acc"], result["deployed_acc_full"])
+    assert equal(state(model), state(pack.load(best.packed, small_network())))  # rest is float32
+    assert len({result[f"{name}_acc_full"] for name in ("baseline", "baseline_bn", "final", "grid", "deployed")}) > 2
+    for key, before, after in (("", "baseline", "final"), ("grid_", "baseline", "grid"),
+                               ("deployed_", "baseline", "deployed"), ("deployed_bn_", "baseline_bn", "deployed")):
+        drop, (low, high) = result[f"{key}drop_full"], result[f"{key}drop_interval_full"]
+        assert drop == pytest.approx(result[f"{before}_acc_full"] - result[f"{after}_acc_full"])
+        assert low <= drop <= high and 0 < result[f"{key}mcnemar_p_full"] <= 1
     rows = result["cycles"]
-    assert [row["surrogate_active"] for row in rows] == [False, False, False, True]
-    assert result["surrogate_mae"] == pytest.approx(abs(rows[3]["surrogate_prediction"] - rows[3]["acc"]))
-    assert result["surrogate_samples"] == 3
+    assert result["drop"] == result["baseline_acc"] - result["final_acc"]
+    assert [row["surrogate_active"] for row in rows] == [False, False, False, True] and result["surrogate_samples"] == 3
+    assert result["surrogate_mae"] == abs(rows[3]["surrogate_prediction"] - rows[3]["acc"])
 
 
-def test_warm_up_fills_the_buffer_and_leaves_theta0():
-    run = small_run(**{"surrogate.warmup": 3, "surrogate.min_samples": 3})
-    run.train_baseline()
-    run.estimate_sensitivity()
-    run.make_agents()
-    run.warm_up_surrogate()
-    assert len(run.surrogate.buffer) == 3 and run.surrogate.active
-    assert tensors_equal(run.theta0, {k: v for k, v in run.model.state_dict().items()})
-
-
-@pytest.mark.parametrize("settings", [{}, {"carry": "all", "finetune.mode": "qat", "surrogate.warmup": 2},
-                                      {"goal": "cr:5,drop:0", "relax": True}])
-def test_a_run_goes_on_behind_every_phase_to_the_same_result(tmp_path, settings):
-    whole = small_run(**settings)
-    whole.progress = Progress(Store(tmp_path / "state", {}))
-    whole.save = lambda run: shutil.copytree(tmp_path / "state", tmp_path / str(len(run.progress.done)))
-    expected = whole.run()
-    phases = list(whole.progress.done)
-    assert len(phases) >= 11 and phases[:3] == ["from scratch", "baseline", "sensitivity"]
-    for n in range(1, len(phases) + 1):
-        resumed = small_run(**settings)
-        resumed.progress = Progress(Store(tmp_path / str(n), {}))
-        resumed.load_state(resumed.progress.load())
-        assert resumed.progress.done == phases[:n]
-        result = resumed.run()
-        assert {**result, "timings": None} == {**expected, "timings": None}, phases[n - 1]
-        assert resumed.policy() == whole.policy() and resumed.updates == whole.updates
-        assert tensors_equal(resumed.model.state_dict(), whole.model.state_dict())
-        assert resumed.best_packed == whole.best_packed
+@pytest.mark.parametrize("rate, failed", [(1e-4, 0), (1e30, 3)])
+def test_a_warm_up_sample_that_diverges_is_logged_and_left_out(rate, failed):
+    run = small_run(**{"surrogate.warmup": 3, "surrogate.warmup_lr": rate, "search.cycles": 1, "search.method": "null"})
+    out = algorithm_1(run)
+    assert (result_of(run, out)["failed_samples"], len(out.surrogate.buffer)) == (failed, 3 - failed + 1)
+    notes = [note for note in run.log.notes if "warm-up sample" in note]
+    assert len(notes) == failed and all("surrogate.warmup_lr" in note and "left out" in note for note in notes)
 
 
 @pytest.mark.parametrize("setting, check", [
-    ({"search.method": "no-hla"}, lambda run: all(b.target == 0.25 and b.min_bits == 3 for b in run.best_budgets)),
-    ({"search.method": "null"}, lambda run: not run.updates),
-    ({"sensitivity.method": "none"}, lambda run: run.sensitivity == [0.5, 0.5]
-        and all(env.penalty_scale == 0 for lla in run.lla for env in lla.envs)),
-    ({"lla.algorithms": "A2C,A2C,A2C"}, lambda run: {row["algorithm"] for row in run.updates
+    ({"search.method": "no-hla"}, lambda out: all(b.target == 0.25 and b.min_bits == 3 for b in out.best.budgets)),
+    ({"search.method": "null"}, lambda out: not out.updates),
+    ({"sensitivity.method": "none"}, lambda out: out.sensitivity == [0.5, 0.5]),
+    ({"lla.algorithms": "A2C,A2C,A2C"}, lambda out: {row["algorithm"] for row in out.updates
                                                     if row["level"] == "LLA"} == {"A2C"}),
-    ({"vote": "confidence"}, lambda run: run.best_config.retained <= 0.25),
-])
+    ({"vote": "confidence"}, lambda out: out.best.config.retained <= 0.25),
+    ({"compress.bits_max": 4}, lambda out: {k.bits for b in out.best.config.blocks for k in b.kernels} == {4})])
 def test_ablations_are_one_setting_each(setting, check):
-    run = small_run(**setting)
-    run.run()
-    assert check(run)
+    run = small_run(**{"search.cycles": 1, "eval.full": False, **setting})
+    assert check(algorithm_1(run))
+    assert any("compress.bits_max=4" in note for note in run.log.notes) == ("compress.bits_max" in setting)
 
 
-def test_budgets_above_the_most_bits_are_cut_and_noted():
-    run = small_run(**{"compress.bits_max": 4, "search.cycles": 1})
-    result = run.run()
-    assert any("compress.bits_max=4" in note for note in result["notes"])
-    assert all(kernel.bits == 4 for block in run.best_config.blocks for kernel in block.kernels)
+def test_holdout_chooses_on_training_images_and_reads_the_test_split_once(monkeypatch):
+    run, looked = small_run(**{"eval.protocol": "holdout", "search.cycles": 1}), []
+    assert (len(run.train_set), len(run.choice_set)) == (46, 2)
+    for module in (hirelc, train, summary):
+        monkeypatch.setattr(module, "correct", lambda model, images, *rest, **more: looked.append(
+            images is run.test_set) or correct(model, images, *rest, **more))
+    result = result_of(run, algorithm_1(run))
+    assert looked[-5:] == [True] * 5 and not any(looked[:-5])  # five networks
+    assert (result["protocol"], result["eval_images"], result["test_images"]) == ("holdout", 2, 40)
 
 
-@pytest.mark.parametrize("told, lacks", [
-    ("processor\t: 0\nflags\t\t: fpu avx512_vnni\n", True), ("flags : fpu avx512_bf16 sse\nflags : fpu\n", False),
-    ("flags\t: amx_bf16 fpu\n", False), ("Features\t: fp asimd bf16\n", False), ("Features : fp asimd\n", True),
-    ("cpu\t: POWER9\n", False), (None, False)])
-def test_hardware_without_bfloat16_is_said(tmp_path, monkeypatch, told, lacks):
-    """Where nothing is known of the hardware nothing is said of it."""
-    file = tmp_path / "cpuinfo"
-    if told is not None:
-        file.write_text(told)
-    monkeypatch.setattr(runs, "CPU_INFO", file)
-    assert runs.lacks_bfloat16(torch.device("cpu")) is lacks
-    model, log = models.build("resnet18", 10, 32, 0.0625), Log(open(os.devnull, "w"))
-    config = override(Config(), ["search.dtype=bfloat16", "precision=float32"])
-    pictures = data.load(override(Config(), ["data.name=synthetic", "data.image_size=32", "data.train_images=64",
-                                             "data.test_images=16"]).data)
-    HiReLC(model, models.find_blocks(model), pictures.train, pictures.test, config, log)
-    assert [note for note in log.notes if "bfloat16" in note] == (
-        ["search.dtype=bfloat16: this hardware has no instructions for it; float32 is faster here"] if lacks else [])
-
-
-def test_compress_model_leaves_the_given_network_untouched():
-    train, test = data.synthetic(3, 48, 40, 16, 0)
-    model = small_network()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    compressed, policy, result = hirelc.compress_model(
-        model, train, test, search__cycles=1, lla__timesteps=4, hla__timesteps=4, finetune__epochs=1,
-        baseline__epochs=0, data__batch_size=16, sensitivity__images=2, search__proxy_batches=1, device="cpu")
-    assert tensors_equal(before, model.state_dict())
-    assert compressed is not model and accuracy(correct(compressed, test)) == result["final_acc_full"]
-    config = from_policy(json.loads(json.dumps(policy)), models.find_blocks(compressed))
-    assert config.cr == pytest.approx(result["cr"])
-    with pytest.raises(InputError, match="unknown setting 'no.such'"):
-        hirelc.compress_model(model, train, test, no__such=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # A whole smoke run
+
+
+FILES = {"config.json", "run.log", "cycles.csv", "updates.csv", "policy.json", "result.json", "best.pt", "baseline.pt",
+         "packed.pt"}
+KEYS = """accounting bad_rewards baseline_acc baseline_acc_full baseline_interval_full best_cycle compliance coverage cr
+    cr_met cr_unweighted cycle_budgets cycles data deployed_acc deployed_acc_full deployed_drop_full
+    deployed_drop_interval_full deployed_interval_full deployed_mcnemar_p_full device drop drop_full drop_interval_full
+    drop_met eval_images evaluations excluded exp final_acc final_acc_full final_interval_full fp32_bytes
+    fp32_file_bytes goal kernels mcnemar_p_full mean_kl mode model msr name notes null_controller packed_bytes
+    policy_source protocol retained scope search searches seed sensitivity skipped_images smoke sparsity strategies
+    surrogate_mae surrogate_samples target test_images time_shares timings voted_compliance voted_retained
+    whole_model_ratio""".split()
+NEW = """failed_samples given_acc grid_acc grid_acc_full grid_interval_full grid_drop_full grid_drop_interval_full
+    grid_mcnemar_p_full baseline_bn_acc_full baseline_bn_interval_full deployed_bn_drop_full
+    deployed_bn_drop_interval_full deployed_bn_mcnemar_p_full""".split()
+
+
+def command(out, *more, exp="4"):
+    return ["--exp", *exp.split(), "--smoke", "--device", "cpu", "--out", str(out), *more, "--set", *QUICK]
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """Two runs of the same smoke experiment, in two folders."""
-    outs = [tmp_path_factory.mktemp("smoke") for _ in range(2)]
-    codes = [hirelc.main(["--exp", "4", "--smoke", "--device", "cpu", "--out", str(out)]) for out in outs]
-    return codes, [out / "exp4-seed42" for out in outs]
+    out = tmp_path_factory.mktemp("smoke")
+    torch.set_num_threads(1)
+    assert hirelc.main([*command(out), "goal=cr:5"]) == 0
+    return out / "exp4-seed42"
 
 
-def test_a_smoke_run_leaves_a_complete_run_directory(smoke):
-    codes, (path, _) = smoke
-    assert codes == [0, 0]
-    assert {p.name for p in path.iterdir()} == FILES
-    config = json.loads((path / "config.json").read_text())
-    assert config["settings"]["data.name"] == "synthetic" and config["versions"]["torch"] == torch.__version__
-    result = json.loads((path / "result.json").read_text())
-    for key in ("baseline_acc", "final_acc", "drop", "deployed_acc", "packed_bytes", "fp32_file_bytes", "cr", "msr",
-                "whole_model_ratio", "best_cycle",
-                "cr_met", "drop_met", "timings", "compliance", "null_controller", "final_interval_full"):
-        assert key in result, key
-    rows = list(csv.DictReader((path / "cycles.csv").open()))
+def contents(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_a_run_directory_is_complete(smoke):
+    assert {file.name for file in smoke.iterdir()} == FILES
+    config, result = (json.loads((smoke / f"{name}.json").read_text()) for name in ("config", "result"))
+    assert config["settings"]["goal"] == "cr:5" and config["settings"]["search.target"] == 0.25
+    assert config["resolved"] == {"search.target": 0.2} and result["target"] == 0.2
+    assert config["versions"]["torch"] == torch.__version__
+    assert result.keys() == {*KEYS, *NEW}
+    assert result["given_acc"] is None and sum(result["time_shares"].values()) == pytest.approx(1, abs=0.01)
+    assert result["accounting"]["bytes"] == result["fp32_bytes"]  # one definition of bytes
+    assert result["whole_model_ratio"] == result["fp32_bytes"] / (smoke / "packed.pt").stat().st_size
+    rows, updates = (list(csv.DictReader((smoke / f"{name}.csv").open())) for name in ("cycles", "updates"))
     assert [int(row["cycle"]) for row in rows] == [0, 1, 2]
     assert float(rows[0]["acc"]) == result["baseline_acc"] and float(rows[0]["cr"]) == 1.0
-    updates = list(csv.DictReader((path / "updates.csv").open()))
-    for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "explained_variance"):
-        assert updates[0][key] != "", key
-    assert {row["level"] for row in updates} == {"HLA", "LLA"}
+    assert all(updates[0][key] for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction",
+                                           "explained_variance"))
     lla_ppo = [float(row["approx_kl"]) for row in updates if (row["level"], row["algorithm"]) == ("LLA", "PPO")]
     assert result["mean_kl"]["LLA PPO"] == pytest.approx(sum(lla_ppo) / len(lla_ppo))
     assert set(result["mean_kl"]) == {"HLA PPO", "HLA A2C", "LLA PPO", "LLA A2C"}
-    assert (path / "run.log").read_text().count(" cycle 2: accuracy ") == 1
+    assert (smoke / "run.log").read_text().count(" cycle 2: accuracy ") == 1
 
 
 def test_the_numbers_of_a_run_agree_with_its_policy_and_its_weights(smoke):
-    path = smoke[1][0]
-    result = json.loads((path / "result.json").read_text())
-    saved = torch.load(path / "best.pt", weights_only=True)
+    result, policy = (json.loads((smoke / f"{name}.json").read_text()) for name in ("result", "policy"))
+    saved = torch.load(smoke / "best.pt", weights_only=True)
     settings = saved["settings"]
-    model = models.build(settings["model.name"], settings["data.classes"], settings["data.image_size"],
-                         settings["model.width"])
+    model = models.build(settings["model.name"], 10, 32, settings["model.width"])
     model.load_state_dict(saved["model"])
-    blocks = models.find_blocks(model)
-    assert [len(block.kernels) for block in blocks] == [4, 4, 4, 4, 1]
-    policy = json.loads((path / "policy.json").read_text())
-    assert policy == saved["policy"]
-
-    weights = {f"{name}": m.weight for block in blocks for name, m in block.kernels.items()}
-    stored = total = 0.0
-    for block in policy["blocks"]:
-        for kernel in block["kernels"]:
-            weight = weights[kernel["name"]]
-            kept = int((weight.flatten(1) != 0).any(dim=1).sum())
-            assert kept <= kernel["channels_kept"] < kernel["channels"] or kernel["keep"] == 1
-            stored += weight.numel() * kernel["bits"] / 32 * kernel["channels_kept"] / kernel["channels"]
-            total += weight.numel()
-            config = KernelConfig(kernel["bits"], kernel["keep"], kernel["qtype"], kernel["granularity"])
-            assert kernel["retained"] == kernel_retained(config, len(weight))
-    assert result["cr"] == pytest.approx(total / stored)
-
-    config = override(Config(), {k: v for k, v in settings.items()})
-    test = data.load(config.data).test
-    assert accuracy(correct(model, test)) == result["final_acc"]
+    assert policy == saved["policy"] and [len(block["kernels"]) for block in policy["blocks"]] == [4, 4, 4, 4, 1]
+    weights = {name: m.weight for block in models.find_blocks(model) for name, m in block.kernels.items()}
+    stored = 0.0
+    for kernel in (kernel for block in policy["blocks"] for kernel in block["kernels"]):
+        weight = weights[kernel["name"]]
+        assert int((weight.flatten(1) != 0).any(dim=1).sum()) <= kernel["channels_kept"]
+        stored += weight.numel() * kernel["bits"] / 32 * kernel["channels_kept"] / kernel["channels"]
+        config = KernelConfig(*(kernel[key] for key in ("bits", "keep", "qtype", "granularity")))
+        assert kernel["retained"] == kernel_retained(config, len(weight))
+    assert result["cr"] == pytest.approx(sum(w.numel() for w in weights.values()) / stored)
+    assert accuracy(correct(model, data.load(override(Config(), settings).data).test)) == result["final_acc"]
 
 
-def test_equal_seeds_give_equal_results(smoke):
-    _, (one, two) = smoke
-    assert (one / "policy.json").read_bytes() == (two / "policy.json").read_bytes()
-    results = [json.loads((path / "result.json").read_text()) for path in (one, two)]
-    for result in results:
-        assert result.pop("timings")["total"] > 0
-        assert sum(result.pop("time_shares").values()) == pytest.approx(1, abs=0.01)
-    assert results[0] == results[1]
-    assert (one / "cycles.csv").read_bytes() == (two / "cycles.csv").read_bytes()
-
-
-def test_another_seed_gives_another_run(smoke, tmp_path):
-    args = ["--exp", "4", "--smoke", "--device", "cpu", "--out", str(tmp_path), "--seed", "43", "--set", *QUICK]
-    assert hirelc.main(args) == 0
-    assert (tmp_path / "exp4-seed43" / "policy.json").read_bytes() != (smoke[1][0] / "policy.json").read_bytes()
-
-
-def test_a_run_directory_with_other_settings_is_refused_and_kept(smoke, capsys):
-    path = smoke[1][0]
-    before = {p.name: p.read_bytes() for p in path.iterdir()}
-    args = ["--exp", "4", "--smoke", "--device", "cpu", "--out", str(path.parent), "--set", "lla.timesteps=5"]
-    assert hirelc.main(args) == 2
+def test_what_leaves_a_finished_run_alone(smoke, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before, result = contents(smoke), json.loads((smoke / "result.json").read_text())
+    for more in ((), ("--resume",)):
+        assert hirelc.main([*command(smoke.parent, *more), "goal=cr:5"]) == 0
+        said = capsys.readouterr().out
+        assert "finished already" in said and "exp 4: resnet18, synthetic, seed 42" in said
+    assert hirelc.main([*command(smoke.parent), "lla.timesteps=5"]) == 2
     error = capsys.readouterr().err
-    assert "lla.timesteps (there 32, now 5)" in error and error.count("\n") == 1
-    assert {p.name: p.read_bytes() for p in path.iterdir()} == before
+    assert "lla.timesteps (there 4, now 5)" in error and "goal (there cr:5" in error and error.count("\n") == 1
+    assert hirelc.main(command(tmp_path / "runs", "--load", str(smoke / "packed.pt"))) == 0
+    said = capsys.readouterr().out
+    assert f"{result['deployed_acc']:.2f} on the first 40" in said and f"{result['fp32_bytes']:,}" in said
+    assert hirelc.main([*command(smoke.parent, "--dry-run"), "goal=cr:5"]) == 0
+    assert "holds a run with these settings" in capsys.readouterr().out
+    assert contents(smoke) == before and not list(tmp_path.iterdir())
 
 
-def test_several_experiments_run_in_one_process_and_a_vit_compresses_too(tmp_path, capsys):
-    args = ["--exp", "5", "6", "--smoke", "--device", "cpu", "--out", str(tmp_path), "--name", "quick", "--set"]
-    assert hirelc.main(args + QUICK + ["surrogate.warmup=1"]) == 0
-    for name, kernels, blocks in (("exp5-quick-seed42", 51, 13), ("exp6-quick-seed42", 48, 12)):
-        policy = json.loads((tmp_path / name / "policy.json").read_text())
-        assert [len(policy["blocks"]), sum(len(b["kernels"]) for b in policy["blocks"])] == [blocks, kernels]
-    mixed = {k["qtype"] for b in policy["blocks"] for k in b["kernels"]}
-    assert mixed == {"INT", "FLOAT"} and {k["granularity"] for b in policy["blocks"] for k in b["kernels"]} == {"log"}
-    table = capsys.readouterr().out
-    assert "5-quick" in table and "6-quick" in table and "86.25" in table
+def test_several_experiments_in_one_process_of_which_one_fails(tmp_path, capsys):
+    assert hirelc.main([*command(tmp_path, exp="4 6"), "model.width=0.05", "model.patch_size=16"]) == 2
+    policy = json.loads((tmp_path / "exp6-seed42" / "policy.json").read_text())
+    kernels = [kernel for block in policy["blocks"] for kernel in block["kernels"]]
+    assert (len(policy["blocks"]), len(kernels)) == (12, 48) and {k["granularity"] for k in kernels} == {"log"}
+    assert {k["qtype"] for k in kernels} == {"INT", "FLOAT"} and not (tmp_path / "exp4-seed42").exists()
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "patch" in said.err and "exp 6: deit_small" in said.out
+    assert max(map(len, said.out.partition("\n\n")[2].splitlines())) <= 120  # the results table
 
 
-# ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_the_command_that_goes_on(tmp_path, capsys, monkeypatch, number, code):
+    monkeypatch.setattr(hirelc, "warm_up", lambda *_: os.kill(os.getpid(), number))
+    assert hirelc.main(command(tmp_path)) == code
+    error = capsys.readouterr().err
+    assert "go on with: python hirelc.py --exp 4" in error and error.count("\n") == 1
+    assert (tmp_path / "exp4-seed42" / "state" / "identity.json").exists()
+
+
+# A user's network
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """A network with BatchNorm, compressed, with the other tensors of its packed file in half precision."""
+    given, path, threads = small_network(), tmp_path_factory.mktemp("own") / "packed.pt", []
+    before, log = state(given), silent()
+    log.info = lambda text: threads.append(torch.get_num_threads())
+    torch.set_num_threads(1)
+    network, policy, result = compress_model(given, *images(), packed=path, threads=2, pack__rest="float16", log=log,
+                                             goal="cr:6", **API)
+    assert torch.get_num_threads() == 1 and set(threads) == {2}
+    assert equal(before, given.state_dict()) and given.training
+    return network, policy, result, path, given
+
+
+def test_the_network_that_is_returned_is_the_one_in_the_packed_file(compressed):
+    network, policy, result, path, given = compressed
+    assert network is not given and not network.training
+    assert equal(state(network), state(pack.load(path, model=small_network())))
+    hits = correct(network, images()[1])
+    assert (accuracy(hits), accuracy(hits[:30])) == (result["deployed_acc_full"], result["deployed_acc"])
+    assert path.stat().st_size == result["packed_bytes"]
+    blocks = models.find_blocks(given, torch.zeros(2, 3, 16, 16))
+    assert policies.from_policy(json.loads(json.dumps(policy)), blocks).cr == pytest.approx(result["cr"])
+    assert result["goal"]["met"] and result["target"] == pytest.approx(1 / 6)
+
+
+def test_a_network_that_is_given_is_not_trained_before_unless_asked_for(compressed, capsys):
+    _, policy, result, _, given = compressed
+    before = accuracy(correct(given, images()[1], limit=30))
+    assert result["given_acc"] == result["baseline_acc"] == before
+    trained = compress_model(given, *images(), policy=policy, baseline__epochs=6, baseline__lr=0.03,
+                             baseline__patience=6, **API)
+    assert trained[1] == policy and trained[2]["policy_source"]["file"] == "given" and not trained[2]["evaluations"]
+    assert trained[2]["given_acc"] == before and trained[2]["baseline_acc"] != before
+    assert "accuracy" in capsys.readouterr().out  # without a log it prints
+
+
+def test_a_missed_goal_is_in_the_notes_and_a_size_counts_the_rest_as_it_is_stored(compressed, monkeypatch):
+    given, result = compressed[4], compressed[2]
+    monkeypatch.setattr(hirelc.Demands, "holds", lambda self, row: False)
+    size, params = result["packed_bytes"] - 100, sum(kernel["params"] for kernel in result["kernels"].values())
+    missed = compress_model(given, *images(), pack__rest="float16", goal=f"size:{size}B,drop:0", log=silent(), **API)[2]
+    assert any("goal missed (drop): asked for size:" in note for note in missed["notes"]) and not missed["goal"]["met"]
+    assert size - 400 < missed["packed_bytes"] <= size
+    rest = (result["fp32_bytes"] - 4 * params) / 2  # bytes besides the kernels
+    assert missed["target"] == pytest.approx((size - rest) / (4 * params))
+
+
+@pytest.mark.parametrize("settings, said", [
+    *(({key: value}, key.replace("__", ".")) for key, value in (
+        ("out", "x"), ("data__image_size", 64), ("data__dir", "x"), ("scratch__epochs", 1), ("model__width", 0.5),
+        ("name", "x"), ("exp", 3), ("smoke", True), ("policy_sha256", "00"))),
+    ({"no__such": 1}, "unknown setting 'no.such'"), ({"packed": "none/packed.pt"}, "none/packed.pt: cannot be written"),
+    ({"packed": "."}, "cannot be written"), ({"policy": "none.json"}, "none.json")])
+def test_what_has_no_effect_or_cannot_be_used_is_refused_before_any_work(settings, said, monkeypatch):
+    monkeypatch.setattr(data, "as_images", lambda *_: pytest.fail("work"))
+    with pytest.raises(InputError, match=re.escape(said)):
+        compress_model(small_network(), None, None, **settings)
+
+
+@pytest.mark.parametrize("split, bad", [("training images", float("nan")), ("test images", float("inf"))])
+def test_images_that_are_not_finite_are_refused_with_their_index(split, bad, monkeypatch):
+    monkeypatch.setattr(networks, "prepare", lambda *_: pytest.fail("work"))
+    sets = {name: (torch.zeros(12, 3, 16, 16), torch.arange(12) % 3) for name in ("training images", "test images")}
+    sets[split][0][7, 1, 2, 3] = bad
+    with pytest.raises(InputError, match=f"{split}.* 7 .*not finite|{split}.*not finite.*7"):
+        compress_model(small_network(), *sets.values(), **API)
+
+
+def test_a_policy_for_a_network_from_a_file(compressed, tmp_path, capsys):
+    (tmp_path / "policy.json").write_text(json.dumps(compressed[1]))
+    (tmp_path / "net.py").write_text("from test_hirelc import small_network as make")
+    arguments = ["--model", f"{tmp_path / 'net.py'}:make", "--policy", str(tmp_path / "policy.json"),
+                 *command(tmp_path / "runs")[2:], "data.classes=3", "data.image_size=16"]
+    assert hirelc.main(arguments) == 0 and "nothing is searched" in capsys.readouterr().out
+    assert json.loads((tmp_path / "runs" / "make-seed42" / "policy.json").read_text()) == compressed[1]
+
+
 # Bad input
 
 
-def truncated_weights(folder):
-    path = folder / "broken.pth"
-    torch.save(models.build("resnet18", 10, 32, 0.125).state_dict(), path)
-    path.write_bytes(path.read_bytes()[:5000])
-    return path
+def broken(folder, content):
+    torch.save(content, folder / "w.pth")
+    return str(folder / "w.pth")
 
 
-def wrong_weights(folder):
-    path = folder / "wrong.pth"
-    torch.save({"conv1.weight": torch.zeros(3)}, path)
-    return path
+@pytest.mark.parametrize("make, expected", [
+    (lambda f: "--exp 99", "unknown experiment 99; there are 1, 2"), (lambda f: "--exp x", "invalid int value"),
+    (lambda f: "", "--exp"), (lambda f: "--exp 4 --bogus", "unrecognized arguments"),
+    (lambda f: "--exp 4 --set data.imagesize=64", "did you mean data.image_size"),
+    (lambda f: "--exp 4 --set seed", "key=value"), (lambda f: "--exp 4 --device gpu", "one of auto, cpu, cuda"),
+    (lambda f: "--exp 4 --resume --restart", "give one of them"),
+    (lambda f: f"--exp 4 --weights none --data-dir {f}", "--smoke"),  # no data: what there is to do
+    (lambda f: f"--exp 4 --smoke --weights {broken(f, {'conv1.weight': torch.zeros(3)})}", "missing"),
+    (lambda f: f"--exp 4 --smoke --weights {f / 'none.pth'}", "none.pth"),
+    (lambda f: "--exp 3 --smoke --set data.image_size=30", "patch"),
+    (lambda f: "--exp 3 4 --smoke --policy p.json", "give one --exp"),
+    (lambda f: "--exp 4 --smoke --policy p.json --load x.pt", "no --load"),
+    (lambda f: f"--exp 4 --smoke --policy {f / 'none.json'}", "none.json"),
+    (lambda f: "--exp 3 4 --smoke --load x.pt", "give one --exp"), (lambda f: "--exp 4 --load none.pt", "none.pt"),
+    (lambda f: "--exp 4 --smoke --set goal=size:1KB", "goal=size:1KB"),
+    (lambda f: "--exp 4 --smoke --set data.batch_size=1", "batch_size")])
+def test_bad_input_is_one_line_exit_2_and_leaves_nothing(make, expected, tmp_path, capsys, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
 
-
-def incomplete_tree(folder):
-    (folder / "data" / "tiny-imagenet-200").mkdir(parents=True)
-    return folder / "data"
-
-
-@pytest.mark.parametrize("make", [
-    lambda f: (["--exp", "99"], "unknown experiment 99"),
-    lambda f: (["--exp", "x"], "invalid int value"),
-    lambda f: ([], "--exp"),
-    lambda f: (["--exp", "4", "--bogus"], "unrecognized arguments"),
-    lambda f: (["--exp", "4", "--set", "data.imagesize=64"], "data.image_size"),
-    lambda f: (["--exp", "4", "--set", "data.image_size=big"], "expected a whole number"),
-    lambda f: (["--exp", "4", "--set", "seed"], "key=value"),
-    lambda f: (["--exp", "4", "--device", "gpu"], "expected one of auto, cpu, cuda"),
-    lambda f: (["--exp", "4", "--weights", "none", "--data-dir", str(incomplete_tree(f))], "wnids.txt"),
-    lambda f: (["--exp", "4", "--smoke", "--weights", str(truncated_weights(f))], "broken.pth"),
-    lambda f: (["--exp", "4", "--smoke", "--weights", str(wrong_weights(f))], "missing"),
-    lambda f: (["--exp", "4", "--smoke", "--weights", str(f / "none.pth")], "none.pth"),
-    lambda f: (["--exp", "3", "--smoke", "--set", "data.image_size=30"], "patch"),
-])
-def test_bad_input_is_one_line_exit_2_and_leaves_nothing(make, tmp_path, capsys):
-    args, expected = make(tmp_path)
-    out = tmp_path / "new" / "runs"
-    assert hirelc.main([*args, "--out", str(out)]) == 2
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    arguments = [*make(tmp_path).split(), "--out", str(tmp_path / "new" / "runs")]
+    assert hirelc.main(arguments) == 2
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1 and error.startswith("hirelc: ")
-    assert not (tmp_path / "new").exists()
+    assert not list((tmp_path / "new").rglob("*"))
 
 
 @pytest.mark.parametrize("tf32", [True, False])
 def test_float32_on_a_gpu_is_float32_unless_asked_otherwise(tmp_path, monkeypatch, tf32):
-    """torch's own default lets convolutions round to TF32."""
+    """torch's default lets convolutions round to TF32."""
     def seen(*_):
         assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == tf32
         raise InputError("seen")
 
-    monkeypatch.setattr(hirelc.data, "load", seen)
+    monkeypatch.setattr(data, "load", seen)
+    before = torch.backends.cudnn.allow_tf32
     with pytest.raises(InputError, match="^seen$"):
-        hirelc.run_experiment(hirelc.resolve(4, {"smoke": True, "out": str(tmp_path)}, [f"tf32={tf32}"]))
+        hirelc.run_experiment(hirelc.cli.resolve(4, {"smoke": True, "out": str(tmp_path)}, [f"tf32={tf32}"]), silent())
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu(tmp_path, capsys):
-    assert hirelc.main(["--exp", "4", "--smoke", "--device", "cuda", "--out", str(tmp_path / "runs")]) == 2
-    assert "no usable GPU" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+def test_cublas_is_told_to_be_deterministic(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert networks.device_of(override(Config(), ["device=cpu"])).type == "cpu"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    for there, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        assert networks.device_of(Config()).type == device
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no usable GPU"):
+        networks.device_of(override(Config(), ["device=cuda"]))
 
 
-def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    assert hirelc.main(["--exp", "4", "--smoke", "--out", str(tmp_path / "file" / "runs")]) == 2
-    error = capsys.readouterr().err
-    assert "cannot write" in error and error.count("\n") == 1
-    assert (tmp_path / "file").read_text() == "in the way"
-
-
-def test_a_failed_experiment_does_not_stop_the_next(tmp_path, capsys):
-    args = ["--exp", "3", "4", "--smoke", "--device", "cpu", "--out", str(tmp_path), "--set", *QUICK,
-            "model.patch_size=16"]  # ResNet18 has no patches, the ViT runs
-    assert hirelc.main(args) == 2
-    assert (tmp_path / "exp3-seed42" / "result.json").exists() and not (tmp_path / "exp4-seed42").exists()
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "\n3 " in captured.out
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def test_list_shows_the_experiments_with_the_papers_numbers(capsys):
-    assert hirelc.main(["--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "ResNet18, Tiny ImageNet" in lines[4] and lines[4].endswith("5.99")
-    assert [int(line.split()[0]) for line in lines[1:10]] == list(range(1, 10)) and lines[10] == ""
-    assert any("deit_small_patch16_224-cd65a155.pth" in line and "SHA-256 cd65a155" in line for line in lines[11:])
-
-
-def test_set_wins_over_flags_and_flags_over_smoke():
-    config = hirelc.resolve(5, {"smoke": True, "seed": 7, "model.weights": "w.pth"}, ["seed=8", "search.cycles=3"])
-    assert (config.seed, config.search.cycles, config.model.weights) == (8, 3, "w.pth")
-    assert config.model.name == "mobilenetv2_100" and config.surrogate.warmup == 4 and config.out == "runs-smoke"
-    assert hirelc.resolve(5, {}, []).out == "runs" and hirelc.resolve(5, {}, []).surrogate.warmup == 100
+# run_all.sh
 
 
 @pytest.fixture
@@ -502,43 +487,11 @@ def run_all(stub, *args):
 
 @pytest.mark.skipif((ROOT / ".venv").exists(), reason="run_all.sh would use .venv here")
 def test_run_all_goes_on_past_a_failure_and_says_so_at_the_end(stub, tmp_path):
-    done, calls = run_all(stub, "--smoke", "--seeds", "1,2", "--jobs", "1", "--out", str(tmp_path), "--set",
-                          "lla.timesteps=4")
+    done, calls = run_all(stub, "--smoke", "--seeds", "1,2", "--jobs", "1", "--out", str(tmp_path), "--set", "seed=7")
     assert done.returncode == 1
-    expected = [f"hirelc.py --exp {e} --seed {s} --out {tmp_path} --no-table --resume --smoke --set lla.timesteps=4"
-                for s in (1, 2) for e in range(1, 8)]
-    assert calls == [*expected, f"report.py {tmp_path}"]
-    assert done.stderr.splitlines() == ["run_all: failed: exp 3 seed 1 (exit 2)", "run_all: failed: exp 3 seed 2 (exit 2)"]
-
-
-@pytest.mark.skipif((ROOT / ".venv").exists(), reason="run_all.sh would use .venv here")
-def test_run_all_refuses_a_flag_without_its_value(stub):
+    assert calls == [*(f"hirelc.py --exp {e} --seed {s} --out {tmp_path} --no-table --resume --smoke --set seed=7"
+                       for s in (1, 2) for e in range(1, 8)), f"-P -m evidence.report {tmp_path}"]
+    assert done.stderr.splitlines() == [f"run_all: failed: exp 3 seed {s} (exit 2)" for s in (1, 2)]
     for flags in (["--seeds"], ["--jobs"], ["--jobs", "0"], ["--jobs=many"]):
-        done, calls = run_all(stub, *flags)
-        assert done.returncode == 2 and calls == [] and done.stderr.count("\n") == 1
-
-
-def test_the_program_runs_from_another_folder(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "hirelc.py"), "--list"], cwd=tmp_path, capture_output=True)
-    assert done.returncode == 0 and b"DeiT-Small" in done.stdout
-
-
-def test_holdout_chooses_on_training_images_and_reads_the_test_split_once(monkeypatch):
-    run = small_run(**{"eval.protocol": "holdout", "search.cycles": 1})
-    assert len(run.train_set) == 46 and len(run.choice_set) == 2
-    looked, original = [], hirelc.correct
-
-    def counted(model, images, *rest, **more):
-        looked.append(images is run.test_set)
-        return original(model, images, *rest, **more)
-
-    monkeypatch.setattr(hirelc, "correct", counted)
-    monkeypatch.setattr("train.correct", counted)
-    result = run.run()
-    assert looked[-3:] == [True] * 3 and not any(looked[:-3])
-    assert result["protocol"] == "holdout" and result["eval_images"] == 2 and result["test_images"] == 40
-    low, high = result["drop_interval_full"]
-    assert low <= result["drop_full"] <= high or result["drop_full"] == 0
-    assert result["drop_full"] == pytest.approx(result["baseline_acc_full"] - result["final_acc_full"])
-    assert result["deployed_drop_full"] == pytest.approx(result["baseline_acc_full"] - result["deployed_acc_full"])
-    assert 0 < result["mcnemar_p_full"] <= 1
+        done, more = run_all(stub, *flags)
+        assert done.returncode == 2 and more == calls and done.stderr.count("\n") == 1
