@@ -10,10 +10,7 @@ Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a proportion, in percentage points.
-
-    Raises ValueError unless 0 <= hits <= n > 0.
-    """
+    """Return the 95 % Wilson score interval of a proportion, in points. Raises ValueError for what is none."""
     if not 0 <= hits <= n or n == 0:
         raise ValueError(f"{hits} hits of {n}")
     p, z2 = hits / n, Z95 * Z95
@@ -26,7 +23,6 @@ def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a drop in accuracy on the same ``n`` images, in percentage points.
 
     ``lost`` were right before and are wrong after, ``won`` the reverse; the drop itself is 100 (lost - won) / n.
-
     Agresti and Min (2005): half an image is added to each of the four cells, then
     (b - c) / n ± z sqrt(b + c - (b - c)^2 / n) / n. Raises ValueError for impossible counts.
     """
@@ -37,23 +33,12 @@ def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
     return 100 * ((b - c) / total - half), 100 * ((b - c) / total + half)
 
 
-def difference_interval(first, second) -> tuple[float, float]:
-    """Return the 95 % interval of ``first`` - ``second``, each (accuracy, its Wilson interval) in percent.
-
-    Newcombe (1998), method 10, for independent samples: wider than needed where both were measured on the same images.
-    """
-    (a, (a_low, a_high)), (b, (b_low, b_high)) = first, second
-    return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
-
-
 def crossed_interval(before, after) -> tuple[float, float, float]:
     """Return the mean difference ``after`` - ``before`` of accuracies in percentage points and its 95 % interval.
 
-    Arguments: which images were right with several seeds, bool [seeds, n] each, paired by seed and image.
-
-    Images and seeds both count as drawn at random: var = var over the images of the difference averaged over the seeds,
-    / n, + var over the seeds of the difference averaged over the images, / seeds (with one seed, of the images alone).
-    With few seeds the normal quantile is too small; the range over the seeds belongs beside it.
+    Arguments: which images were right with several seeds, bool [seeds, n] each, paired by seed and image. Both count as
+    drawn at random: var = var over the images of the mean over the seeds, / n, + var over the seeds of the mean over
+    the images, / seeds (with one seed, of the images alone).
     """
     difference = 100 * (np.asarray(after, float) - np.asarray(before, float))
     seeds, n = difference.shape
@@ -63,21 +48,12 @@ def crossed_interval(before, after) -> tuple[float, float, float]:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Return the exact two-sided p of McNemar's test, 1 where the two networks differ on no image.
-
-    It is the probability of so uneven a split of the images on which they differ, if each falls to either side with
-    probability 1/2.
-    """
+    """Return the exact two-sided p of McNemar's test: the probability of so uneven a split of the images on which two
+    networks differ, if each falls to either side with probability 1/2; 1 where there is none."""
     if min(lost, won) < 0:
         raise ValueError(f"{lost} lost and {won} won")
     n, term, total = lost + won, 1, 0
     for k in range(min(lost, won) + 1):
         total += term  # binomial(n, k)
         term = term * (n - k) // (k + 1)
-    return min(1.0, float(2 * total / 2**n) if n < 1000 else 2 * math.exp(_log(total) - n * math.log(2)))
-
-
-def _log(number: int) -> float:
-    """Natural logarithm of a whole number beyond the range of floats."""
-    shift = max(number.bit_length() - 64, 0)
-    return math.log(number >> shift) + shift * math.log(2)
+    return min(1.0, 2 * total / 2**n)

