@@ -7,8 +7,6 @@ The operator prunes first, then quantises; it is deterministic and has no Python
 Retained fractions are size ratios in (0, 1]; CR = 1 / retained fraction.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from dataclasses import dataclass
@@ -26,9 +24,7 @@ FULL_BITS = 32
 SMALLEST_SCALE = 1e-8
 
 
-# --- Configurations and their statistics -----------------------------------------------------------------------
-
-
+# --- Configurations and their sizes -----------------------------------------------------------------------
 @dataclass(frozen=True)
 class KernelConfig:
     """Compression of one kernel: bits b, keep-ratio kappa as requested, numeric type tau, granularity mu (§3.1.1).
@@ -74,6 +70,22 @@ def channels_kept(keep: float, n_out: int) -> int:
 def kernel_retained(config: KernelConfig, n_out: int) -> float:
     """Return rho_ik = (b / 32) * (n / n_out), n the channels really kept (Eq. 21, 29)."""
     return min(config.storage_bits, FULL_BITS) / FULL_BITS * channels_kept(config.keep, n_out) / n_out
+
+
+def kernel_bytes(config: KernelConfig, shape: KernelShape) -> int:
+    """Return the bytes of one packed kernel: codes of the kept rows, scales, zero-points and the map of kept channels.
+
+    Scales and the two ends of a log grid are float32, a zero-point takes ceil(b / 8) bytes, the channel map is a
+    bitmap that is absent when every channel stays.
+    """
+    kept = channels_kept(config.keep, shape.n_out)
+    weights = kept * (shape.params // shape.n_out)
+    bitmap = 0 if kept == shape.n_out else math.ceil(shape.n_out / 8)
+    if config.bits >= FULL_BITS:
+        return 4 * weights + bitmap
+    zero_point = math.ceil(config.bits / 8) if config.qtype == "FLOAT" and config.granularity != "learned" else 0
+    ends = 8 if config.granularity in LOG else (kept if config.granularity in PER_CHANNEL else 1) * (4 + zero_point)
+    return math.ceil(weights * config.storage_bits / 8) + ends + bitmap
 
 
 @dataclass(frozen=True)
@@ -182,31 +194,27 @@ class LayerBudget:
 
 def kernel_shapes(block) -> tuple[KernelShape, ...]:
     """Return the shapes of ``block.kernels``, name → module with a ``weight``; those in ``block.whole`` stay whole."""
-    whole = getattr(block, "whole", ())
-    return tuple(KernelShape(m.weight.shape[0], m.weight.numel(), name not in whole)
+    return tuple(KernelShape(m.weight.shape[0], m.weight.numel(), name not in getattr(block, "whole", ()))
                  for name, m in block.kernels.items())
 
 
+def model_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of every parameter and buffer as stored; a tensor that is shared counts once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in {*model.parameters(), *model.buffers()})
+
+
 # --- Pruning (Eq. 18) and quantisation (Eq. 19-20) -------------------------------------------------------------
-
-
 def prune_mask(weight: Tensor, keep: float) -> Tensor:
     """Return which output channels stay: the n = max(1, floor(keep * n_out)) of largest L2 norm (Eq. 18).
 
     weight [n_out, …] → bool [n_out]. Equal norms: the lower index stays. Raises ValueError unless 0 < keep <= 1.
     """
     kept = channels_kept(KernelConfig(keep=keep).keep, len(weight))  # the KernelConfig checks the value
-    mask = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
-    mask[channel_order(weight)[:kept]] = True
-    return mask
-
-
-def channel_order(weight: Tensor) -> Tensor:
-    """Sort the output channels of ``weight`` [n_out, …] from the largest L2 norm to the smallest, int64 [n_out]; of
-    equal norms the lower index comes first."""
     values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))  # half precision would make ties
-    norms = torch.linalg.vector_norm(values.reshape(weight.shape[0], -1), dim=1)
-    return torch.sort(norms, descending=True, stable=True).indices
+    norms = torch.linalg.vector_norm(values.reshape(len(weight), -1), dim=1)
+    mask = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+    mask[norms.sort(descending=True, stable=True).indices[:kept]] = True
+    return mask
 
 
 @dataclass(frozen=True)
@@ -239,8 +247,7 @@ class Grid:
         """log2 of a log grid's smallest magnitude, and the step. In float64, like the table: the last bit of a float32
         logarithm differs between processors, and a packed file holds the ends alone."""
         low, high = self.scale.double().log2().unbind()
-        levels = self.code_range[1]
-        return low, ((high - low) / max(levels - 1, 1)).clamp_min(torch.finfo(torch.float32).tiny)
+        return low, ((high - low) / max(self.code_range[1] - 1, 1)).clamp_min(torch.finfo(torch.float32).tiny)
 
     @cached_property
     def log_table(self) -> Tensor:
@@ -248,10 +255,9 @@ class Grid:
         table; a single level is in the middle."""
         levels, (low, step) = self.code_range[1], self.log_steps
         smallest, largest = self.scale.unbind()
-        if levels == 1:
-            magnitudes = (smallest if bool(largest == smallest) else torch.exp2(low + step / 2).float()).reshape(1)
-        else:
-            magnitudes = torch.exp2(low + step * torch.arange(levels, device=self.scale.device)).float()
+        position = torch.arange(levels, dtype=torch.float64, device=self.scale.device) + 0.5 * (levels == 1)
+        magnitudes = torch.exp2(low + step * position).float()
+        if levels > 1 or bool(smallest == largest):
             magnitudes[0], magnitudes[-1] = smallest, largest
         return torch.cat([-magnitudes.flip(0), torch.zeros_like(magnitudes[:1]), magnitudes])
 
@@ -288,15 +294,13 @@ def encode(values: Tensor, grid: Grid) -> Tensor:
     """Return the codes of ``values`` float32 [n, …]: the nearest of the grid, clipped to its ends."""
     low, high = grid.code_range
     if grid.granularity in LOG:
-        if high == 1:
-            return values.sign()
         start, step = grid.log_steps
         position = values.abs().double().log2_().sub_(start).div_(step).float()
         return position.round_().clamp_(0, high - 1).add_(1).mul_(values.sign())
     codes = (values / grid.scale).round_()
-    if grid.zero is None:
-        return codes.clamp_(low, high)
-    codes = codes.add_(grid.zero).clamp_(low, high)
+    if grid.zero is not None:
+        codes.add_(grid.zero)
+    codes.clamp_(low, high)
     # When the zero-point falls on a half, the upper end may round inwards, and a second pass would find a narrower
     # range. It takes the top code: still within scale / 2, and the range reproduces itself.
     return codes if grid.high is None else codes.masked_fill_(values >= grid.high, high)
@@ -338,8 +342,6 @@ def compress_kernel(weight: Tensor, config: KernelConfig) -> tuple[Tensor, Tenso
 
 
 # --- The operator on a network ---------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def eval_mode(model: torch.nn.Module):
     """Eval mode inside, and afterwards every module back in its mode before, also after an exception."""
@@ -368,26 +370,25 @@ def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> dic
     """Put fine-tuned kernels back on their grids (ledger D14), in place, with the masks as they are; return the grids,
     kernel name → Grid, None for a kernel of 32 bits. Raises ValueError when C or the masks do not fit the blocks."""
     kernels, grids = _fitted(blocks, config), {}
-    _check_masks(blocks, masks)
+    mask_factors(blocks, masks)  # raises unless the masks fit
     for name, module, kernel in kernels:
         kept = module.weight.detach()[masks[name]].float()
         grids[name] = grid = find_grid(kept, kernel) if kernel.bits < FULL_BITS else None
-        set_rows(module.weight, masks[name], decode(encode(kept, grid), grid) if grid else kept)
+        module.weight.zero_()
+        module.weight[masks[name]] = (decode(encode(kept, grid), grid) if grid else kept).to(module.weight.dtype)
     return grids
-
-
-def set_rows(weight: Tensor, mask: Tensor, rows: Tensor) -> None:
-    """Write ``rows`` [kept, …] into the rows of ``weight`` [n_out, …] that ``mask`` names, zero elsewhere."""
-    full = torch.zeros_like(weight)
-    full[mask] = rows.to(weight.dtype)
-    weight.copy_(full)
 
 
 def mask_factors(blocks, masks: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the weights of the kernels, and the factors 0 and 1 of their rows, for :func:`apply_factors`. Raises
     ValueError unless there is a bool mask [n_out] for every kernel and for nothing else."""
-    _check_masks(blocks, masks)
     weights = {name: module.weight for block in blocks for name, module in block.kernels.items()}
+    if set(weights) != set(masks):
+        raise ValueError(f"masks for {sorted(set(masks) - set(weights))} have no kernel, "
+                         f"kernels {sorted(set(weights) - set(masks))} have no mask")
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool or mask.shape != weights[name].shape[:1]:
+            raise ValueError(f"mask of {name}: expected bool [{len(weights[name])}], got {mask.dtype} {[*mask.shape]}")
     return list(weights.values()), [masks[name].to(weight).reshape(-1, *[1] * (weight.dim() - 1))
                                     for name, weight in weights.items()]
 
@@ -412,39 +413,3 @@ def _fitted(blocks, config: NetworkConfig) -> list[tuple[str, torch.nn.Module, K
             raise ValueError(f"block {block.name}: the configuration was made for kernels of other shapes")
     return [(name, module, kernel) for block, chosen in zip(blocks, config.blocks)
             for (name, module), kernel in zip(block.kernels.items(), chosen.kernels)]
-
-
-def _check_masks(blocks, masks: dict[str, Tensor]) -> None:
-    modules = {name: module for block in blocks for name, module in block.kernels.items()}
-    if set(modules) != set(masks):
-        raise ValueError(f"masks for {sorted(set(masks) - set(modules))} have no kernel, "
-                         f"kernels {sorted(set(modules) - set(masks))} have no mask")
-    for name, mask in masks.items():
-        n_out = modules[name].weight.shape[0]
-        if mask.dtype != torch.bool or mask.shape != (n_out,):
-            raise ValueError(f"mask of {name}: expected bool [{n_out}], got {mask.dtype} {list(mask.shape)}")
-
-
-# --- Accounting beyond Eq. 21-22 -------------------------------------------------------------------------------
-
-
-def kernel_bytes(config: KernelConfig, shape: KernelShape) -> int:
-    """Return the bytes of one packed kernel: codes of the kept rows, scales, zero-points and the map of kept channels.
-
-    Scales and the two ends of a log grid are float32, a zero-point takes ceil(b / 8) bytes, the channel map is a
-    bitmap that is absent when every channel stays.
-    """
-    kept = channels_kept(config.keep, shape.n_out)
-    weights = kept * (shape.params // shape.n_out)
-    bitmap = 0 if kept == shape.n_out else math.ceil(shape.n_out / 8)
-    if config.bits >= FULL_BITS:
-        return 4 * weights + bitmap
-    zero_point = math.ceil(config.bits / 8) if config.qtype == "FLOAT" and config.granularity != "learned" else 0
-    ends = 8 if config.granularity in LOG else (kept if config.granularity in PER_CHANNEL else 1) * (4 + zero_point)
-    return math.ceil(weights * config.storage_bits / 8) + ends + bitmap
-
-
-def model_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of every parameter and buffer as stored; a tensor that is shared counts once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
