@@ -24,14 +24,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import TensorDataset, default_collate
 
 from config import Data, InputError
 from support import images as sources
-from support.images import ImageSet, Loaded, Part
+from support.images import ImageSet, Part
 
-CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-CIFAR100_STATS = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+CIFAR_STATS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+               "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
 IMAGENET_STATS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SYNTHETIC_STATS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -102,21 +101,23 @@ class Stream(Images):
     :class:`Images` that were decoded to that side. InputError names an image that cannot be read."""
 
     def __post_init__(self):
-        pass
+        """Check nothing: nothing is in memory."""
 
     def subset(self, index) -> Stream:
-        """As :meth:`ImageSet.subset`, streamed as well."""
-        part = super().subset(index)
-        files = dataclasses.replace(self.images, names=self.images.names[part.index.numpy()])
-        return dataclasses.replace(self, images=files, labels=part.labels)
+        """Return the images at ``index`` (int64 [n]), streamed as well."""
+        files = dataclasses.replace(self.images, paths=self.images.paths[index.numpy()])
+        return dataclasses.replace(self, images=files, labels=self.labels[index])
+
+    def batch(self, index, device="cpu", generator=None):
+        """As :meth:`Images.batch`, decoded in this process."""
+        (index, rows), = self.images.read([torch.as_tensor(index, dtype=torch.int64)])
+        return self._prepare(sources.pixels(rows), index, device, generator)
 
     def batches(self, batch_size, device="cpu", generator=None, limit=0):
         """As :meth:`ImageSet.batches`, two batches per process ahead."""
         parts = sources.chunks(len(self), batch_size, generator, limit)
-        for index, x in sources.read_ahead(self.images, parts, self.images.workers):
-            if isinstance(x, InputError):
-                raise x
-            yield self._prepare(x, index, device, generator)
+        for index, rows in self.images.read(parts, self.images.workers):
+            yield self._prepare(sources.pixels(rows), index, device, generator)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,6 @@ class Splits:
     train: Images | Stream
     test: Images | Stream
     num_classes: int
-    class_names: tuple[str, ...]
     notes: tuple[str, ...]
     skipped: int = 0
     asked: tuple[int, int] = (0, 0)
@@ -137,9 +137,7 @@ class Splits:
 
 def resize(x, size):
     """Resize x [n, C, h, w] → float [n, C, size, size] in the same value range: bilinear, antialiased when shrinking.
-
-    Images of that size come back as they are, uint8 included.
-    """
+    Images of that size come back as they are, uint8 included."""
     if x.shape[-2:] == (size, size):
         return x
     # Enlarging, the antialiased kernel has the plain one's weights, and is twice as fast on a CPU.
@@ -223,16 +221,15 @@ def load(settings: Data, progress=sources.silent, pretrained_stats=None) -> Spli
 
 
 def _load_files(settings, progress):
-    *parts, names, notes = sources.read(settings, progress)
-    mean, std = {"cifar10": CIFAR10_STATS, "cifar100": CIFAR100_STATS}.get(settings.name, IMAGENET_STATS)
-    augment = ("flip", "crop", "jitter") if settings.name.startswith("cifar") else ("flip", "jitter")
+    *parts, num_classes, notes = sources.read(settings, progress)
+    mean, std = CIFAR_STATS.get(settings.name, IMAGENET_STATS)
+    augment = ("flip", "crop", "jitter") if settings.name in CIFAR_STATS else ("flip", "jitter")
     splits = []
     for part, how in zip(parts, (augment, ())):
-        streamed = isinstance(part.pixels, sources.Files)
-        kind, images = (Stream, part.pixels) if streamed else (Images, torch.from_numpy(part.pixels))
-        splits.append(kind(images, torch.from_numpy(part.labels), settings.image_size, mean, std, how))
+        kind = Stream if isinstance(part.images, sources.Files) else Images
+        splits.append(kind(part.images, part.labels, settings.image_size, mean, std, how))
     asked = (settings.train_images or parts[0].available, settings.test_images or parts[1].available)
-    return Splits(*splits, len(names), tuple(names), tuple(notes), sum(part.skipped for part in parts), asked)
+    return Splits(*splits, num_classes, tuple(notes), sum(part.skipped for part in parts), asked)
 
 
 def as_images(source, what="the images"):
@@ -259,28 +256,19 @@ def check_finite(images, what):
 
     Images that a Dataset reads are checked batch by batch as they are used.
     """
-    images = images.whole if isinstance(images, Part) else images
-    x = getattr(images, "images", None)
-    if isinstance(images, Loaded) and type(images.dataset) is TensorDataset and images.collate is default_collate:
-        x = images.dataset.tensors[0]
+    x = getattr(images.whole if isinstance(images, Part) else images, "images", None)
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         for index in torch.arange(len(x)).split(64):
             sources.finite(x[index[0]:index[-1] + 1], index, what)
 
 
-def held_out(images: int) -> int:
-    """Return how many of so many training images are held out; InputError where nothing is left on one side."""
-    count = round(HOLDOUT_SHARE * images)
-    if not 0 < count < images:
-        raise InputError(f"eval.protocol=holdout: 5 % of {images} training images are none; give more images")
-    return count
-
-
 def hold_out(train):
     """Return (images to train on, images that choose): a fixed pseudo-random 5 % of ``train``, whatever the seed."""
-    count = held_out(len(train))
+    count = round(HOLDOUT_SHARE * len(train))
+    if not count:
+        raise InputError(f"eval.protocol=holdout: 5 % of {len(train)} training images are none; give more images")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(HOLDOUT_SEED))
-    part = train.subset if isinstance(train, ImageSet) else partial(Part, train)
+    part = train.subset if isinstance(train, Stream) else partial(Part, train)
     return part(order[count:].sort().values), part(order[:count])
 
 
@@ -292,8 +280,7 @@ def _load_synthetic(settings):
                             settings.test_images or SYNTHETIC_TEST, settings.image_size, SYNTHETIC_SEED)
     note = (f"synthetic: {len(train)} training and {len(test)} test images of drawn shapes, for trying the code out; "
             "accuracies on them say nothing about real images")
-    names = tuple(f"class{i}" for i in range(settings.classes))
-    return Splits(train, test, settings.classes, names, (note,), asked=(len(train), len(test)))
+    return Splits(train, test, settings.classes, (note,), asked=(len(train), len(test)))
 
 
 def synthetic(num_classes, train, test, size, seed):

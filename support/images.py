@@ -1,18 +1,18 @@
-"""Image files decoded in processes and cached, and sets of images that are read as they are used (ledger D15, D19)."""
+"""Image files decoded by processes and cached, and sets of images that are read as they are used (ledger D15, D19)."""
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+import hashlib
 import multiprocessing
 import os
-import pathlib
 import signal
-import threading
-import time
+import struct
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+import zlib
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -23,20 +23,21 @@ from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset
 
 from config import InputError
 from support import layouts
-from support.files import one_line, shown
+from support.files import one_line, replace_file, shown
 from support.layouts import PUBLISHED, Sample, absent  # noqa: F401 (for callers of this module)
 
 IN_MEMORY = 4 * 2**30              # bytes of a decoded split of imagenet or folder; a larger one is streamed
-MANY, CHUNK = 500, 50              # images from which on processes decode, and images per request to one
-CACHE, FORMAT = ".hirelc-cache", 3 # folder of the cache files, beside the data, and their format
-MAX_PIXELS, MAX_LENGTH = 64 << 20, 1 << 16                  # of an image; one that claims more may take minutes
-RESIZED, RECOLOURED, UNREADABLE = 1, 2, 4                   # flags of an image
-
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it prints what is wrong with a file by itself, too
+MANY = 500                         # images from which on processes decode
+CHUNK, MESSAGE = 50, 2**20         # images and bytes at most that a process hands over at once; containers share 64 MB
+CACHE, FORMAT = ".hirelc-cache", 4 # folder of the cache files, beside the data, and their format
+CHANGED, UNREADABLE = 1, 2         # flags of an image: resized or converted to RGB; not to be decoded
+DAMAGED = (OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+           AssertionError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)    # of Pillow's decoders
+START = "fork" if "fork" in multiprocessing.get_all_start_methods() else None   # others import the user's script again
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress callback that says nothing."""
+    """Take progress, and say nothing."""
 
 
 def cores() -> int:
@@ -44,243 +45,186 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_method():
-    """Return how processes are started: forked where that exists; other ways import the user's script once more."""
-    return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+# Decoding. An image is a row, uint8 [1 + 3·side²]: a flag, then the pixels.
 
 
-# Decoding
-
-
-def decode(paths, side, what="reading images", progress=silent, skip=False) -> np.ndarray:
-    """Decode n image files → uint8 [n·(1 + 3·side²)]: a flag per file, the pixels of the readable ones, zeros.
-    ``side`` 0 only tries to read them. Without ``skip``, InputError names the first that cannot be read."""
-    n = len(paths)
-    flat, end = np.zeros(n * (1 + 3 * side * side), np.uint8), n
-    starts = range(0, n, CHUNK)
-    pool = ProcessPoolExecutor(cores(), start_method(), _start_worker) if n >= MANY and cores() > 1 else None
-    each = pool.map if pool else map
-    progress(what, 0, n)
+def decode(path, side):
+    """Return the row of an image file; ``side`` 0 only tries whether it decodes. InputError where it does not."""
+    row = np.zeros(1 + 3 * side * side, np.uint8)
     try:
-        parts = each(partial(read_images, side=side, skip=skip), [paths[start:start + CHUNK] for start in starts])
-        for start, (pixels, flags) in zip(starts, parts):
-            flat[start:start + len(flags)] = flags
-            flat[end:end + pixels.size] = pixels.reshape(-1)
-            end += pixels.size
-            progress(what, start + len(flags), n)
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)              # after an error, do not read on
-    return flat
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            image.load()
+            if side:
+                row[0] = CHANGED * (image.mode != "RGB" or image.size != (side, side))
+                image = image if image.mode == "RGB" else image.convert("RGB")
+                image = image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BILINEAR)
+                row[1:] = np.asarray(image).transpose(2, 0, 1).reshape(-1)
+    except DAMAGED as error:
+        raise InputError(f"{shown(path)}: not a readable image ({one_line(error)}); replace the file, remove its data "
+                         "set's folder and get it again, or leave such images out with data.skip_corrupt=true") \
+            from None
+    return torch.from_numpy(row)
 
 
-def read_images(paths, side, skip=False):
-    """Decode n images → (pixels uint8 [m, 3, side, side] of the m readable ones, flags [n]); as :func:`decode`."""
-    pixels, flags = np.zeros((len(paths), 3, side, side), np.uint8), np.zeros(len(paths), np.uint8)
-    for i, path in enumerate(paths):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Files(Dataset):
+    """Image files decoded to ``side`` pixels when used; ``workers``: processes that stream them."""
+    paths: np.ndarray                                       # bytes; every process would copy a list of strings
+    side: int
+    workers: int = 0
+
+    def __getitem__(self, i):
+        """Return the row of image i, flagged where it cannot be read: an error would come from a process as a text."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")             # of odd metadata; what matters is whether it decodes
-                flags[i] = _read_image(path, pixels[i])
-        except MemoryError:
-            raise
-        except Exception as error:                          # Pillow's decoders raise almost anything on damaged files
-            if not skip:
-                raise InputError(f"{shown(path)}: not a readable image ({one_line(error)}); replace the file, remove "
-                                 "its data set's folder and get it again, or leave such images out with "
-                                 "data.skip_corrupt=true") from None
-            flags[i] = UNREADABLE
-    return pixels[flags != UNREADABLE], flags
+            return decode(os.fsdecode(self.paths[i]), self.side)
+        except InputError:
+            return torch.zeros(1 + 3 * self.side**2, dtype=torch.uint8).index_fill_(0, torch.tensor(0), UNREADABLE)
+
+    def read(self, parts, workers=0, skip=False):
+        """Yield (positions int64 [n], rows) for all tensors of positions; without ``skip``, InputError names the first
+        image that cannot be read."""
+        for index, rows in read_ahead(self, parts, workers):
+            for i in () if skip else (rows[:, 0] == UNREADABLE).nonzero().flatten():
+                rows[i] = decode(os.fsdecode(self.paths[index[i]]), self.side)      # raises, with the reason
+            yield index, rows
 
 
-def _read_image(path, pixels):
-    """Decode into uint8 [3, side, side] → flag."""
-    flag, side = 0, pixels.shape[1]
-    with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_LENGTH:
-            raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}, or than {MAX_LENGTH} "
-                             "along a side")
-        image.load()
-        if side and image.mode != "RGB":
-            image, flag = image.convert("RGB"), RECOLOURED
-        if side and image.size != (side, side):
-            image, flag = image.resize((side, side), Image.Resampling.BILINEAR), flag | RESIZED
-        if side:
-            pixels[:] = np.asarray(image).transpose(2, 0, 1)
-    return flag
+def pixels(rows):
+    """Return the pixels of rows, uint8 [n, 3, side, side], a view."""
+    side = round((rows.shape[1] // 3) ** 0.5)
+    return rows[:, 1:].unflatten(1, (3, side, side))
 
 
-def _start_worker():
-    """Leave Ctrl-C to the parent, and end with it even where it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def read_ahead(dataset, parts, workers, collate=default_collate, seeds=None, init=None):
+    """Return pairs (positions, collated items) for all tensors of positions, read by ``workers`` processes (0 = here);
+    ``seeds``: generator of the processes' random numbers; ``init``: called in each with its number."""
+    loader = DataLoader(dataset, batch_sampler=[part.tolist() for part in parts], collate_fn=collate,
+                        num_workers=workers, worker_init_fn=partial(_start, init=init),
+                        multiprocessing_context=START if workers else None,
+                        generator=seeds or torch.Generator())       # else a pass would draw from the global generator
+    return zip(parts, loader)
 
 
-# The cache: one .npy file of what decode() returns, mapped into memory. Its name ends in a hash over how it was made
-# and over names, sizes and modification times of the whole split in order.
+def _start(worker, init):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the parent, with which processes end
+    if init:
+        init(worker)
 
 
-def _decoded(settings, split, listing, count, side, progress, notes):
-    """(pixels, flags) of the first ``count`` files, from the cache where it has them."""
-    flat, row = None, 3 * side * side
-    if settings.cache:
-        key = listing.digest(f"{FORMAT} {PIL.__version__} {side} bilinear")
-        target = pathlib.Path(settings.dir) / CACHE / f"{settings.name}-{split}-{side}-{key}.npy"
-        flat = _open_cache(target, count, side, notes)
-    if flat is None or not settings.skip_corrupt and UNREADABLE in flat[:count]:
-        what = f"{'reading' if side else 'checking'} {split} images"
-        flat = decode([f"{listing.folder}/{name}" for name in listing.names[:count]], side, what, progress,
-                      settings.skip_corrupt)
-        if settings.cache:
-            try:
-                _keep(target, flat)
-                mapped = _open_cache(target, count, side, notes)
-                flat = flat if mapped is None else mapped
-            except OSError as error:
-                notes.append(f"{settings.name}: decoded images are not kept, {target.parent} cannot hold them "
-                             f"({error.strerror or error})")
-    flags, start = flat[:count], len(flat) // (1 + row)
-    readable = np.count_nonzero(flags != UNREADABLE)
-    return flat[start:start + readable * row].reshape(readable, 3, side, side), flags
+# Reading a data set, with a cache: one file of all rows, mapped into memory
 
 
-def _open_cache(path, count, side, notes):
-    """What :func:`decode` returned, mapped so that writes stay in memory; None where it covers fewer files."""
-    try:
-        flat = np.load(path, mmap_mode="c")
-        if flat.dtype != np.uint8 or flat.ndim != 1 or len(flat) % (1 + 3 * side * side):
-            raise ValueError(f"it holds {flat.dtype} {list(flat.shape)}")
-        return flat if len(flat) >= count * (1 + 3 * side * side) else None
-    except FileNotFoundError:
-        return None
-    except Exception as error:                              # numpy raises almost anything on damaged files
-        notes.append(f"{path} is no whole cache of decoded images ({one_line(error)}); it is made again")
-        return None
-
-
-def _keep(target, flat):
-    """Write a cache under another name and rename it; remove older ones of the split and abandoned parts."""
-    target.parent.mkdir(exist_ok=True)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.save(file, flat)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
-    for path in target.parent.glob(f"{target.name.rpartition('-')[0]}-*"):
-        if path != target and path.stat().st_mtime < time.time() - 3600:    # a younger one may be another run's
-            path.unlink(missing_ok=True)
-
-
-# Reading a data set
-
-
-@dataclass(eq=False)
-class Split:
-    """A split as read: ``labels`` int64 [n], ``pixels`` uint8 [n, 3, side, side], or :class:`Files` to be streamed.
+class Split(NamedTuple):
+    """A split as read: ``images`` uint8 [n, 3, side, side] or :class:`Files` to be streamed; ``labels`` int64 [n];
     ``available``: images of the whole split; ``skipped``: images left out."""
-    labels: np.ndarray
+    images: torch.Tensor | Files
+    labels: torch.Tensor
     available: int
-    pixels: np.ndarray | Files
     skipped: int = 0
 
 
 def read(settings, progress=silent):
-    """Return (train Split, test Split, class names, notes) of the data set that ``settings`` (config.Data) name.
+    """Return (train Split, test Split, number of classes, notes) of the data set that ``settings`` (config.Data) name.
     Raises InputError when it cannot be had, is incomplete or damaged, or holds too few images."""
-    notes, name = [], settings.name
-    layout = layouts.find(settings, progress, notes)
-    splits = [_read_split(settings, split, layout, progress, notes) for split in ("train", "test")]
-    for part, what in zip(splits, ("training images: the first {} of a fixed permutation of {}",
-                                   "test images: the first {} of the test order of {}")):
-        if len(part.labels) + part.skipped < part.available:
-            notes.append(f"{name}: " + what.format(len(part.labels) + part.skipped, part.available))
-    return *splits, layout.classes, notes
+    notes = []
+    *listings, classes = layouts.find(settings, progress, notes)
+    splits = [_read_split(settings, split, listing, progress, notes)
+              for split, listing in zip(("train", "test"), listings)]
+    return *splits, len(classes), notes
 
 
-def _read_split(settings, split, layout, progress, notes) -> Split:
+def _read_split(settings, split, listing, progress, notes) -> Split:
     """The asked-for first images of a split, decoded, or to be streamed where that takes too much memory.
 
     Unreadable images among them are left out with skip_corrupt: n asked for, k unreadable gives n - k.
     """
-    listing, name, side = getattr(layout, split), settings.name, layout.side
-    wanted, available = getattr(settings, f"{split}_images"), len(listing.labels)
+    wanted, available, name = getattr(settings, f"{split}_images"), len(listing.labels), settings.name
     if wanted > available:
         raise InputError(f"data.{split}_images={wanted}: the {split} split of {name} in {settings.dir} holds "
                          f"{available}; give at most {available}, or 0 for all")
     count = min(wanted or available, getattr(settings, "at_most", available))
-    names, labels = listing.names, np.array(listing.labels[:count], np.int64)
+    if count < available:
+        order = "a fixed permutation" if split == "train" else "the test order"
+        notes.append(f"{name}: {split} images: the first {count} of {order} of {available}")
+    labels = torch.tensor(listing.labels[:count])
     if listing.pixels is not None:
-        return Split(labels, available, listing.pixels[:count])
-    size, flags, pixels = count * 3 * side * side, np.zeros(count, np.uint8), None
-    streamed = layout.may_stream and size > IN_MEMORY
+        return Split(listing.pixels[:count], labels, available)
+    side = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}.get(name, settings.image_size)
+    files = Files(np.array([os.fsencode(path) for path in listing.paths[:count]]), side,
+                  cores() if settings.workers < 0 else settings.workers)
+    streamed = name in ("imagenet", "folder") and count * 3 * side * side > IN_MEMORY
     if streamed:
         notes.append(f"{name}: {split} images are streamed from disk; decoded to {side} px they would take "
-                     f"{size / 1e9:.1f} GB")
-    if not streamed or settings.skip_corrupt:
-        pixels, flags = _decoded(settings, split, listing, count, 0 if streamed else side, progress, notes)
-    readable = flags != UNREADABLE
-    bad = [f"{listing.folder}/{names[i]}" for i in np.flatnonzero(~readable)]
-    for flag, what in ((RESIZED, f"not {side} x {side} and were resized to it"),
-                       (RECOLOURED, "not RGB (grey, palette) and were converted")):
-        if (flags & flag).any():
-            notes.append(f"{name}: {np.count_nonzero(flags & flag)} {split} images were {what}")
+                     f"{count * 3 * side * side / 1e9:.1f} GB")
+        if not settings.skip_corrupt:
+            return Split(files, labels, available)
+    rows = _rows(settings, split, listing, dataclasses.replace(files, side=0 if streamed else side), progress, notes)
+    good, changed = rows[:, 0] != UNREADABLE, int((rows[:, 0] == CHANGED).sum())
+    bad = [listing.paths[i] for i in (~good).nonzero()]
+    if changed:
+        notes.append(f"{name}: {changed} {split} images were resized to {side} x {side} or converted to RGB")
     if bad:
         notes.append(f"{name}: left out {len(bad)} {split} images that cannot be read: {', '.join(bad[:3])}"
                      f"{', …' if len(bad) > 3 else ''}")
-    lost = set(labels.tolist()) - set(labels[readable].tolist())
-    if not readable.any() or lost and count == available:
-        raise InputError(f"{listing.folder}/{names[labels.tolist().index(min(lost))]}: no image of its class in the "
-                         f"{split} split can be read; replace the files, or remove the class everywhere")
-    if streamed:
-        encoded = np.array([os.fsencode(name) for name in names[:count]])[readable]
-        pixels = Files(listing.folder, encoded, side, cores() if settings.workers < 0 else settings.workers)
-    return Split(labels[readable], available, pixels, len(bad))
+    if len(bad) == count:
+        raise InputError(f"{bad[0]}: no image of the {split} split can be read; replace the files")
+    files = dataclasses.replace(files, paths=files.paths[good.numpy()])
+    return Split(files if streamed else pixels(rows[good] if bad else rows), labels[good], available, len(bad))
+
+
+def _rows(settings, split, listing, files, progress, notes):
+    """The rows of ``files``, from the cache where it has them, and else decoded, by processes where they are many."""
+    n, width = len(files.paths), 1 + 3 * files.side**2
+    if settings.cache:
+        folder = Path(settings.dir) / CACHE
+        key = _digest(f"{FORMAT} {PIL.__version__} {settings.skip_corrupt}", listing.paths, folder.parent)
+        target = folder / f"{settings.name}-{split}-{files.side}-{key}.rows"
+        size = target.stat().st_size if target.is_file() else 0
+        if size % width:
+            notes.append(f"{target} is no whole cache of decoded images; it is made again")
+        elif size >= n * width:
+            return _mapped(target, n, width)
+    what = f"{'reading' if files.side else 'checking'} {split} images"
+    rows, done, workers = torch.empty(n, width, dtype=torch.uint8), 0, cores() if n >= MANY and cores() > 1 else 0
+    progress(what, done, n)
+    parts = torch.arange(n).split(max(1, min(CHUNK, MESSAGE // width)))
+    for index, part in files.read(parts, workers, settings.skip_corrupt):
+        rows[index], done = part, done + len(part)
+        progress(what, done, n)
+    if settings.cache:
+        try:
+            folder.mkdir(exist_ok=True)
+            part = target.with_suffix(f".{os.getpid()}")    # another run may be writing the same file
+            replace_file(part, lambda file: file.write(rows.numpy()))
+            os.replace(part, target)
+            return _mapped(target, n, width)
+        except OSError as error:
+            notes.append(f"{settings.name}: decoded images are not kept, {folder} cannot hold them "
+                         f"({error.strerror or error})")
+    return rows
+
+
+def _mapped(path, n, width):
+    """The first n rows of a file, mapped so that writes stay in memory."""
+    return torch.from_file(str(path), shared=False, size=n * width, dtype=torch.uint8).view(n, width)
+
+
+def _digest(how, paths, folder):
+    """16 hexadecimal digits over ``how``, sizes, times and paths in ``folder``: changed files are decoded anew."""
+    digest, start = hashlib.blake2b(how.encode(), digest_size=8), len(str(folder))
+    for path in paths:
+        status = os.stat(path) if os.path.exists(path) else None        # decoding will say that it is absent
+        digest.update(os.fsencode(f"{path[start:]}\t{status and (status.st_size, status.st_mtime_ns)}\n"))
+    return digest.hexdigest()
 
 
 # Sets that are read as they are used
-
-
-@dataclass(frozen=True, eq=False)
-class Files:
-    """Image files in ``folder`` that ``workers`` processes (0 = this one) decode to uint8 [3, side, side] when used."""
-    folder: str
-    names: np.ndarray                                       # bytes; every process would copy a list of strings
-    side: int
-    workers: int
-
-    def __getitem__(self, index):
-        """Return the images at ``index`` (int64 [n]), uint8 [n, 3, side, side]. Raises InputError for a bad one."""
-        paths = [os.path.join(self.folder, os.fsdecode(name)) for name in self.names[np.asarray(index)]]
-        return torch.from_numpy(read_images(paths, self.side)[0])
-
-    def __getitems__(self, index):
-        """As ``[index]`` for a DataLoader, with the InputError as a value: raised, a traceback would arrive."""
-        try:
-            return self[index]
-        except InputError as error:
-            return error
 
 
 def chunks(n, batch_size, generator=None, limit=0):
     """Return int64 positions of each batch: in order, or in an order drawn from the generator; the first ``limit``."""
     order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
     return (order[:limit] if limit > 0 else order).split(batch_size) if n else ()
-
-
-def read_ahead(dataset, parts, workers, collate=lambda batch: batch, seeds=None, init=None):
-    """Return pairs (positions, collated items) for all tensors of positions, read by ``workers`` processes (0 = here);
-    ``seeds``: generator of the processes' random numbers."""
-    loader = DataLoader(dataset, batch_sampler=[part.tolist() for part in parts], collate_fn=collate,
-                        num_workers=workers, worker_init_fn=init,
-                        multiprocessing_context=start_method() if workers else None,
-                        generator=seeds or torch.Generator())       # else a pass would draw from the global generator
-    return zip(parts, loader)
 
 
 class ImageSet:
@@ -294,10 +238,6 @@ class ImageSet:
         """
         for index in chunks(len(self), batch_size, generator, limit):
             yield self.batch(index, device, generator)
-
-    def subset(self, index) -> Part:
-        """Return the images at ``index`` (int64 tensor, list, range or slice) as a set."""
-        return Part(self, torch.arange(len(self))[index if isinstance(index, slice) else torch.as_tensor(index)])
 
 
 class Part(ImageSet):
@@ -323,8 +263,8 @@ class Part(ImageSet):
 class Loaded(ImageSet):
     """A map-style ``dataset`` of (image float tensor, label int), read by ``workers`` processes (0 = this one).
 
-    Raises InputError that names the set, ``what``, when its first item does not collate to (x float [n, …], y integer
-    [n]), and later when a batch does not or holds images that are not finite.
+    Raises InputError that names the set, ``what``, when a batch, or at once the first item, does not collate to
+    (x float [n, …], y integer [n]), or is not finite.
     """
 
     def __init__(self, dataset, what, collate=default_collate, workers=0, worker_init=None):
@@ -333,12 +273,7 @@ class Loaded(ImageSet):
         self.dataset, self.what, self.collate = dataset, what, collate
         self.workers, self.worker_init = workers, worker_init
         with torch.random.fork_rng(devices=[]):             # a look at an item must not shift the run's random numbers
-            items = [dataset[0]]
-        try:
-            batch = collate(items)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{what}: items must be (image float tensor, label int): {one_line(error)}") from None
-        self._checked(batch, "cpu")
+            self.batch([0])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -346,7 +281,12 @@ class Loaded(ImageSet):
     def batch(self, index, device="cpu", generator=None):
         """Return the items at ``index`` (int64 [n] or list), read in this process."""
         index = torch.as_tensor(index, dtype=torch.int64)
-        return self._checked(self.collate([self.dataset[i] for i in index.tolist()]), device, index)
+        items = [self.dataset[i] for i in index.tolist()]
+        try:
+            batch = self.collate(items)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.what}: items must be (image float tensor, label int): {one_line(error)}") from None
+        return self._checked(batch, index, device)
 
     def batches(self, batch_size, device="cpu", generator=None, limit=0):
         """As :meth:`ImageSet.batches`; the processes' random numbers follow the generator too, where there is one."""
@@ -354,18 +294,15 @@ class Loaded(ImageSet):
         if generator is not None:
             seeds.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         for index, batch in read_ahead(self.dataset, parts, self.workers, self.collate, seeds, self.worker_init):
-            yield self._checked(batch, device, index)
+            yield self._checked(batch, index, device)
 
-    def _checked(self, batch, device, index=None):
-        x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (None, None)
+    def _checked(self, batch, index, device):
+        x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
         if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype.is_floating_point
                 and not y.dtype.is_floating_point and y.dim() == 1 and len(x) == len(y)):
-            kinds = [f"{part.dtype} {list(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
-                     for part in (batch if isinstance(batch, (tuple, list)) else [batch])]
-            raise InputError(f"{self.what}: a batch must be (x float [n, C, H, W], y integer [n]), not "
-                             f"({', '.join(kinds)})")
-        if index is not None:
-            finite(x, index, self.what)
+            kinds = [getattr(part, "dtype", type(part).__name__) for part in (x, y)]
+            raise InputError(f"{self.what}: a batch must be (x float [n, C, H, W], y integer [n]), not {kinds}")
+        finite(x, index, self.what)
         return x.to(device, torch.float32), y.to(device, torch.int64)
 
 
@@ -380,20 +317,18 @@ def finite(x, index, what):
 def adapt(source, what) -> Loaded:
     """Return a Dataset, a DataLoader or anything with ``len()`` and ``[]`` as a set; of a DataLoader its data set,
     collate_fn, num_workers and worker_init_fn. Raises InputError for what cannot be shuffled or read in part."""
-    dataset = source.dataset if isinstance(source, DataLoader) else source
-    if isinstance(dataset, IterableDataset):
-        raise InputError(f"{what}: an IterableDataset cannot be shuffled or read in part: give a map-style Dataset "
-                         "(with __getitem__ and __len__)")
-    if isinstance(source, DataLoader):
-        sampler = source.sampler
-        whole = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement
-                                                       and sampler.num_samples == len(dataset))
-        if type(source.batch_sampler) is not BatchSampler or not whole:
-            raise InputError(f"{what}: a DataLoader with batch_size=None, a batch sampler or a {type(sampler).__name__}"
-                             " must give every item once; choose items with torch.utils.data.Subset instead")
-        return Loaded(dataset, what, source.collate_fn, source.num_workers, source.worker_init_fn)
-    if isinstance(source, Dataset) or hasattr(source, "__getitem__") and hasattr(source, "__len__") \
-            and not isinstance(source, (tuple, list, dict, str, torch.Tensor, np.ndarray)):
-        return Loaded(source, what)
-    raise InputError(f"{what}: expected data.Images, a pair of tensors (x, y), a torch Dataset or a DataLoader, "
-                     f"not {type(source).__name__}")
+    loader = source if isinstance(source, DataLoader) else None
+    dataset = source if loader is None else loader.dataset
+    if isinstance(dataset, (tuple, list, dict, str, torch.Tensor, np.ndarray, IterableDataset)) \
+            or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise InputError(f"{what}: expected data.Images, a pair of tensors (x, y), a map-style torch Dataset (with "
+                         "__getitem__ and __len__, no IterableDataset) or a DataLoader over one, not "
+                         f"{type(source).__name__}")
+    if loader is None:
+        return Loaded(dataset, what)
+    sampler = loader.sampler
+    whole = type(sampler) in (SequentialSampler, RandomSampler) and not getattr(sampler, "replacement", False)
+    if type(loader.batch_sampler) is not BatchSampler or not whole or len(sampler) != len(dataset):
+        raise InputError(f"{what}: a DataLoader with batch_size=None, a batch sampler or a {type(sampler).__name__} "
+                         "must give every item once; choose items with torch.utils.data.Subset instead")
+    return Loaded(dataset, what, loader.collate_fn, loader.num_workers, loader.worker_init_fn)

@@ -1,16 +1,11 @@
 """Every layout on trees that the test makes, decoding here and by processes, the cache of decoded images, unreadable
-files, processes that end with the run."""
+files."""
 
 import errno
 import io
 import os
-import pathlib
 import pickle
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 import zipfile
 
 import numpy as np
@@ -36,60 +31,25 @@ def one_line(error, *words):
     assert "\n" not in str(error.value) and all(str(word) in str(error.value) for word in words), error.value
 
 
-@pytest.fixture(params=["here", "processes"])
-def by(request, monkeypatch):
-    """Both ways of decoding; two workers wherever there are more or fewer cores."""
-    monkeypatch.setattr(sources, "MANY", 1 if request.param == "processes" else 10**9)
-    monkeypatch.setattr(sources, "cores", lambda: 2)
-    return request.param
-
-
 @pytest.fixture
 def decoded(monkeypatch):
     """Paths that were decoded in this process, in any order."""
-    taped, real = [], sources.read_images
-    monkeypatch.setattr(sources, "read_images", lambda paths, *how, **more: taped.extend(paths) or real(
-        paths, *how, **more))
+    taped, real = [], sources.decode
+    monkeypatch.setattr(sources, "decode", lambda path, side: taped.append(path) or real(path, side))
     return taped
 
 
-# Decoding
-
-
-def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
-    Image.new("RGB", (10, 8)).save(tmp_path / "large.png")
-    for pixels, side, refused in ((80, 10, False), (79, 10, True), (80, 9, True)):
-        monkeypatch.setattr(sources, "MAX_PIXELS", pixels)
-        monkeypatch.setattr(sources, "MAX_LENGTH", side)
-        assert len(sources.read_images([tmp_path / "large.png"], 4, skip=True)[0]) == 1 - refused
-    with pytest.raises(InputError, match="10 x 8 pixels"):
-        sources.read_images([tmp_path / "large.png"], 4)
-
-
-def test_decode_keeps_the_order_and_reports_progress(tmp_path, by):
-    paths = [tmp_path / f"{i}.png" for i in range(120)]                 # more than two chunks
-    for i, path in enumerate(paths):
-        save(path, (i, 255 - i, 7), 4)
-    paths[70].write_bytes(b"no image")
-    calls = []
-    flat = sources.decode(paths, 4, "reading", lambda *call: calls.append(call), skip=True)
-    assert len(flat) == 120 * 49 and np.flatnonzero(flat[:120]).tolist() == [70] and not flat[-48:].any()
-    images = flat[120:-48].reshape(119, 3, 4, 4)
-    assert images[:, 0, 2, 3].tolist() == [i for i in range(120) if i != 70] and (images[:, 2] == 7).all()
-    assert [call[1] for call in calls] == [0, 50, 100, 120] and {call[::2] for call in calls} == {("reading", 120)}
-    assert sources.decode(paths, 0, skip=True).tolist() == flat[:120].tolist()
-    with pytest.raises(InputError) as error:
-        sources.decode(paths, 4)
-    one_line(error, paths[70], "not a readable image", "data.skip_corrupt=true")
-
-
-def test_grey_images_are_converted_and_others_resized(tmp_path):
-    save(tmp_path / "grey.png", 100, 8)
+def test_an_image_becomes_a_flag_and_its_pixels_converted_and_resized(tmp_path):
+    for name, colour, side, flag in (("same", (1, 2, 3), 8, 0), ("grey", 100, 8, sources.CHANGED),
+                                     ("large", (1, 2, 3), 9, sources.CHANGED)):
+        save(tmp_path / f"{name}.png", colour, side)
+        row = sources.decode(tmp_path / f"{name}.png", 8)
+        assert row[0] == flag and row.shape == (1 + 3 * 64,)
+        assert sources.pixels(row[None])[0, :, 3, 4].tolist() == ([100] * 3 if name == "grey" else [1, 2, 3])
     Image.fromarray(np.array([[[0, 0, 0], [200, 100, 0]]] * 2, dtype=np.uint8)).save(tmp_path / "small.png")
-    images, flags = sources.read_images([tmp_path / "grey.png", tmp_path / "small.png"], 8)
-    assert flags.tolist() == [sources.RECOLOURED, sources.RESIZED] and (images[0] == 100).all()
-    line = images[1, 0, 4].tolist()                                     # 0 → 200 in the bilinear ramp
-    assert line[0] == 0 and line[-1] == 200 and line == sorted(line) and 0 < line[3] < 200
+    line = sources.pixels(sources.decode(tmp_path / "small.png", 8)[None])[0, 0, 4].tolist()
+    assert line[0] == 0 and line[-1] == 200 and line == sorted(line) and 0 < line[3] < 200     # a bilinear ramp
+    assert sources.decode(tmp_path / "small.png", 0).tolist() == [0]
 
 
 def test_fixed_order_is_a_permutation_that_never_changes():
@@ -123,7 +83,7 @@ def tiny(folder, **settings):
 def test_tiny_imagenet_labels_order_subsets_and_notes(tmp_path):
     tree = make_tiny(tmp_path, 20)
     splits, few = data.load(tiny(tmp_path)), data.load(tiny(tmp_path, train_images=15, test_images=2))
-    assert splits.num_classes == 3 and splits.class_names == tuple(WNIDS)
+    assert splits.num_classes == 3
     assert splits.test.labels.tolist() == [1, 2, 0, 1]                  # the lines of val_annotations.txt
     assert sorted(splits.train.labels.tolist()) == [0] * 20 + [1] * 20 + [2] * 20
     for part in (splits.train, splits.test):
@@ -138,28 +98,27 @@ def test_tiny_imagenet_labels_order_subsets_and_notes(tmp_path):
     save(tree / "train" / "n01" / "images" / "n01_0.JPEG", 90, 64)
     save(tree / "val" / "images" / "val_0.JPEG", (0, 0, 200), 30)
     notes = " | ".join(data.load(tiny(tmp_path)).notes)
-    assert "1 train images were not RGB" in notes and "1 test images were not 64 x 64" in notes
+    assert "1 train images were resized to 64 x 64 or converted" in notes and "1 test images were resized" in notes
 
 
-@pytest.mark.parametrize("missing", ["wnids.txt", "val/val_annotations.txt", "val/images/val_3.JPEG",
-                                     "train/n01/images", "train/n02/images/*"])
+@pytest.mark.parametrize("missing", ["wnids.txt", "val/val_annotations.txt", "train/n01/images", "train/n02/images/*"])
 def test_tiny_imagenet_names_what_is_missing(tmp_path, missing):
     tree = make_tiny(tmp_path)
     for path in sorted(tree.glob(missing)):
         path.rename(tmp_path / path.name) if path.is_dir() else path.unlink()
     with pytest.raises(InputError) as error:
         data.load(tiny(tmp_path))
-    one_line(error, tree / missing.removesuffix("/*"), "data set" if "val_3" in missing else layouts.TINY_IMAGENET_URL)
+    one_line(error, tree, missing.split("/")[1 if "train" in missing else -1], layouts.ARCHIVES["tiny-imagenet"][0])
 
 
 @pytest.mark.parametrize("file, content, word", [
-    ("val/val_annotations.txt", "val_1.JPEG\tn99\t0\n", "'n99' of val_1.JPEG"), ("wnids.txt", "n01\nn01\n", "twice"),
-    ("wnids.txt", "", "is empty"), ("wnids.txt", "n\0\n", "null byte"), ("wnids.txt", b"\xff\xfe", "cannot be used")])
+    ("val/val_annotations.txt", b"val_1.JPEG\tn99\t0\n", "'n99'"), ("val/val_annotations.txt", b"", "is empty"),
+    ("wnids.txt", b"", "at least one"), ("wnids.txt", b"n\0\n", "no valid file"), ("wnids.txt", b"\xff", "decode byte")])
 def test_tiny_imagenets_lists_are_checked(tmp_path, file, content, word):
-    (make_tiny(tmp_path) / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (make_tiny(tmp_path) / file).write_bytes(content)
     with pytest.raises(InputError, match=word) as error:
         data.load(tiny(tmp_path))
-    one_line(error, layouts.TINY_IMAGENET_URL)
+    one_line(error, layouts.ARCHIVES["tiny-imagenet"][0])
 
 
 def zip_of(tree, path, extra=()):
@@ -170,10 +129,14 @@ def zip_of(tree, path, extra=()):
             archive.writestr(name, "x")
 
 
+def served_from(monkeypatch, name, archive):
+    monkeypatch.setitem(layouts.ARCHIVES, name, (archive.as_uri(), *layouts.ARCHIVES[name][1:]))
+
+
 def test_tiny_imagenet_is_downloaded_and_extracted_once(tmp_path, monkeypatch):
-    source, folder = tmp_path / "server.zip", tmp_path / "new" / "folder"
+    source, folder = tmp_path / "tiny-imagenet-200.zip", tmp_path / "new" / "folder"
     zip_of(make_tiny(tmp_path / "made"), source)
-    monkeypatch.setattr(layouts, "TINY_IMAGENET_URL", source.as_uri())
+    served_from(monkeypatch, "tiny-imagenet", source)
     assert "would be downloaded" in layouts.absent(tiny(folder)).what
     assert data.load(tiny(folder)).test.labels.tolist() == [1, 2, 0, 1] and layouts.absent(tiny(folder)) is None
     left = {path.name for path in folder.iterdir()} - {sources.CACHE}
@@ -185,7 +148,7 @@ def test_tiny_imagenet_is_downloaded_and_extracted_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("how", ["no zip", "leads out", "other folder", "nowhere", "blocked"])
 def test_an_archive_that_cannot_be_used_is_named(tmp_path, monkeypatch, how):
     folder, tree = tmp_path / "a" / "b", make_tiny(tmp_path / "made", 1)
-    monkeypatch.setattr(layouts, "TINY_IMAGENET_URL", (tmp_path / "nowhere.zip").as_uri())
+    served_from(monkeypatch, "tiny-imagenet", tmp_path / "none" / "tiny-imagenet-200.zip")
     if how == "blocked":
         (tmp_path / "a").write_text("a file where a folder is needed")
     elif how != "nowhere":
@@ -197,9 +160,9 @@ def test_an_archive_that_cannot_be_used_is_named(tmp_path, monkeypatch, how):
         zip_of(tree / "val", folder / "tiny-imagenet-200.zip")
     with pytest.raises(InputError) as error:
         data.load(tiny(folder))
-    one_line(error, *([layouts.TINY_IMAGENET_URL, f"{folder}/tiny-imagenet-200"] if how in ("nowhere", "blocked") else
-                      [folder / "tiny-imagenet-200.zip", "delete it"]))
-    assert not list(tmp_path.rglob("evil.txt")) and not list(tmp_path.rglob("*.part"))
+    one_line(error, folder / "tiny-imagenet-200.zip", *(["--data-dir DIR", "--smoke, which needs no data"]
+                                                       if how in ("nowhere", "blocked") else ["delete it"]))
+    assert not list(tmp_path.rglob("evil.txt")) and not list(tmp_path.rglob("tmp*"))
 
 
 # CIFAR
@@ -225,7 +188,7 @@ def test_cifar_class_folders(tmp_path, name, monkeypatch):
     tree = make_cifar(tmp_path, name, 40)
     (tree / "train" / "bee" / ".hidden").write_text("x")
     splits = data.load(Data(name=name, dir=str(tmp_path), image_size=40))
-    assert splits.class_names == tuple(CLASSES) and splits.num_classes == 3 and splits.skipped == 0
+    assert splits.num_classes == 3 and splits.skipped == 0
     for part in (splits.train, splits.test):
         keys = part.images[:, :, 0, 0].tolist()                         # (class, number of the file, 9)
         assert part.labels.tolist() == [key[0] for key in keys]
@@ -233,22 +196,22 @@ def test_cifar_class_folders(tmp_path, name, monkeypatch):
         assert part.labels[:20].bincount(minlength=3).min() >= 3        # the first 20 by name are all ants
     assert set(splits.train.augment) == {"flip", "crop", "jitter"} and splits.test.augment == ()
     assert splits.train.padding == 4 and next(splits.test.batches(5))[0].shape == (5, 3, 40, 40)
-    listdir = os.listdir                                                # whatever order the file system lists in
-    monkeypatch.setattr(os, "listdir", lambda *where: sorted(listdir(*where), reverse=True))
+    walk = os.walk                                                      # whatever order the file system lists in
+    monkeypatch.setattr(os, "walk", lambda *where, **how: [(*at, sorted(files, reverse=True))
+                                                           for *at, files in walk(*where, **how)])
     other = data.load(Data(name=name, dir=str(tmp_path), cache=False, train_images=30))
     assert torch.equal(other.train.images, splits.train.images[:30])
 
 
-@pytest.mark.parametrize("old, new, words", [
-    ("test/cat", "test/cow", "missing: .*/cifar10/test/cat, .*/cifar10/train/cow"),
-    ("train/bee/*", "", "train/bee cannot be used .it is empty.; expected .*CLASS"),
-    ("train", "training", "cifar10/train is missing; expected .*CLASS")])
-def test_incomplete_class_folders_are_named(tmp_path, old, new, words):
+@pytest.mark.parametrize("old, new, word", [
+    ("test/cat", "test/cow", "differ in cat, cow"), ("train/bee/*", "", "classes bee"), ("train", "training", "train")])
+def test_incomplete_class_folders_are_named(tmp_path, old, new, word):
     tree = make_cifar(tmp_path, per_class=2)
     for path in tree.glob(old):
         path.rename(tree / new) if new else path.unlink()
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError) as error:
         data.load(Data(name="cifar10", dir=str(tmp_path)))
+    one_line(error, tree, word, "{train,test}/CLASS/*.png", "--data-dir DIR", "--smoke, which needs no data")
 
 
 @pytest.mark.parametrize("name, expected", [         # (1 - mean)/std, (0 - mean)/std, (0.2 - mean)/std by hand
@@ -278,6 +241,7 @@ def published_cifar(folder, monkeypatch):
             content, info = pickle.dumps(content), tarfile.TarInfo(f"cifar-10-batches-py/{file}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+    served_from(monkeypatch, "cifar10", archive)
     for name, value in dict(url=archive.as_uri(), tgz_md5=None, test_list=[["test_batch", None]],
                             train_list=[["data_batch_1", None], ["data_batch_2", None]],
                             meta={"filename": "batches.meta", "key": "label_names", "md5": None}).items():
@@ -291,7 +255,7 @@ def test_cifar_from_the_published_archive(tmp_path, monkeypatch, capsys):
     numbers = splits.train.images[:, 1, 31, 0].tolist()
     assert len(set(numbers)) == 8 and max(numbers) < 12 and numbers != sorted(numbers)
     assert splits.train.labels.tolist() == [number % 2 for number in numbers]
-    assert splits.test.images[:, 2, 5, 5].tolist() == [50, 51, 52, 53, 54] and splits.class_names == ("even", "odd")
+    assert splits.test.images[:, 2, 5, 5].tolist() == [50, 51, 52, 53, 54] and splits.num_classes == 2
     archive.unlink()
     again = data.load(Data(name="cifar10", dir=str(where), image_size=32, test_images=3))      # what is there is used
     assert again.test.labels.tolist() == [0, 1, 0] and again.train.images[:8, 1, 31, 0].tolist() == numbers
@@ -299,7 +263,7 @@ def test_cifar_from_the_published_archive(tmp_path, monkeypatch, capsys):
         data.load(Data(name="cifar10", dir=str(where), train_images=13))
     with pytest.raises(InputError) as error:
         data.load(Data(name="cifar10", dir=str(tmp_path / "none")))
-    one_line(error, archive.as_uri(), tmp_path / "none", "cifar-10-batches-py", "{train,test}/CLASS/*.png")
+    one_line(error, archive.as_uri(), tmp_path / "none", "{train,test}/CLASS/*.png", "--data-dir DIR", "--smoke")
     assert capsys.readouterr().out == ""
 
 
@@ -315,7 +279,7 @@ def folder_settings(base, **settings):
 def test_class_folder_layouts(tmp_path, name, where, test):
     make_folder(tmp_path / where, test)
     splits = data.load(folder_settings(tmp_path, name=name, test_images=10))
-    assert splits.class_names == ("ant", "bee") and (len(splits.train), len(splits.test)) == (16, 10)
+    assert splits.num_classes == 2 and (len(splits.train), len(splits.test)) == (16, 10)
     for part in (splits.train, splits.test):
         assert part.images.shape[1:] == (3, 16, 16)                     # decoded to image_size, whatever their sides
         assert torch.equal(part.images[:, 0, 3, 3].int() // 50, part.labels.int())
@@ -333,7 +297,11 @@ def break_files(*paths):
         path.write_bytes((b"no image", path.read_bytes()[:60])[i % 2])
 
 
-def test_skip_corrupt_leaves_out_and_counts(tmp_path, by):
+@pytest.mark.parametrize("processes", [False, True])
+def test_skip_corrupt_leaves_out_and_counts(tmp_path, monkeypatch, processes):
+    monkeypatch.setattr(sources, "MANY", 1 if processes else 10**9)
+    monkeypatch.setattr(sources, "CHUNK", 3)
+    monkeypatch.setattr(sources, "cores", lambda: 2)
     make_folder(tmp_path)
     whole = data.load(folder_settings(tmp_path))
     broken = [tmp_path / "train" / "ant" / "3.png", tmp_path / "train" / "bee" / "6.png"]
@@ -351,13 +319,21 @@ def test_skip_corrupt_leaves_out_and_counts(tmp_path, by):
         few = data.load(folder_settings(tmp_path, skip_corrupt=True, train_images=12))
         assert torch.equal(few.train.images, whole.train.images[[i for i in keep if i < 12]])
         assert few.skipped == 12 - len(few.train)
-        with pytest.raises(InputError, match="train/(ant/3|bee/6).png: not a readable image .*skip_corrupt=true"):
+        with pytest.raises(InputError) as error:
             data.load(folder_settings(tmp_path))
+        one_line(error, ".png: not a readable image (", "data.skip_corrupt=true")
     (tmp_path / "val" / "bee" / "notes.txt").write_text("x")
     assert data.load(folder_settings(tmp_path, skip_corrupt=True)).skipped == 3
-    break_files(*(tmp_path / "val" / "bee").iterdir())
-    with pytest.raises(InputError, match="val/bee/.*no image of its class"):
+    break_files(*(tmp_path / "val").glob("*/*"))
+    with pytest.raises(InputError, match="val/.*no image of the test split"):
         data.load(folder_settings(tmp_path, skip_corrupt=True))
+
+
+def test_progress_is_reported_per_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "CHUNK", 7)
+    calls = []
+    data.load(folder_settings(make_folder(tmp_path)), lambda *call: calls.append(call))
+    assert calls == [(f"reading {split} images", done, 16) for split in ("train", "test") for done in (0, 7, 14, 16)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -402,9 +378,6 @@ def test_the_second_time_nothing_is_decoded_and_nothing_reaches_the_file(tmp_pat
 def test_the_cache_is_made_again_when_a_file_changes(tmp_path, decoded, change):
     tree = make_tiny(tmp_path, 4)
     data.load(tiny(tmp_path))
-    for path in cache_files(tmp_path):
-        os.utime(path, (1, 1))                                          # from long ago
-    (tmp_path / sources.CACHE / "folder-train-64-0123456789abcdef.npy").write_text("of another data set")
     decoded.clear()
     file = tree / "train" / "n01" / "images" / "n01_2.JPEG"
     status = file.stat()
@@ -415,7 +388,6 @@ def test_the_cache_is_made_again_when_a_file_changes(tmp_path, decoded, change):
         file.rename(file.with_name("n01_9.JPEG"))
     images = data.load(tiny(tmp_path)).train.images
     assert len(decoded) == 12 and torch.equal(images, data.load(tiny(tmp_path, cache=False)).train.images)
-    assert len(cache_files(tmp_path)) == 3                              # the one before is gone
 
 
 def test_a_subset_uses_a_larger_cache_and_is_replaced_by_one(tmp_path, decoded):
@@ -431,8 +403,7 @@ def test_a_subset_uses_a_larger_cache_and_is_replaced_by_one(tmp_path, decoded):
     assert counts == [5, 0, 16, 0] and len(cache_files(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("how", [lambda whole: whole[:-5000], lambda whole: b"", lambda whole: b"x" * len(whole),
-                                 lambda whole: whole.replace(b"|u1", b"|i1"), lambda whole: whole[:40]])
+@pytest.mark.parametrize("how", [lambda whole: whole[:-5000], lambda whole: b"x", lambda whole: whole + b"x"])
 def test_a_file_that_is_no_whole_cache_is_made_again_and_noted(tmp_path, how):
     make_tiny(tmp_path)
     kept = data.load(tiny(tmp_path)).train.images.clone()
@@ -444,8 +415,8 @@ def test_a_file_that_is_no_whole_cache_is_made_again_and_noted(tmp_path, how):
     assert not any("made again" in note for note in data.load(tiny(tmp_path)).notes)
 
 
-@pytest.mark.parametrize("call, code", [("pathlib.Path.mkdir", errno.EROFS), ("numpy.save", errno.ENOSPC),
-                                        ("os.fsync", errno.EIO), ("os.replace", errno.EACCES)])
+@pytest.mark.parametrize("call, code", [("pathlib.Path.mkdir", errno.EROFS), ("os.replace", errno.ENOSPC),
+                                        ("os.fsync", errno.EIO)])
 def test_a_folder_that_takes_no_cache_is_noted_and_images_stay_in_memory(tmp_path, monkeypatch, call, code):
     make_tiny(tmp_path)
     kept = data.load(tiny(tmp_path, cache=False)).train.images
@@ -458,37 +429,4 @@ def test_a_folder_that_takes_no_cache_is_noted_and_images_stay_in_memory(tmp_pat
     notes = [note for note in splits.notes if "cannot hold" in note]
     assert torch.equal(splits.train.images, kept) and len(notes) == 2
     assert all(sources.CACHE in note and os.strerror(code) in note for note in notes)
-    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.npy"))
-
-
-# Processes
-
-SCRIPT = """
-import sys, time
-sys.path.insert(0, {root!r})
-print("started", flush=True)
-import data
-from config import Data
-from support import images as sources
-sources.MANY, sources.CHUNK, sources.cores, read = 1, 4, lambda: 2, sources._read_image
-sources._read_image = lambda *image: time.sleep(0.2) or read(*image)
-data.load(Data(name="folder", dir={folder!r}), lambda what, done, total: done and print(done, flush=True))
-"""
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_stopped_leaves_no_cache_and_no_process(tmp_path, how):
-    text = SCRIPT.format(root=os.path.dirname(data.__file__), folder=str(make_folder(tmp_path)))
-    (tmp_path / "script.py").write_text(text)                           # without a main guard: it must not run twice
-    script = subprocess.Popen([sys.executable, tmp_path / "script.py"], text=True, stdout=-1, stderr=-1)
-    assert [script.stdout.readline() for _ in range(2)] == ["started\n", "4\n"]
-    children = pathlib.Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
-    script.send_signal(how)
-    error = script.communicate(timeout=60)[1]
-    assert len(children) >= 2 and script.returncode != 0 and error.count("Traceback") <= 1
-    running = lambda pid: os.path.exists(f"/proc/{pid}") and " Z " not in pathlib.Path(f"/proc/{pid}/stat").read_text()
-    deadline = time.monotonic() + 30
-    while any(map(running, children)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(running, children)) and not list(tmp_path.glob(".*/*"))
+    assert not any(path.is_file() for path in tmp_path.glob(".*/*"))
