@@ -57,8 +57,8 @@ def plan(config: Config, make_run) -> str:
     needs.append(("run directory", path, 9 * size + RESERVE))  # theta_0, tuned, best and a training, one written anew
     lines += [_room(*need) for need in needs]
     rows = _times(run, counts)
-    lines += ["", f"{'phase':12}{'of':34}{'count':>12}{'s each':>12}{'s':>12}"]
-    lines += [f"{phase:12}{what:34}{count:>12,.0f}{each:>12.4f}{count * each:>12,.1f}"
+    lines += ["", f"{'phase':12}{'of':38}{'count':>12}{'s each':>12}{'s':>12}"]
+    lines += [f"{phase:12}{what:38}{count:>12,.0f}{each:>12.4f}{count * each:>12,.1f}"
               for phase, what, count, each in rows if count]
     lines.append(f"about {duration(sum(count * each for *_, count, each in rows))} as busy as the machine is now, less "
                  "where training stops early, more for reading images; nothing was written")
