@@ -23,11 +23,11 @@ def one_line(capsys):
 
 @pytest.fixture
 def disk(tmp_path):
-    """An empty file system of 4 MB; skips the test where the system refuses."""
+    """An empty file system of 32 MB; skips the test where the system refuses."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)], capture_output=True)
     except FileNotFoundError:
         pytest.skip("there is no mount command")
     if done.returncode:
@@ -38,7 +38,7 @@ def disk(tmp_path):
 
 def test_a_full_disk_leaves_the_last_state(tmp_path, disk, capsys):
     run(tmp_path / "whole", *QUICK, code=0)
-    (disk / "filler").write_bytes(b"\0" * 3_500_000)
+    (disk / "filler").write_bytes(b"\0" * 32_800_000)
     run(disk / "out", *QUICK, code=1)
     said = one_line(capsys)
     state = disk / "out" / "exp4-seed42" / "state"
