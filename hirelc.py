@@ -36,11 +36,11 @@ from deploy.given import GivenBlock, GivenBudgets, fitted
 from deploy.qat import GridTraining
 from deploy.target import Demands, check_sizes, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
-from evidence import baselines, plus, sensitivities, summary
+from evidence import baselines, plan, plus, sensitivities, summary
 from evidence.null import NullHLA, NullLLA
 from evidence.report import results_table
 from search import TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config
-from support import networks, plan, runs
+from support import networks, runs
 from support.files import check_writable, survive_ascii
 from support.log import Log
 from support.own import copy_network
@@ -505,7 +505,7 @@ def dry_run(config: Config) -> str:
     def make_run(model, survey, train, test) -> Run:
         return Run(model, survey, train, test, config, silent, given=fitted(policy, survey.blocks, config, silent))
 
-    return plan.plan(config, make_run)
+    return plan.plan(config, runs.check_directory(runs.run_directory(config), config), make_run)
 
 
 def main(argv=None) -> int:

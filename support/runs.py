@@ -225,8 +225,8 @@ def run_directory(config: Config) -> Path:
     return Path(config.out) / f"{name}-seed{config.seed}"
 
 
-def check_directory(path: Path, config: Config) -> None:
-    """Raise InputError for a folder that holds a run with other settings."""
+def check_directory(path: Path, config: Config) -> Path:
+    """Return a run directory. Raises InputError where it holds a run with other settings."""
     old = path / "config.json"
     if old.exists():
         try:
@@ -238,6 +238,7 @@ def check_directory(path: Path, config: Config) -> None:
         if differing:
             raise InputError(f"{path} holds a run with other settings: {differing}; give the variant a --name or "
                              "choose another --out")
+    return path
 
 
 def _differing(before: dict, now: dict) -> str:

@@ -26,22 +26,19 @@ from support import images
 from support.log import Log, duration
 from support.networks import device_of, make
 from support.ranks import Ranks
-from support.runs import check_directory, run_directory
 from support.weights import weights_path
 from train import Recipe, correct
 
 RESERVE = 64e6  # bytes of a run directory besides its networks
 
 
-def plan(config: Config, make_run) -> str:
-    """Return the plan of a run as text; ``make_run(model, survey, train, test)`` refuses what the run would refuse.
+def plan(config: Config, path: Path, make_run) -> str:
+    """Return the plan of a run as text. ``path``: its directory; ``make_run(model, survey, train, test)``: hirelc.Run.
 
     Raises InputError for whatever the run would refuse before it starts, and where a disk has no room.
     """
-    path, device, needs = run_directory(config), device_of(config), []
-    check_directory(path, config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    device, needs = device_of(config), []
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     lines = [f"device: {device}, {torch.get_num_threads()} threads", f"run directory: {path} "
              f"({'holds a run with these settings' if (path / 'config.json').exists() else 'new'})"]
     splits, counts = _images(config, lines, needs)

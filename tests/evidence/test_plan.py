@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import hirelc
-from support import images, plan
+from evidence import plan
+from support import images
 
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "data.train_images=64", "data.test_images=40",
          "sensitivity.images=2", "finetune.epochs=1", "model.width=0.05"]
