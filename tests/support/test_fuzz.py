@@ -2,6 +2,7 @@
 InputError of one line that names it."""
 
 import collections
+import copy
 import json
 import random
 import struct
@@ -33,12 +34,16 @@ def chosen(network):
     return blocks, NetworkConfig(tuple(BlockConfig(kernels, kernel_shapes(block)) for block in blocks))
 
 
-# Whole files
+# Files as they should be, and readers, which assert that what was read is sane
 
 
 def write_image(path, network):
     picture = Image.frombytes("RGB", (48, 40), random.Random(0).randbytes(48 * 40 * 3))
     picture.convert("P" if path.suffix == ".gif" else "RGB").save(path)
+
+
+def read_image(path, network):
+    assert images.decode(path, 32).shape == (1 + 3 * 32 * 32,)
 
 
 def write_safetensors(path, network):
@@ -54,39 +59,25 @@ def write_torch(path, network):
     torch.save(network.state_dict(), path, _use_new_zipfile_serialization=path.suffix == ".pt")
 
 
-def write_packed(path, network):
-    blocks, config = chosen(network)
-    model = models.VisionTransformer(5, image_size=16, patch=4, heads=2, head_dim=4, depth=2)
-    model.load_state_dict(network.state_dict())
-    blocks = models.find_blocks(model)
-    masks = compress_network(blocks, config)
-    pack.write(path, pack.pack(model, blocks, config, masks, snap_to_grid(blocks, config, masks),
-                               {"name": "", "source": "network"}))
-
-
-def write_policy(path, network):
-    path.write_text(json.dumps(policies.to_policy(*chosen(network)), indent=1))
-
-
-def write_settings(path, network):
-    path.write_text(json.dumps({"settings": flatten(Config()), "processes": 1}))
-
-
-# Readers, which assert that what was read is sane
-
-
-def read_image(path, network):
-    assert images.decode(path, 32).shape == (1 + 3 * 32 * 32,)
-
-
 def read_weights(path, network):
     for name, tensor in weights.read_checkpoint(str(path)).items():
         assert isinstance(name, str) and tensor.element_size() * tensor.numel() <= path.stat().st_size
 
 
+def write_packed(path, network):
+    model = copy.deepcopy(network)
+    blocks, config = chosen(model)
+    masks = compress_network(blocks, config)
+    pack.write(path, pack.pack(model, blocks, config, masks, snap_to_grid(blocks, config, masks),
+                               {"name": "", "source": "network"}))
+
+
 def read_packed(path, network):
-    state = pack.load(path, model=models.VisionTransformer(5, image_size=16, patch=4, heads=2, head_dim=4, depth=2))
-    assert state.state_dict().keys() == network.state_dict().keys()
+    assert pack.load(path, model=copy.deepcopy(network)).state_dict().keys() == network.state_dict().keys()
+
+
+def write_policy(path, network):
+    path.write_text(json.dumps(policies.to_policy(*chosen(network)), indent=1))
 
 
 def read_policy(path, network):
@@ -96,10 +87,13 @@ def read_policy(path, network):
         assert all(kernel.bits in (3, 4, 5, 6, 7, 8, 32) and 0.4 <= kernel.keep <= 1 for kernel in block.kernels)
 
 
+def write_settings(path, network):
+    path.write_text(json.dumps({"settings": flatten(Config()), "processes": 1}))
+
+
 def read_config(path, network):
     try:
-        values = policies.read(path).content                # any JSON
-        flatten(read_settings(values["settings"])[0])
+        flatten(read_settings(policies.read(path).content["settings"])[0])      # policies.read takes any JSON
     except (KeyError, TypeError) as error:                  # the key or the braces are what was spoilt
         raise InputError(f"{path}: {error}") from None
 
