@@ -5,8 +5,6 @@ after fine-tuning from the configuration alone (Eq. 24), once it has a few measu
 accuracies are in percentage points.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -25,8 +23,6 @@ GRANULARITY_FEATURE = {"uniform": 0.0, "log": 0.33, "log-script": 0.33, "per-cha
 
 
 # --- Logit-MSE proxy -------------------------------------------------------------------------------------------
-
-
 def proxy_drop(mse: float) -> float:
     """Return the drop in points for a logit MSE: min(20 MSE, 50) (Eq. 23); not finite where the MSE is not."""
     return min(20.0 * mse, WORST) if math.isfinite(mse) else mse
@@ -75,8 +71,7 @@ class Proxy:
                 self.reference = [self.chain(self.stages, batch.clone()) for batch in self.batches]
             self._enter(index)
             errors = [self._errors(index, config) for config in configs]
-        # One transfer for all, because a GPU waits for each.
-        rows = torch.stack(errors).tolist() if errors else []  # [candidates, batches]
+        rows = torch.stack(errors).tolist() if errors else []  # one transfer for all, because a GPU waits for each
         return [proxy_drop(sum(row) / len(row)) for row in rows]
 
     def _first_stage(self, index):
@@ -107,8 +102,6 @@ class Proxy:
 
 
 # --- Surrogate -------------------------------------------------------------------------------------------------
-
-
 def kernel_features(config: KernelConfig) -> list[float]:
     """Return the surrogate's five numbers per kernel: bits / 10, keep, type, granularity, joint indicator (§3.6)."""
     return [config.bits / 10, config.keep, float(config.qtype == "FLOAT"), GRANULARITY_FEATURE[config.granularity],
@@ -200,8 +193,6 @@ class Surrogate:
 
 
 # --- Which estimate the agents are told ------------------------------------------------------------------------
-
-
 class DropEstimator:
     """The drop that an LLA is told: the surrogate's once it is active, the proxy's before (§3.6).
 

@@ -124,14 +124,18 @@ class _Agent:
     """Actor, critic, optimiser and training loop of PPO and A2C.
 
     nvec: number of options of each action coordinate; seed: of the agent's generator; name: what errors call the agent.
-    Raises TypeError for an unknown hyperparameter or one of a wrong type, ValueError for an impossible value.
+    Raises TypeError for an unknown hyperparameter, ValueError for an one out of range.
     """
 
     def __init__(self, env, nvec, seed=0, name=None, **hyper):
         self.env, self.nvec, self.name = env, tuple(int(n) for n in nvec), name or type(self).__name__
-        if not self.nvec or min(self.nvec) < 1:
-            raise ValueError(f"nvec needs at least one head, each with at least one option, got {self.nvec}")
-        self.hyper = _checked(type(self).__name__, self.defaults, hyper)
+        for key, value in hyper.items():
+            if key not in self.defaults:
+                raise TypeError(f"{type(self).__name__} has no {key}; it has {', '.join(self.defaults)}")
+            least = 1 if isinstance(self.defaults[key], int) else 0
+            if not least <= value < math.inf:
+                raise ValueError(f"{type(self).__name__}: {key} must be finite and at least {least}, got {value}")
+        self.hyper = {**self.defaults, **hyper}
         self.obs_dim = int(env.obs_dim if hasattr(env, "obs_dim") else np.shape(env.reset())[1])
         self.identity = {"algorithm": type(self).__name__, "nvec": list(self.nvec), "obs_dim": self.obs_dim,
                          "hyper": self.hyper}
@@ -149,10 +153,8 @@ class _Agent:
         Returns a dictionary per update: policy_loss, value_loss, entropy, approx_kl, clip_fraction, explained_variance
         and timesteps (of the agent's life). Where something is not finite, no gradient step is made with it.
         """
-        if total_timesteps < 1:
-            raise ValueError(f"total_timesteps must be at least 1, got {total_timesteps}")
         obs, left, updates = self.env.reset(), math.ceil(total_timesteps / self.env.num_envs), []
-        while left:
+        while left > 0:
             rollout = self._collect(obs, min(self.hyper["n_steps"], left))
             updates.append(self.update(*rollout))
             obs, left = rollout[0][-1], left - len(rollout[1])
@@ -221,10 +223,9 @@ class _Agent:
 
     def state_dict(self):
         """Return a copy of all that training depends on: tensors, numbers, strings, lists and dictionaries."""
-        parts = {part: getattr(self, part).state_dict() for part in ("actor", "critic", "optimizer")}
-        return copy.deepcopy({**self.identity, **{part: dict(state) for part, state in parts.items()},
-                              "generator": self.generator.get_state(), "timesteps": self.timesteps,
-                              "recent_rewards": list(self.recent_rewards)})
+        parts = {part: dict(getattr(self, part).state_dict()) for part in ("actor", "critic", "optimizer")}
+        return copy.deepcopy({**self.identity, **parts, "generator": self.generator.get_state(),
+                              "timesteps": self.timesteps, "recent_rewards": list(self.recent_rewards)})
 
     def load_state_dict(self, state):
         """Take over a ``state_dict()``; training then goes on bit for bit. Raises ValueError, and changes nothing, if
@@ -269,16 +270,3 @@ class A2C(_Agent):
         self._descend(*terms)
         kl = approx_kl(self._evaluate(obs, actions)[0], old_log_prob)  # before the step it is 0 by definition
         return torch.stack([*terms, kl, torch.zeros(())]).detach()
-
-
-def _checked(algorithm, defaults, hyper):
-    """Return the defaults with the hyperparameters over them, checked against the type of each default."""
-    for name, value in hyper.items():
-        if name not in defaults:
-            raise TypeError(f"{algorithm} has no hyperparameter {name}; allowed: {', '.join(defaults)}")
-        kind, least = (int, 1) if isinstance(defaults[name], int) else ((int, float), 0)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise TypeError(f"{algorithm}: {name} must be {'an integer' if least else 'a number'}, got {value!r}")
-        if not math.isfinite(value) or value < least:
-            raise ValueError(f"{algorithm}: {name} must be finite and at least {least}, got {value}")
-    return {**defaults, **hyper}

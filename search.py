@@ -73,17 +73,12 @@ def decode_lla(action, budget: LayerBudget, limits, shapes) -> tuple[KernelConfi
                  for (a_b, a_p, a_t, a_g), shape in zip(_split(action, lla_nvec(1), len(shapes)), shapes))
 
 
-def corrected_tier(tier: int, sensitivity: float) -> int:
-    """Return the tier after the sensitivity correction: s > 0.7 one lighter, s < 0.3 one harder, in 0…4 (§3.1.3)."""
-    shift = -1 if sensitivity > 0.7 else 1 if sensitivity < 0.3 else 0
-    return min(max(tier + shift, 0), len(TIERS) - 1)
-
-
 def layer_budget(tier: int, strategy: int, sensitivity: float, limits) -> LayerBudget:
-    """Return the budget of one block for the HLA's tier and strategy index, corrected by sensitivity (ledger D7)."""
-    tier = corrected_tier(tier, sensitivity)
-    return LayerBudget(target=TIERS[tier],
-                       max_pruning=min(TIER_MAX_PRUNING[tier], limits.max_pruning),
+    """Return the budget of one block for the HLA's tier and strategy index. The tier is corrected by sensitivity: one
+    lighter for s > 0.7, one harder for s < 0.3, within 0…4 (§3.1.3, ledger D7)."""
+    shift = -1 if sensitivity > 0.7 else 1 if sensitivity < 0.3 else 0
+    tier = min(max(tier + shift, 0), len(TIERS) - 1)
+    return LayerBudget(target=TIERS[tier], max_pruning=min(TIER_MAX_PRUNING[tier], limits.max_pruning),
                        min_bits=max(TIER_MIN_BITS[tier], limits.bits_min),
                        max_drop=0.5 if sensitivity > 0.7 else 1.0 if sensitivity > 0.5 else 2.0,
                        strategy=STRATEGIES[strategy])
@@ -238,8 +233,7 @@ class LLAEnv:
                                  self.weights)
         bad = ~(np.isfinite(rewards) & np.isfinite(drops))
         self.bad_rewards += int(bad.sum())
-        rewards = np.where(bad, BAD_REWARD, rewards)
-        self.history[:, self.steps] = rewards
+        self.history[:, self.steps] = rewards = np.where(bad, BAD_REWARD, rewards)
         self.steps += 1
         done = self.steps >= self.settings.episode
         obs = self.reset() if done else self._observation(
@@ -320,14 +314,14 @@ class Found:
 class _Ensemble:
     """Agents with an environment each; ``agents`` and ``envs`` are set by the two levels."""
 
-    def _make(self, algorithms, where, nvec, seeds, ppo, a2c):
-        kinds = {"PPO": (PPO, ppo), "A2C": (A2C, a2c)}
+    def _make(self, algorithms, where, nvec, seeds, ppo, a2c, **labels):
+        self.labels, kinds = labels, {"PPO": (PPO, ppo), "A2C": (A2C, a2c)}
         self.agents = [kinds[name][0](env, nvec, seed=seed, name=f"{name} ({where} {n})", **kinds[name][1])
                        for n, (name, env, seed) in enumerate(zip(algorithms, self.envs, seeds))]
 
-    def _learn(self, timesteps, level, block) -> list[dict]:
-        """Train every agent; returns the diagnostics of every update, agent by agent, labelled."""
-        return [{"level": level, "block": block, "agent": n, "algorithm": type(agent).__name__, **update}
+    def train(self, timesteps: int) -> list[dict]:
+        """Train every agent for ``timesteps`` steps; returns the diagnostics of every update, agent by agent."""
+        return [{**self.labels, "agent": n, "algorithm": type(agent).__name__, **update}
                 for n, agent in enumerate(self.agents) for update in agent.learn(timesteps)]
 
     def entropy(self) -> float:
@@ -364,14 +358,15 @@ class LLAEnsemble(_Ensemble):
                                       blocks=blocks, penalty_scale=penalty)
                      for weights in zip(s.alpha, s.beta, s.gamma_s)]
         self._make(s.algorithms, f"block {index}, agent", lla_nvec(len(self.shapes)),
-                   [derive_seed(config.seed, "lla", index, n) for n in range(len(s.algorithms))], LLA_PPO, LLA_A2C)
+                   [derive_seed(config.seed, "lla", index, n) for n in range(len(s.algorithms))], LLA_PPO, LLA_A2C,
+                   level="LLA", block=index)
 
     def search(self, budget: LayerBudget) -> Found:
         """Train every agent under ``budget`` and vote (§3.7 steps 4 and 5)."""
         for env in self.envs:
             env.budget = budget
         before, asked = self.entropy(), self.estimator.evaluations
-        updates = self._learn(self.config.lla.timesteps, "LLA", self.index)
+        updates = self.train(self.config.lla.timesteps)
         answered, config = self.estimator.evaluations, self.consensus()
         compared = self.compared(config)
         self.estimator.evaluations = answered  # the comparison is not part of the search
@@ -379,9 +374,8 @@ class LLAEnsemble(_Ensemble):
 
     def consensus(self) -> BlockConfig:
         """Vote on the agents' greedy actions from the reset observation and decode the result (Eq. 16-17)."""
-        weights = None
-        if self.config.vote == "confidence":
-            weights = confidence_weights([agent.recent_rewards for agent in self.agents])
+        rewards = [agent.recent_rewards for agent in self.agents]
+        weights = confidence_weights(rewards) if self.config.vote == "confidence" else None
         return self._decoded(vote_actions(self._proposals(deterministic=True), weights))
 
     def _decoded(self, action):
@@ -417,16 +411,12 @@ class HLAEnsemble(_Ensemble):
         self.envs = [self.environment(params, sensitivity, config.compress, config.search, s, weights)
                      for weights in zip(s.alpha, s.beta, s.gamma)]
         self._make(s.algorithms, "high-level agent", hla_nvec(len(sensitivity)),
-                   [config.seed + n for n in range(len(s.algorithms))], HLA_PPO, HLA_A2C)
+                   [config.seed + n for n in range(len(s.algorithms))], HLA_PPO, HLA_A2C, level="HLA", block="")
 
     def feedback(self, drop: float, retained: float, cycle: int) -> None:
         """Tell every environment what the last cycle measured (§3.7 step 1)."""
         for env in self.envs:
             env.feedback(drop, retained, cycle)
-
-    def train(self, timesteps: int) -> list[dict]:
-        """Train every agent for ``timesteps`` steps; returns the diagnostics of every update, agent by agent."""
-        return self._learn(timesteps, "HLA", "")
 
     def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
         """Vote on the agents' budgets from the reset observation; greedy proposals, or drawn ones (§3.7 step 3)."""
