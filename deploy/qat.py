@@ -1,9 +1,9 @@
 """Training on the grid: the network computes with the pruned, quantised weights that its packed file will hold.
 
 The optimiser moves full-precision weights, as in the paper's fine-tuning. Every forward pass uses the grid values of
-their kept rows in their place, and the gradient goes straight through the rounding (Bengio et al. 2013, arXiv
-1308.3432), cut off where a weight lies outside the grid's range. A grid's scale follows the weights (Eq. 19-20), or is
-learned beside them as in LSQ (Esser et al. 2020, arXiv 1902.08153). A log grid's ends always follow.
+their kept rows, and the gradient goes straight through the rounding (Bengio et al. 2013), cut off where a weight lies
+outside the grid's range. A grid's scale follows the weights (Eq. 19-20), or is learned beside them as in LSQ (Esser et
+al. 2020). A log grid's ends always follow.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class _OnGrid(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return gradient, None, None  # a grid that spans its weights clips none
         values, codes = ctx.saved_tensors
-        zero = 0 if ctx.grid.zero is None else ctx.grid.zero
+        steps = codes if ctx.grid.zero is None else codes - ctx.grid.zero
         position = values / ctx.grid.scale
-        inside = (position.round() + zero) == codes
-        to_scale = gradient * torch.where(inside, codes - zero - position, codes - zero)
+        inside = position.round() == steps
+        to_scale = gradient * torch.where(inside, steps - position, steps)
         return gradient * inside, to_scale.sum_to_size(ctx.grid.scale.shape), None
 
 
 class GridTraining:
-    """Compressed kernels in training on the grid.
+    """Compressed kernels in training on the grid; blocks, config, masks as for ``compress.snap_to_grid``.
 
-    blocks, config, masks: as for ``compress.snap_to_grid``. ``learned``: scales are parameters of the optimiser,
-    starting where Eq. 19-20 put them; they are held as logarithms, so that a step changes each by the same factor.
+    ``learned``: scales are parameters of the optimiser, starting where Eq. 19-20 put them; they are held as logarithms,
+    so that a step changes each by the same factor.
     """
 
     def __init__(self, blocks, config: NetworkConfig, masks: dict[str, Tensor], learned: bool):
@@ -59,9 +59,8 @@ class GridTraining:
         if learned:
             for name, (weight, kernel, rows) in self.kernels.items():
                 if kernel.bits < FULL_BITS and not kernel.granularity.startswith("log"):
-                    grid = find_grid(weight.detach()[rows].float(), kernel)
-                    self.start[name] = dataclasses.replace(grid, high=None)
-                    self.log_scales[name] = nn.Parameter(grid.scale.log())
+                    self.start[name] = dataclasses.replace(find_grid(weight.detach()[rows].float(), kernel), high=None)
+                    self.log_scales[name] = nn.Parameter(self.start[name].scale.log())
 
     def weights(self) -> dict[str, Tensor]:
         """Return the grid values that replace the kernels' weights in a forward pass, by the names for
@@ -72,19 +71,15 @@ class GridTraining:
     def _weight(self, name) -> tuple[Tensor, Grid | None]:
         """Return the grid values of a kernel [n_out, …], zero in the pruned rows, and its grid."""
         weight, kernel, rows = self.kernels[name]
-        kept = weight if len(rows) == len(weight) else weight.index_select(0, rows)
-        if kernel.bits >= FULL_BITS:
-            grid, values = None, kept
-        elif name in self.log_scales:
+        values, grid, scale = weight.index_select(0, rows), None, None
+        if name in self.log_scales:
             scale = self.log_scales[name].exp()
             grid = dataclasses.replace(self.start[name], scale=scale.detach())
-            values = _OnGrid.apply(kept.float(), scale, grid).to(weight.dtype)
-        else:
-            grid = find_grid(kept.detach().float(), kernel)
-            values = _OnGrid.apply(kept.float(), None, grid).to(weight.dtype)
-        if len(rows) < len(weight):
-            values = torch.zeros_like(weight).index_copy(0, rows, values)
-        return values, grid
+        elif kernel.bits < FULL_BITS:
+            grid = find_grid(values.detach().float(), kernel)
+        if grid is not None:
+            values = _OnGrid.apply(values.float(), scale, grid).to(weight.dtype)
+        return torch.zeros_like(weight).index_copy_(0, rows, values), grid
 
     @contextlib.contextmanager
     def in_place(self):
