@@ -152,10 +152,11 @@ def _read_split(settings, split, listing, progress, notes) -> Split:
     side = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}.get(name, settings.image_size)
     files = Files(np.array([os.fsencode(path) for path in listing.paths[:count]]), side,
                   cores() if settings.workers < 0 else settings.workers)
-    streamed = name in ("imagenet", "folder") and count * 3 * side * side > IN_MEMORY
+    size = count * 3 * side * side
+    streamed = name in ("imagenet", "folder") and size > IN_MEMORY
     if streamed:
         notes.append(f"{name}: {split} images are streamed from disk; decoded to {side} px they would take "
-                     f"{count * 3 * side * side / 1e9:.1f} GB")
+                     f"{size / 1e9:.1f} GB")
         if not settings.skip_corrupt:
             return Split(files, labels, available)
     rows = _rows(settings, split, listing, dataclasses.replace(files, side=0 if streamed else side), progress, notes)
@@ -179,7 +180,7 @@ def _rows(settings, split, listing, files, progress, notes):
         folder = Path(settings.dir) / CACHE
         key = _digest(f"{FORMAT} {PIL.__version__} {settings.skip_corrupt}", listing.paths, folder.parent)
         target = folder / f"{settings.name}-{split}-{files.side}-{key}.rows"
-        size = target.stat().st_size if target.is_file() else 0
+        size = target.stat().st_size if os.access(target, os.R_OK) else 0
         if size % width:
             notes.append(f"{target} is no whole cache of decoded images; it is made again")
         elif size >= n * width:

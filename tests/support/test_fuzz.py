@@ -2,7 +2,6 @@
 InputError of one line that names it."""
 
 import collections
-import copy
 import json
 import random
 import struct
@@ -12,9 +11,8 @@ import torch
 from PIL import Image
 
 import models
-from compress import BlockConfig, KernelConfig, NetworkConfig, compress_network, kernel_shapes, snap_to_grid
-from config import Config, InputError, flatten, override, read_settings
-from deploy import pack
+from compress import BlockConfig, KernelConfig, NetworkConfig, kernel_shapes
+from config import Config, InputError, override
 from deploy import policies
 from support import images, weights
 
@@ -64,18 +62,6 @@ def read_weights(path, network):
         assert isinstance(name, str) and tensor.element_size() * tensor.numel() <= path.stat().st_size
 
 
-def write_packed(path, network):
-    model = copy.deepcopy(network)
-    blocks, config = chosen(model)
-    masks = compress_network(blocks, config)
-    pack.write(path, pack.pack(model, blocks, config, masks, snap_to_grid(blocks, config, masks),
-                               {"name": "", "source": "network"}))
-
-
-def read_packed(path, network):
-    assert pack.load(path, model=copy.deepcopy(network)).state_dict().keys() == network.state_dict().keys()
-
-
 def write_policy(path, network):
     path.write_text(json.dumps(policies.to_policy(*chosen(network)), indent=1))
 
@@ -85,17 +71,6 @@ def read_policy(path, network):
     config = override(Config(), {"compress.qtype": "any", "compress.granularity": "any"})
     for block in policies.read(path).fit(blocks, config)[0].blocks:
         assert all(kernel.bits in (3, 4, 5, 6, 7, 8, 32) and 0.4 <= kernel.keep <= 1 for kernel in block.kernels)
-
-
-def write_settings(path, network):
-    path.write_text(json.dumps({"settings": flatten(Config()), "processes": 1}))
-
-
-def read_config(path, network):
-    try:
-        flatten(read_settings(policies.read(path).content["settings"])[0])      # policies.read takes any JSON
-    except (KeyError, TypeError) as error:                  # the key or the braces are what was spoilt
-        raise InputError(f"{path}: {error}") from None
 
 
 # Ways to spoil
@@ -123,8 +98,7 @@ def spoil(whole, draw):
 
 KINDS = {**{f"image.{kind}": (write_image, read_image) for kind in ("png", "jpg", "bmp", "gif", "tiff", "webp")},
          "weights.safetensors": (write_safetensors, read_weights), "weights.pt": (write_torch, read_weights),
-         "weights.pth": (write_torch, read_weights), "packed.bin": (write_packed, read_packed),
-         "policy.json": (write_policy, read_policy), "config.json": (write_settings, read_config)}
+         "weights.pth": (write_torch, read_weights), "policy.json": (write_policy, read_policy)}
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
