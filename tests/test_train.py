@@ -2,6 +2,7 @@
 
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ import data
 import models
 from compress import BlockConfig, Grid, KernelConfig, NetworkConfig, kernel_shapes
 from deploy.qat import GridTraining
-from models import Block
 from train import Epoch, Recipe, Trainer, accuracy, block_fisher, correct, fisher_sensitivity
 
 
@@ -23,7 +23,7 @@ def seeded(seed=0):
 
 
 class Points:
-    """A set of images made of any tensors; shuffled by a generator like data.Images, never augmented."""
+    """A set of images made of any tensors; shuffled by a generator, never augmented."""
 
     def __init__(self, x, y):
         self.x, self.y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
@@ -103,7 +103,7 @@ class Three(nn.Module):
 
 
 def parts(*names):
-    return [Block(f"block{i}", {}, tuple(group)) for i, group in enumerate(names)]
+    return [SimpleNamespace(parameters=tuple(group)) for group in names]
 
 
 TWO = torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])
@@ -156,55 +156,39 @@ def test_fisher_runs_in_eval_mode_also_on_frozen_parameters_and_leaves_them_so()
     assert not model.a.requires_grad and model.c.requires_grad and all(p.grad is None for p in model.parameters())
 
 
-def vmapped_fisher(model, blocks, x, y):
-    """Per-sample gradients of all images at once, in eval mode."""
-    def loss(params, image, label):
-        return F.cross_entropy(functional_call(model, params, (image[None],)), label[None])
-
-    with sdpa_kernel(SDPBackend.MATH):
-        gradients = vmap(grad(loss), in_dims=(None, 0, 0))({k: p.detach() for k, p in model.named_parameters()}, x, y)
-    return [sum(gradients[name].double().square().sum().item() for name in b.parameters) / len(x) for b in blocks]
-
-
 @pytest.mark.parametrize("name", ["deit_small_patch16_224", "resnet18"])
-def test_fisher_of_a_real_structure_agrees_with_vmapped_gradients(name):
+def test_fisher_of_a_real_structure_agrees_with_per_sample_gradients(name):
     torch.manual_seed(0)
     model = models.build(name, 10, 32, 0.0417 if "deit" in name else 0.0625)
     with torch.no_grad():
         for tensor in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
             tensor.add_(0.1 * torch.rand(tensor.shape, generator=seeded(1)))
     blocks, x, y = models.find_blocks(model), torch.randn(3, 3, 32, 32, generator=seeded(2)), torch.tensor([1, 4, 7])
-    wanted = vmapped_fisher(model.eval(), blocks, x, y)
+
+    def loss(params, image, label):
+        return F.cross_entropy(functional_call(model, params, (image[None],)), label[None])
+
+    with sdpa_kernel(SDPBackend.MATH):
+        found = vmap(grad(loss), in_dims=(None, 0, 0))(dict(model.eval().named_parameters()), x, y)
+    wanted = [sum(found[key].double().square().sum().item() for key in block.parameters) / 3 for block in blocks]
     before = snapshot(model.train())
     assert block_fisher(model, blocks, x, y) == pytest.approx(wanted, rel=1e-3)
     assert same(before, snapshot(model)) and model.training  # BatchNorm's statistics and counts included
 
 
-# Evaluation
-
-def test_correct_is_in_stored_order_ends_at_the_limit_and_tells_its_progress():
-    images, calls = Points([[1], [-1], [2], [-3], [4]], [0, 0, 1, 1, 0]), []  # Slope predicts 0 where x > 0
-    hits = [True, False, False, True, True]
+def test_correct_is_in_stored_order_ends_at_the_limit_and_leaves_the_network_as_it_was():
+    images, calls, model = Points([[1], [-1], [2], [-3], [4]], [0, 0, 1, 1, 0]), [], Modes()  # predicts 0 where x > 0
+    before, hits = snapshot(model), [True, False, False, True, True]
     for limit, count in ((0, 5), (3, 3), (4, 4), (5, 5), (9, 5)):
-        got = correct(Slope(), images, 2, limit, lambda what, *counts: calls.append(counts))
-        assert got.dtype == torch.bool and got.tolist() == hits[:count]
+        model.train(limit > 3)
+        got = correct(model, images, 2, limit, lambda what, *counts: calls.append(counts))
+        assert got.dtype == torch.bool and got.tolist() == hits[:count] and model.norm.training is (limit > 3)
     assert calls[:5] == [(2, 5), (4, 5), (5, 5), (2, 3), (3, 3)]
-    assert accuracy(torch.tensor([True, False, False])) == pytest.approx(33.333333)
+    assert set(model.seen) == {(False, False)} and same(before, snapshot(model))
     assert accuracy(torch.tensor([True] * 1112 + [False] * 168)) == 86.875
 
 
-def test_correct_uses_eval_mode_and_restores_the_mode():
-    model = Modes()
-    before = snapshot(model)
-    for mode in (True, False):
-        model.train(mode)
-        assert correct(model, Points([[3], [4], [-5]], [0, 0, 1]), 3).tolist() == [True] * 3
-        assert model.training is mode and model.norm.training is mode
-    assert model.seen == [(False, False)] * 2 and same(before, snapshot(model))
-
-
 # Training: one step, and the learning rate
-
 def test_two_steps_of_adamw_by_hand():
     # w = 0.5, lr 0.1, weight decay 0.2. Image (1, class 0): gradient -0.377541, so w becomes
     # 0.5 (1 - 0.02) + 0.1 = 0.59. Image (-2, class 0) in epoch 2, lr 0.05: gradient 1.529896; m = 0.118901,
@@ -217,10 +201,7 @@ def test_two_steps_of_adamw_by_hand():
     t.train_set = Points([[-2.0]], [0])
     t.run_epoch()
     assert model.w.item() == pytest.approx(0.555999, abs=1e-6)
-
-
-def test_the_loss_of_an_epoch_is_the_mean_over_images():
-    # With lr 0, w = 0.5: losses ln(1 + e^-0.5) = 0.474077 for x = 1 and ln(1 + e^0.5) = 0.974077 for x = -1.
+    # The mean loss: with lr 0, w = 0.5 it is ln(1 + e^-0.5) = 0.474077 for x = 1 and ln(1 + e^0.5) = 0.974077 for -1.
     t = trainer(Slope(0.5), Points([[1], [1], [-1], [1], [-1]], [0] * 5), lr=0.0)
     assert t.run_epoch().loss == pytest.approx((3 * 0.474077 + 2 * 0.974077) / 5, abs=1e-6)
 
@@ -241,19 +222,9 @@ def test_the_rate_follows_the_cosine(warmup, epochs, rates):
 
 
 # Training: modes, stopping, the best epoch
-
-def test_every_epoch_trains_in_train_mode_although_each_ends_with_an_evaluation():  # ledger D20
-    model = Modes().eval()
-    trainer(model, test=Script([5, 6, 7]), epochs=3).run()
-    assert model.seen == [(True, True), (True, True), (False, False)] * 3
-    assert model.norm.num_batches_tracked.item() == 6  # BatchNorm followed the batches of every epoch
-    assert not model.training and not model.norm.training
-
-
 @pytest.mark.parametrize("patience, hits, epochs, best", [
     (2, [5, 7, 7, 6, 9, 9], 4, 2),      # an equal accuracy is not a better one
-    (3, [5, 7, 7, 6, 7, 9], 5, 2),
-    (1, [5, 5, 9], 2, 1),
+    (3, [5, 7, 7, 6, 7, 9], 5, 2), (1, [5, 5, 9], 2, 1),
     (2, [5, 4, 6, 5, 4, 9], 5, 3),      # a better epoch starts the count again
     (2, [5, 4, 6, 5, 7, 6], 6, 5),      # the epoch limit comes first
     (0, [5, 4, 3, 2, 1, 0], 6, 1)])     # no patience: never early
@@ -264,13 +235,15 @@ def test_patience_counts_epochs_without_a_better_accuracy(patience, hits, epochs
     assert result.epoch == best and result.acc == 10.0 * hits[best - 1]
 
 
-def test_the_network_ends_at_the_first_of_the_best_epochs_with_its_statistics():
-    model, after = Modes(), []
+def test_the_network_ends_at_the_first_of_the_best_epochs_with_its_statistics():  # and trains: ledger D20
+    model, after = Modes().eval(), []
     t = trainer(model, Points(torch.randn(6, 1, generator=seeded(3)), [0] * 6), Script([3, 8, 8, 5]))
     while not t.finished:
         t.run_epoch()
         after.append(snapshot(model))
-    assert t.run() == t.best == t.history[1] and same(snapshot(model), after[1])
+    # every epoch trains in train mode although each ends with an evaluation
+    assert model.seen == [(True, True), (True, True), (False, False)] * 4 and after[3]["norm.num_batches_tracked"] == 8
+    assert t.run() == t.best == t.history[1] and same(snapshot(model), after[1]) and not model.norm.training
     assert not any(torch.equal(after[1]["norm.running_mean"], after[n]["norm.running_mean"]) for n in (0, 2, 3))
 
 
@@ -294,19 +267,13 @@ def test_in_half_precision_the_forward_pass_alone_is_bfloat16():
 
 
 # Training: masks, single images, errors
-
-def masked_trainer(**changes):
-    """A kernel [3, 2] whose second row is pruned, without a non-linearity after it, so that the row has gradients."""
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+def test_pruned_rows_are_zero_after_every_step_with_momentum_and_weight_decay():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))  # nothing between them, so that the pruned row has gradients
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 0.5], [0.6, 0.1], [0.7, -0.2]]))
-    images, test = (Points(torch.randn(n, 2, generator=seeded(n)), torch.arange(n) % 2) for n in (8, 5))
-    return model, trainer(model, images, test, blocks=[Block("group0", {"0": model[0]}, ("0.weight", "0.bias"))],
-                          masks={"0": torch.tensor([True, False, True])}, **changes)
-
-
-def test_pruned_rows_are_zero_after_every_step_with_momentum_and_weight_decay():
-    model, t = masked_trainer(batch_size=2, epochs=3, decay=0.5)
+    sets = (Points(torch.randn(n, 2, generator=seeded(n)), torch.arange(n) % 2) for n in (8, 5))
+    t = trainer(model, *sets, batch_size=2, epochs=3, decay=0.5, masks={"0": torch.tensor([True, False, True])},
+                blocks=[SimpleNamespace(kernels={"0": model[0]})])
     before, pulled, seen = snapshot(model), [], []
     assert not before["0.weight"][1].any() and before["0.weight"][0, 1] == 0.5  # zeroed at the beginning
     model[0].weight.register_hook(lambda gradient: pulled.append(gradient[1].abs().sum().item()))
@@ -340,7 +307,6 @@ def test_a_loss_that_is_not_finite_names_phase_and_setting(bad):
 
 
 # Going on
-
 class Checkpoint:
     """Keeps what a training saves as a file would, and breaks it off after ``left`` epochs."""
     file, left = None, 99
