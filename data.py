@@ -76,7 +76,7 @@ class Images(ImageSet):
         return self._prepare(self.images[index], index, device, generator)
 
     def _prepare(self, x, index, device, generator):
-        """Resize, flip, crop, jitter, normalise (ledger D15's table); the middle three only with a generator.
+        """Flip, resize, crop, jitter, normalise; flip, crop and jitter (table above) only with a generator.
 
         x uint8 [n, C, h, w] at ``index`` → (float32 [n, C, size, size], labels int64 [n]) on ``device``; floats stay.
         """
@@ -97,8 +97,8 @@ class Images(ImageSet):
 
 
 class Stream(Images):
-    """A split on disk: ``images`` is :class:`support.images.Files`, decoded as batches are used: those of
-    :class:`Images` that were decoded to that side. InputError names an image that cannot be read."""
+    """A split on disk: ``images`` is :class:`support.images.Files`. Batches are those of :class:`Images` of the decoded
+    files; InputError names one that cannot be read."""
 
     def __post_init__(self):
         """Check nothing: nothing is in memory."""
@@ -252,10 +252,8 @@ def as_images(source, what="the images"):
 
 
 def check_finite(images, what):
-    """Raise InputError with the index of the first image of the set ``what`` that is not finite, if it is in memory.
-
-    Images that a Dataset reads are checked batch by batch as they are used.
-    """
+    """Raise InputError with the index of the first image of the set ``what`` that is not finite, if it is in memory;
+    those of a Dataset are checked batch by batch as they are used."""
     x = getattr(images.whole if isinstance(images, Part) else images, "images", None)
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         for index in torch.arange(len(x)).split(64):
