@@ -8,8 +8,9 @@ however large the weights are (as HAWQ-V2's average Hessian trace, Dong et al. 2
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -19,18 +20,8 @@ from compress import (FULL_BITS, GRANULARITIES, QTYPES, BlockConfig, KernelConfi
 from config import LEVELS, InputError
 
 CLOSENESS = 0.99  # a budget is met from this fraction of it upwards
-SLOTS = 10_000  # parts into which the last resort divides a budget
-COUNTS = 64  # about how many channel counts of a kernel it tries
-
-
-@dataclass(frozen=True)
-class Enforced:
-    """What :func:`enforce` made of a configuration. ``moves``: kernels' moves from one choice to the next; ``reached``:
-    whether the cost is in [0.99 budget, budget], if not it is below and ``note`` says why, in one line."""
-    config: NetworkConfig
-    moves: int
-    reached: bool
-    note: str = ""
+SLOTS = 10_000  # parts into which least_sum divides a budget
+COUNTS = 64  # about how many channel counts of a kernel the last resort tries
 
 
 def retained_weights(config: KernelConfig, shape: KernelShape) -> float:
@@ -38,8 +29,10 @@ def retained_weights(config: KernelConfig, shape: KernelShape) -> float:
     return kernel_retained(config, shape.n_out) * shape.params
 
 
-def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float, cost=retained_weights) -> Enforced:
-    """Move a configuration into [0.99 budget, budget] by single steps, the least damage per unit of cost first.
+def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float,
+            cost=retained_weights) -> tuple[NetworkConfig, str]:
+    """Move a configuration into [0.99 budget, budget] by single steps, the least damage per unit of cost first; return
+    it and "", or one line that says why it ends below.
 
     blocks: holders with theta_0, never modified; ``sensitivity``: s_i per block; ``limits``: config.Compress;
     ``cost(kernel_config, kernel_shape)``: what a kernel takes, in the budget's unit: :func:`retained_weights` with
@@ -50,34 +43,34 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float, c
     cost saved is least, until it fits. Then, below 0.99 of it: the steps up that fit and undo most damage per cost;
     after those single channels; and at last the choice of least damage among all. Kernels above bits_max (FP32) are
     left alone while another kernel has a step. Ties: the smaller change of the error, then the order of kernels.
-    Raises InputError when even the smallest configuration is above the budget, ValueError when ``config`` or
-    ``sensitivity`` is for another number of blocks or kernels.
+    Raises InputError when even the smallest configuration is above the budget.
     """
     kernels = [_Kernel(holder.weight, kernel, shape, s / chosen.params, limits, cost)
                for block, chosen, s in zip(blocks, config.blocks, sensitivity, strict=True)
                for holder, kernel, shape in zip(block.kernels.values(), chosen.kernels, chosen.shapes, strict=True)]
-    allocator = _Allocator(kernels, budget)
-    if allocator.met:
-        return Enforced(config, 0, True)
-    allocator.go(-1)
-    if allocator.total > budget:
-        rho = math.ceil(1e4 * allocator.config(config).retained) / 1e4
-        raise InputError(f"the target asks for {budget:,.6g}, but the smallest configuration takes "
-                         f"{allocator.total:,.6g} (rho {rho:.4f}): lower compress.bits_min={limits.bits_min} or raise "
-                         f"compress.max_pruning={limits.max_pruning:g}")
-    allocator.go(+1)
-    allocator.go(+1, fine=True)
-    note = ""
-    if not allocator.met and not any(kernel.steps(+1, fine=True) for kernel in kernels):
-        note = (f"the largest configuration takes {allocator.total:,.6g}: compress.bits_max={limits.bits_max} allows "
-                "no more")
-    elif not allocator.met and not allocator.combine():
-        note = f"no choice of bits and channels lies within 1 % below it, this one takes {allocator.total:,.6g}"
-    return Enforced(allocator.config(config), allocator.moves, not note,
-                    note and f"the target of {budget:,.6g} is not met: {note}")
+    if CLOSENESS * budget <= _total(kernels) <= budget:
+        return config, ""
+    _move(kernels, budget, -1)
+    _move(kernels, budget, +1)
+    _move(kernels, budget, +1, fine=True)
+    largest = not any(kernel.steps(+1, fine=True) for kernel in kernels)
+    if not largest and _total(kernels) < CLOSENESS * budget:
+        _combine(kernels, budget)
+    following, total = iter([kernel.at(kernel.now) for kernel in kernels]), _total(kernels)
+    moved = NetworkConfig(tuple(replace(block, kernels=tuple(next(following) for _ in block.kernels))
+                                for block in config.blocks))
+    if total > budget:
+        raise InputError(f"the target asks for {budget:,.6g}, but the smallest configuration takes {total:,.6g} (rho "
+                         f"{math.ceil(1e4 * moved.retained) / 1e4:.4f}): lower compress.bits_min={limits.bits_min} or "
+                         f"raise compress.max_pruning={limits.max_pruning:g}")
+    if total >= CLOSENESS * budget:
+        return moved, ""
+    why = (f"compress.bits_max={limits.bits_max} allows no more" if largest else
+           "no choice of bits and channels lies within 1 % below it")
+    return moved, f"the target of {budget:,.6g} is not met: {why}, the configuration takes {total:,.6g}"
 
 
-def allocations(blocks, shapes, sensitivity, limits, target: float) -> list[Enforced]:
+def allocations(blocks, shapes, sensitivity, limits, target: float) -> list[tuple[NetworkConfig, str]]:
     """Everything at its largest, then the steps down of least damage per weight saved, until at most ``target`` is
     retained: with bits alone, as HAWQ-V2 allocates, where that can meet it, and with bits and keep.
 
@@ -90,10 +83,9 @@ def allocations(blocks, shapes, sensitivity, limits, target: float) -> list[Enfo
 
     def start(holder):
         weight = holder.weight.detach()
-        choices = [KernelConfig(middle, 1.0, *kind) for kind in product(types, granularities)]
-        if len(choices) > 1:
-            choices.sort(key=lambda choice: (compress_kernel(weight, choice)[0] - weight).square().sum().item())
-        return replace(choices[0], bits=limits.bits_max)
+        best = min((KernelConfig(middle, 1.0, *kind) for kind in product(types, granularities)),
+                   key=lambda choice: (compress_kernel(weight, choice)[0] - weight).square().sum().item())
+        return replace(best, bits=limits.bits_max)
 
     largest = NetworkConfig(tuple(BlockConfig(tuple(map(start, block.kernels.values())), tuple(own))
                                   for block, own in zip(blocks, shapes, strict=True)))
@@ -135,15 +127,15 @@ class _Kernel:
 
     def __init__(self, weight, config, shape, sensitivity, limits, cost):
         self.weight, self.config, self.shape, self.sensitivity = weight.detach(), config, shape, sensitivity
-        self.limits, self.cost_of = limits, cost
-        n_out = shape.n_out
+        self.limits, n_out = limits, shape.n_out
         self.now = config.bits, channels_kept(config.keep, n_out) if shape.prunable else n_out
         least = channels_kept(1 - limits.max_pruning, n_out) if shape.prunable else n_out
         grid = {channels_kept(1 - j / (LEVELS - 1) * limits.max_pruning, n_out) for j in range(LEVELS)}
         self.bits = sorted({config.bits, *range(limits.bits_min, limits.bits_max + 1)})
         self.coarse = sorted({self.now[1], *(kept for kept in grid if kept >= least)})
         self.fine = sorted({self.now[1], *range(least, n_out + 1)})
-        self.costs, self.errors = {}, {}
+        self.cost = functools.cache(lambda choice: cost(self.at(choice), shape))  # in the budget's unit
+        self.error = functools.cache(self._error)
 
     def at(self, choice) -> KernelConfig:
         """The configuration of a choice; keep within its bounds, and unchanged where the channels are."""
@@ -152,18 +144,10 @@ class _Kernel:
             return replace(self.config, bits=bits)
         return replace(self.config, bits=bits, keep=max(kept / n_out, 1 - self.limits.max_pruning))
 
-    def cost(self, choice) -> float:
-        """Cost of a choice, in the budget's unit."""
-        if choice not in self.costs:
-            self.costs[choice] = self.cost_of(self.at(choice), self.shape)
-        return self.costs[choice]
-
-    def error(self, choice) -> float:
+    def _error(self, choice) -> float:
         """||W - W^||^2 at a choice, summed in float64."""
-        if choice not in self.errors:
-            change = compress_kernel(self.weight, self.at(choice))[0].double() - self.weight.double()
-            self.errors[choice] = change.square_().sum().item()
-        return self.errors[choice]
+        change = compress_kernel(self.weight, self.at(choice))[0].double() - self.weight.double()
+        return change.square_().sum().item()
 
     def steps(self, sign, fine=False) -> list:
         """The nearest choices that cost more (sign 1) or less (-1): one in channels, one in bits. A nearer one may not:
@@ -181,52 +165,34 @@ class _Kernel:
         return self.now[0] > self.limits.bits_max, self.sensitivity * change, change
 
 
-class _Allocator:
-    """The kernels of a network on their way into a budget."""
+def _total(kernels) -> float:
+    """Cost of the present choices."""
+    return math.fsum(kernel.cost(kernel.now) for kernel in kernels)
 
-    def __init__(self, kernels, budget):
-        self.kernels, self.budget, self.moves = kernels, budget, 0
-        self.top = budget * (1 - 1e-12)  # room for the rounding of a sum in another order
 
-    @property
-    def total(self) -> float:
-        """Cost of the present choices."""
-        return math.fsum(kernel.cost(kernel.now) for kernel in self.kernels)
+def _move(kernels, budget, sign, fine=False) -> None:
+    """Take steps down (sign -1) until the total fits, or steps up that fit until it is close."""
+    top = budget * (1 - 1e-12)  # room for the rounding of a sum in another order
+    steps = {}  # by kernel: what they are sorted by, the kernel's index, the choice, the change of the cost
+    while (total := _total(kernels)) > top or sign > 0 and total < CLOSENESS * budget:
+        for index, kernel in enumerate(kernels):
+            if index not in steps:
+                steps[index] = [(*kernel.price(c), index, c, kernel.cost(c) - kernel.cost(kernel.now))
+                                for c in kernel.steps(sign, fine)]
+        fitting = [step for own in steps.values() for step in own if sign < 0 or step[-1] <= top - total]
+        if not fitting:
+            return
+        *_, index, choice, _ = min(fitting)
+        kernels[index].now = choice
+        del steps[index]
 
-    @property
-    def met(self) -> bool:
-        """Whether the budget is met within 1 %."""
-        return CLOSENESS * self.budget <= self.total <= self.budget
 
-    def config(self, start: NetworkConfig) -> NetworkConfig:
-        """The configuration of the present choices."""
-        kernels = iter([kernel.at(kernel.now) for kernel in self.kernels])
-        return NetworkConfig(tuple(BlockConfig(tuple(next(kernels) for _ in block.kernels), block.shapes)
-                                   for block in start.blocks))
-
-    def go(self, sign, fine=False) -> None:
-        """Steps down (sign -1) until the total fits, or steps up that fit until it is close."""
-        steps = {}  # by kernel: what they are sorted by, the kernel's index, the choice, the change of the cost
-        while self.total > self.top if sign < 0 else self.total < CLOSENESS * self.budget:
-            for index, kernel in enumerate(self.kernels):
-                if index not in steps:
-                    steps[index] = [(*kernel.price(c), index, c, kernel.cost(c) - kernel.cost(kernel.now))
-                                    for c in kernel.steps(sign, fine)]
-            room = self.top - self.total
-            fitting = [step for own in steps.values() for step in own if sign < 0 or step[-1] <= room]
-            if not fitting:
-                return
-            *_, index, choice, _ = min(fitting)
-            self.kernels[index].now, self.moves = choice, self.moves + 1
-            del steps[index]
-
-    def combine(self) -> bool:
-        """Take the least damage over all choices of the kernels that are not FP32; whether that meets the budget, and
-        if not nothing moves. Only networks of a few small kernels come here: with more, single steps suffice."""
-        choices = [[kernel.now] if kernel.now[0] > kernel.limits.bits_max else
-                   list(product(kernel.bits, kernel.fine[::1 + len(kernel.fine) // COUNTS])) for kernel in self.kernels]
-        indices = least_sum([[(kernel.cost(c), kernel.sensitivity * kernel.error(c)) for c in own]
-                             for kernel, own in zip(self.kernels, choices)], self.budget, CLOSENESS * self.budget)
-        for kernel, own, index in zip(self.kernels, choices, indices or ()):
-            self.moves, kernel.now = self.moves + (kernel.now != own[index]), own[index]
-        return self.met
+def _combine(kernels, budget) -> None:
+    """Take the least damage over all choices of the kernels that are not FP32, where some meet the budget. Only
+    networks of a few small kernels come here: with more, single steps suffice."""
+    choices = [[kernel.now] if kernel.now[0] > kernel.limits.bits_max else
+               list(product(kernel.bits, kernel.fine[::1 + len(kernel.fine) // COUNTS])) for kernel in kernels]
+    indices = least_sum([[(kernel.cost(c), kernel.sensitivity * kernel.error(c)) for c in own]
+                         for kernel, own in zip(kernels, choices)], budget, CLOSENESS * budget)
+    for kernel, own, index in zip(kernels, choices, indices or ()):
+        kernel.now = own[index]

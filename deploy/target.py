@@ -18,7 +18,6 @@ from deploy.allocate import enforce, retained_weights
 INDEX_ROOM = 256  # bytes by which the compressed index of a packed file may differ between configurations
 
 
-
 @dataclass(frozen=True)
 class Goal:
     """What a network is to come to; None where nothing is asked."""
@@ -60,35 +59,22 @@ def parse_goal(text: str) -> Goal | None:
     return Goal(values.get("size"), values.get("cr"), values.get("drop")) if values else None
 
 
-def max_give_back(config: NetworkConfig) -> int:
-    """The ``count`` at which :func:`give_back` has given everything back: two levels per block."""
-    return 2 * len(config.blocks)
-
-
 def give_back(config: NetworkConfig, sensitivity, count: int, limits) -> NetworkConfig:
     """The configuration with its ``count`` most sensitive blocks uncompressed as far as the bounds allow.
 
     They get limits.bits_max bits, or what they have where that is more, and keep 1; type and granularity stay. Once
-    every block of B has that, the most sensitive ``count`` - B go back to FP32, until :func:`max_give_back`. Ties: the
-    earlier block. Raises ValueError for a count outside 0…2 B or another number of sensitivities.
+    every block of B has that, the most sensitive ``count`` - B go back to FP32, all where ``count`` is 2 B. Ties: the
+    earlier block.
     """
     blocks = len(config.blocks)
-    if len(sensitivity) != blocks or not 0 <= count <= max_give_back(config):
-        raise ValueError(f"count={count} and {len(sensitivity)} sensitivities for {blocks} blocks")
     order = sorted(range(blocks), key=lambda i: -sensitivity[i])
-    given, full = set(order[:count]), set(order[:max(0, count - blocks)])
-
-    def returned(index, kernel):
-        if index not in given:
-            return kernel
-        return replace(kernel, bits=FULL_BITS if index in full else max(kernel.bits, limits.bits_max), keep=1.0)
-
-    return NetworkConfig(tuple(replace(block, kernels=tuple(returned(i, kernel) for kernel in block.kernels))
-                               for i, block in enumerate(config.blocks)))
+    bits = {i: FULL_BITS if rank < count - blocks else limits.bits_max for rank, i in enumerate(order[:count])}
+    return NetworkConfig(tuple(
+        replace(block, kernels=tuple(replace(k, bits=max(k.bits, bits[i]), keep=1.0) for k in block.kernels))
+        if i in bits else block for i, block in enumerate(config.blocks)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a run does about them
+# --- What a run does about them --------------------------------------------------------------------------------
 
 
 def resolved(config: Config, params: int, model_bytes: int) -> Config:
@@ -114,11 +100,10 @@ def check_sizes(config: Config, shapes, model_bytes: int) -> None:
     smallest = NetworkConfig(tuple(BlockConfig(tuple(KernelConfig(
         limits.bits_min, 1 - limits.max_pruning if shape.prunable else 1.0) for shape in block), tuple(block))
         for block in shapes))
-    if _asks_ratio(config, goal) or config.search.method in BASELINES:
-        if smallest.retained > target:
-            raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with "
-                             f"compress.bits_min={limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at "
-                             f"least {smallest.retained:.4f} is retained")
+    if (_asks_ratio(config, goal) or config.search.method in BASELINES) and smallest.retained > target:
+        raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with compress.bits_min="
+                         f"{limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at least "
+                         f"{smallest.retained:.4f} is retained")
     if goal and goal.max_bytes is not None:
         rest = _rest_bytes(config, smallest.params, model_bytes)
         least = rest + _kernels_bytes(smallest)
@@ -156,12 +141,11 @@ class Demands:
         return chosen
 
     def _moved(self, config, budget, cost) -> NetworkConfig:
-        enforced = enforce(self.blocks, config, self.sensitivity, self.config.compress, budget, cost)
-        if enforced.note:
-            self.log.note(enforced.note)
-        self.log.info(f"  target: {enforced.moves} steps, retained {config.retained:.4f} -> "
-                      f"{enforced.config.retained:.4f}")
-        return enforced.config
+        moved, note = enforce(self.blocks, config, self.sensitivity, self.config.compress, budget, cost)
+        if note:
+            self.log.note(note)
+        self.log.info(f"  target: retained {config.retained:.4f} -> {moved.retained:.4f}")
+        return moved
 
     def key(self, row) -> tuple:
         """Sort key for choosing the best cycle: the accuracy. Under a goal: whether the packed file's drop holds; then,
@@ -183,13 +167,12 @@ class Demands:
         back where the drop is missed, and no size is held against it.
         """
         allowed = self.goal is not None and (self.config.relax or not self.goal.has_size)
-        count, most = 2 ** rounds, max_give_back(config)
-        if not allowed or count // 2 >= most or self.holds(row):
+        blocks, count = len(config.blocks), 2 ** rounds
+        if not allowed or count // 2 >= 2 * blocks or self.holds(row):
             return None
-        blocks = len(config.blocks)
         self.log.note(f"the goal's drop is missed: the {min(count, blocks)} most sensitive blocks are given back"
                       f"{', some as FP32' if count > blocks else ''}")
-        return give_back(config, self.sensitivity, min(count, most), self.config.compress)
+        return give_back(config, self.sensitivity, count, self.config.compress)
 
     def result(self, row) -> dict | None:
         """Which of the goal's conditions the packed file of the best cycle meets, for result.json; None without one."""

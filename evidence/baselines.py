@@ -7,12 +7,13 @@ looks at blocks or at networks. One *evaluation* is one estimate of one block's 
 remembered and costs nothing. No method makes more than the hierarchy (:func:`budget`).
 
 Configurations are those that the agents' actions can say under uniform budgets: bits_min…bits_max, and the 15 values of
-keep, those that mean other channels. A *genome* is int [K, 4]: bits, step of keep (0 = all), type and granularity of
-each of the network's K kernels. The methods are the functions in METHODS.
+keep, those that mean other channels. A *genome* is int [K, 4]: level of bits and of keep (0 = the least), type and
+granularity of each of the network's K kernels. The methods are the functions in METHODS.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, channels_kept,
                       kernel_retained, kernel_shapes)
-from config import LEVELS, InputError
+from config import LEVELS
 from deploy.allocate import allocations
 from estimate import WORST
 from rl import LLA_PPO, PPO
@@ -47,10 +48,8 @@ class Problem:
 class Choice:
     """What a method chose."""
     config: NetworkConfig
-    drop: float  # sum of its blocks' estimated drops, points
     evaluations: int
-    bad: int  # evaluations that were not finite and counted as 50 points
-    note: str = ""  # about the choice, one line
+    notes: tuple[str, ...]  # one line each
 
 
 def budget(blocks: int, agents: int, lla) -> int:
@@ -62,16 +61,12 @@ def budget(blocks: int, agents: int, lla) -> int:
 def find(method: str, problem: Problem, seed: int) -> Choice:
     """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``.
 
-    Raises InputError where no configuration meets the target, ValueError for a budget below one network's evaluations.
+    The target is one that some configuration meets, the budget at least one evaluation per block.
     """
     space = Space(problem)
-    if problem.budget < len(problem.blocks):
-        raise ValueError(f"{problem.budget} evaluations are less than one for each of {len(problem.blocks)} blocks")
-    if space.sizes.min(axis=(1, 2)).sum() > problem.target * space.weights:
-        raise InputError(f"search.target={problem.target:.4g} is below the smallest configuration: lower "
-                         "compress.bits_min or raise compress.max_pruning")
-    note = METHODS[method](space, np.random.default_rng(seed)) or ""
-    return Choice(space.best, space.best_drop, space.evaluations, space.bad, note)
+    note = METHODS[method](space, np.random.default_rng(seed))
+    bad = space.bad and f"{space.bad} drops were not finite and became 50"
+    return Choice(space.best, problem.budget - space.remaining, tuple(filter(None, (note, bad))))
 
 
 # --- In place of the low-level agents --------------------------------------------------------------------------
@@ -80,48 +75,42 @@ def find(method: str, problem: Problem, seed: int) -> Choice:
 def joint_blocks(blocks, sensitivity, estimator, config, note) -> list[JointBlock]:
     """Make the searches of all blocks for the method config.search.method; the network holds theta_0 whenever one is
     asked. ``note(text)`` is called with what there is to say about a choice."""
-    problem = Problem(blocks, sensitivity, config.compress, config.search.target, estimator.drops,
-                      budget(len(blocks), len(config.lla.algorithms), config.lla))
-    method, shared = config.search.method, {"cycle": 0, "asked": [], "config": None, "evaluations": 0}
+    method, most = config.search.method, budget(len(blocks), len(config.lla.algorithms), config.lla)
+    problem = Problem(blocks, sensitivity, config.compress, config.search.target, estimator.drops, most)
 
+    @functools.lru_cache(maxsize=1)
     def find_in(cycle: int) -> Choice:
-        choice = find(method, problem, derive_seed(config.seed, "baseline", method, cycle))
-        for text in filter(None, (choice.note, choice.bad and f"{choice.bad} drops were not finite and became 50")):
-            note(text)
-        return choice
+        return find(method, problem, derive_seed(config.seed, "baseline", method, cycle))
 
-    return [JointBlock(i, find_in, shared) for i in range(len(blocks))]
+    return [JointBlock(i, find_in, note) for i in range(len(blocks))]
 
 
 class JointBlock:
     """A block's part of a search of the whole network, with the interface of the low-level agents.
-
-    The network is searched once per cycle, when the first block is asked; a block that is asked again begins a cycle.
-    ``find_in(cycle)``: the search, a function of seed and cycle alone; ``shared``: by all blocks.
-    """
+    ``find_in(cycle)``: the search, a function of seed and cycle, made once per cycle for all blocks."""
 
     bad_rewards = 0
 
-    def __init__(self, index: int, find_in, shared: dict):
-        self.index, self.find_in, self.shared = index, find_in, shared
+    def __init__(self, index: int, find_in, note):
+        self.index, self.find_in, self.note, self.cycle = index, find_in, note, 0
 
     def search(self, budget) -> Found:
-        """Return the block's configuration, and with the first block of the network the evaluations of the whole; the
-        network has one size, so that ``budget`` plays no part."""
-        shared = self.shared
-        if shared["config"] is None or self.index in shared["asked"]:
-            choice = self.find_in(shared["cycle"] + 1)
-            shared.update(cycle=shared["cycle"] + 1, asked=[], config=choice.config, evaluations=choice.evaluations)
-        shared["asked"] = [*shared["asked"], self.index]
-        return Found(shared["config"].blocks[self.index], [], 0 if self.index else shared["evaluations"], None, {})
+        """Return the block's configuration in the next cycle, and with the first block of the network the evaluations
+        of the whole; the network has one size, so that ``budget`` plays no part."""
+        self.cycle += 1
+        choice = self.find_in(self.cycle)
+        if self.index == 0:
+            for text in choice.notes:
+                self.note(text)
+        return Found(choice.config.blocks[self.index], [], 0 if self.index else choice.evaluations, None, {})
 
     def state_dict(self) -> dict:
-        """Return the cycle, the blocks asked in it, and the network's configuration and evaluations."""
-        return dict(self.shared)
+        """Return the cycle."""
+        return {"cycle": self.cycle}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what :meth:`state_dict` returned, for all blocks."""
-        self.shared.update(state)
+        """Restore what :meth:`state_dict` returned."""
+        self.cycle = state["cycle"]
 
 
 # --- Configurations and the count of evaluations ---------------------------------------------------------------
@@ -135,30 +124,30 @@ class Space:
         self.block_shapes = [kernel_shapes(block) for block in problem.blocks]
         self.shapes = [shape for block in self.block_shapes for shape in block]
         self.of_block = np.repeat(np.arange(len(problem.blocks)), [len(block) for block in self.block_shapes])
-        self.bits = np.arange(limits.bits_min, limits.bits_max + 1)
         self.qtypes = QTYPES if limits.qtype == "any" else (limits.qtype,)
         self.granularities = GRANULARITIES if limits.granularity == "any" else (limits.granularity,)
         self.keeps = [self._keeps(shape) for shape in self.shapes]
-        self.steps = np.array([len(keeps) for keeps in self.keeps])
-        self.weights = float(sum(shape.params for shape in self.shapes))
-        self.allowed = problem.target * self.weights * (1 - 1e-12)  # room for a sum in another order
-        self.sizes = np.array([[[shape.params * kernel_retained(self.kernel(k, b, min(j, len(keeps) - 1), 0, 0),
-                                                                shape.n_out) for j in range(LEVELS)]
-                                for b in self.bits] for k, (shape, keeps) in enumerate(zip(self.shapes, self.keeps))])
-        self.evaluations = self.bad = 0
-        self.known: dict[tuple, float] = {}
+        bits = limits.bits_max - limits.bits_min + 1
+        self.levels = np.array([[bits, len(keeps), len(self.qtypes), len(self.granularities)] for keeps in self.keeps])
+        self.sizes = np.array([[[kernel_retained(self.kernel(k, b, min(j, len(keeps) - 1), 0, 0), shape.n_out)
+                                 * shape.params for j in range(LEVELS)] for b in range(bits)]
+                               for k, (shape, keeps) in enumerate(zip(self.shapes, self.keeps))])
+        self.allowed = problem.target * sum(s.params for s in self.shapes) * (1 - 1e-12)  # room for another order
+        self.remaining, self.bad = problem.budget, 0  # evaluations to go; those that were not finite
+        self.known: dict[tuple[int, BlockConfig], float] = {}
         self.best, self.best_drop = None, math.inf
 
     def _keeps(self, shape) -> list[float]:
-        """The agents' keep grid, 1 - j/14 max_pruning, from the largest; of equal numbers of channels the first."""
+        """The agents' keep grid, 1 - j/14 max_pruning, from the least; of equal numbers of channels the largest."""
         if not shape.prunable:
             return [1.0]
-        grid = [1.0 - j / (LEVELS - 1) * self.problem.limits.max_pruning for j in range(LEVELS)]
-        return list({channels_kept(keep, shape.n_out): keep for keep in reversed(grid)}.values())[::-1]
+        grid = [1.0 - j / (LEVELS - 1) * self.problem.limits.max_pruning for j in reversed(range(LEVELS))]
+        return list({channels_kept(keep, shape.n_out): keep for keep in grid}.values())
 
-    def kernel(self, k, bits, step, qtype, granularity) -> KernelConfig:
+    def kernel(self, k, bits, keep, qtype, granularity) -> KernelConfig:
         """Return one kernel's configuration from its four numbers."""
-        return KernelConfig(int(bits), self.keeps[k][step], self.qtypes[qtype], self.granularities[granularity])
+        return KernelConfig(self.problem.limits.bits_min + bits, self.keeps[k][keep], self.qtypes[qtype],
+                            self.granularities[granularity])
 
     def config(self, genome) -> NetworkConfig:
         """Return the configuration that a genome stands for."""
@@ -172,14 +161,11 @@ class Space:
 
     def size(self, genome) -> float:
         """Return the FP32-equivalent weights that stay."""
-        return float(self.sizes[np.arange(len(genome)), genome[:, 0] - self.bits[0], genome[:, 1]].sum())
+        return float(self.sizes[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum())
 
     def draw(self, rng) -> np.ndarray:
         """Return a genome drawn uniformly."""
-        count = len(self.shapes)
-        return np.stack([rng.integers(self.bits[0], self.bits[-1] + 1, count), rng.integers(self.steps),
-                         rng.integers(len(self.qtypes), size=count),
-                         rng.integers(len(self.granularities), size=count)], axis=1)
+        return rng.integers(self.levels)
 
     def fitted(self, genome, rng) -> np.ndarray:
         """Return the genome after random single steps of bits and keep: down until it meets the target, then up until
@@ -187,72 +173,40 @@ class Space:
         genome, size = genome.copy(), self.size(genome)
         for sign in (-1, 1):
             while sign > 0 or size > self.allowed:
-                moves, change = self.moves(genome, sign)
-                fitting = np.flatnonzero((change < 0) if sign < 0 else (size + change <= self.allowed))
+                after = genome[:, :2] + sign
+                k, head = np.argwhere((after >= 0) & (after < self.levels[:, :2])).T
+                bits, keep = genome[k, :2].T
+                change = self.sizes[k, bits + sign * (head == 0), keep + sign * (head == 1)] - self.sizes[k, bits, keep]
+                fitting = np.flatnonzero((sign < 0) | (size + change <= self.allowed))
                 if not len(fitting):
                     break
                 chosen = fitting[rng.integers(len(fitting))]
-                k, head = moves[chosen]
-                genome[k, head] += sign if head == 0 else -sign
+                genome[k[chosen], head[chosen]] += sign
                 size += change[chosen]
         return genome
-
-    def moves(self, genome, sign) -> tuple[np.ndarray, np.ndarray]:
-        """Return (kernel, 0 = bits, 1 = keep) of every step that stays in its range, ``sign`` 1 towards more, and by
-        how much each changes the size."""
-        bits = genome[:, 0] < self.bits[-1] if sign > 0 else genome[:, 0] > self.bits[0]
-        keep = genome[:, 1] > 0 if sign > 0 else genome[:, 1] < self.steps - 1
-        moves = np.argwhere(np.stack([bits, keep], axis=1))
-        k, head = moves[:, 0], moves[:, 1]
-        b, j = genome[k, 0] - self.bits[0], genome[k, 1]
-        return moves, self.sizes[k, b + sign * (head == 0), j - sign * (head == 1)] - self.sizes[k, b, j]
-
-    def reduced(self, genome) -> np.ndarray:
-        """Return the genome made to meet the target as HAQ does: one bit less for each kernel in order until it fits,
-        round after round; where all are at their least, one step of keep less in the same way."""
-        genome = genome.copy()
-        for head, sign in ((0, -1), (1, 1)):
-            moved = True
-            while moved:
-                moved = False
-                for k in range(len(genome)):
-                    if self.size(genome) <= self.allowed:
-                        return genome
-                    if (genome[k, 0] > self.bits[0]) if head == 0 else (genome[k, 1] < self.steps[k] - 1):
-                        genome[k, head] += sign
-                        moved = True
-        return genome
-
-    @property
-    def remaining(self) -> int:
-        """Evaluations that may still be made."""
-        return self.problem.budget - self.evaluations
 
     def scores(self, configs) -> list[float]:
         """Return the sum of the blocks' drops of each network; the best that meets the target is kept.
 
         In order; a network whose unknown blocks are more than what remains costs nothing and scores infinity.
         """
-        keys = [[(i, tuple((k.bits, channels_kept(k.keep, s.n_out), k.qtype, k.granularity)
-                           for k, s in zip(block.kernels, block.shapes))) for i, block in enumerate(config.blocks)]
-                for config in configs]
-        asked: dict[int, dict] = {}
-        for config, own in zip(configs, keys):
-            unknown = [(key, block) for key, block in zip(own, config.blocks)
-                       if key not in self.known and key not in asked.get(key[0], {})]
+        asked: dict[int, list[BlockConfig]] = {}
+        for config in configs:
+            unknown = [(i, block) for i, block in enumerate(config.blocks) if (i, block) not in self.known]
             if len(unknown) <= self.remaining:
-                for key, block in unknown:
-                    asked.setdefault(key[0], {})[key] = block
-                    self.evaluations += 1
-        for index, candidates in sorted(asked.items()):
-            for key, drop in zip(candidates, self.problem.drops(index, list(candidates.values())), strict=True):
+                self.remaining -= len(unknown)
+                self.known |= dict.fromkeys(unknown)
+                for i, block in unknown:
+                    asked.setdefault(i, []).append(block)
+        for i, blocks in sorted(asked.items()):
+            for block, drop in zip(blocks, self.problem.drops(i, blocks), strict=True):
                 self.bad += not math.isfinite(drop)
-                self.known[key] = drop if math.isfinite(drop) else WORST
-        result = [math.fsum(self.known.get(key, math.inf) for key in own) for own in keys]
-        for config, drop in zip(configs, result):
+                self.known[i, block] = drop if math.isfinite(drop) else WORST
+        drops = [math.fsum(self.known.get(pair, math.inf) for pair in enumerate(config.blocks)) for config in configs]
+        for config, drop in zip(configs, drops):
             if drop < self.best_drop and config.retained <= self.problem.target:
                 self.best, self.best_drop = config, drop
-        return result
+        return drops
 
 
 # --- The methods -----------------------------------------------------------------------------------------------
@@ -264,15 +218,14 @@ def uniform(space: Space, rng) -> None:
     target, configs = space.problem.target, []
 
     def network(bits, keep, qtype=space.qtypes[0], granularity=space.granularities[0]):
-        return space.grouped([KernelConfig(int(bits), keep if shape.prunable else 1.0, qtype, granularity)
+        return space.grouped([KernelConfig(bits, keep if shape.prunable else 1.0, qtype, granularity)
                               for shape in space.shapes])
 
-    for bits in space.bits:
+    for bits in range(space.problem.limits.bits_min, space.problem.limits.bits_max + 1):
         low, high = 1.0 - space.problem.limits.max_pruning, 1.0
         if network(bits, low).retained > target:
             continue
-        if network(bits, high).retained <= target:
-            low = high
+        low = high if network(bits, high).retained <= target else low
         for _ in range(30):
             middle = (low + high) / 2
             low, high = (middle, high) if network(bits, middle).retained <= target else (low, middle)
@@ -292,114 +245,91 @@ def greedy(space: Space, rng) -> str:
     """The least damage s_i / P_i ||W - W^||^2 per weight saved, with bits alone as HAWQ-V2 allocates (Dong et al. 2020,
     1911.03852), and with bits and keep; the two choices' drops are all evaluations."""
     p = space.problem
-    enforced = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.target)
-    space.scores([one.config for one in enforced])
-    return next(one.note for one in enforced if one.config == space.best)
+    found = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.target)
+    space.scores([config for config, _ in found])
+    return next(note for config, note in found if config == space.best)
 
 
 def evolution(space: Space, rng) -> None:
     """(mu + lambda): each child takes its blocks from two tournament winners, some kernels change, and random steps
     bring it back onto the target."""
-    people: list[tuple[float, int, np.ndarray]] = []
-    born = idle = 0
+    people: dict[bytes, tuple[float, np.ndarray]] = {}  # by genome, in the order of birth where drops are equal
+    generation = idle = 0
     while space.remaining and idle < PATIENCE:
-        children = [space.fitted(space.draw(rng) if born < PARENTS else _child(space, people, rng), rng)
+        drawn, before = generation < PARENTS // CHILDREN, space.remaining
+        children = [space.fitted(space.draw(rng) if drawn else _child(space, list(people.values()), rng), rng)
                     for _ in range(CHILDREN)]
-        before = space.evaluations
-        drops = space.scores([space.config(child) for child in children])
-        people += [(drop, born + n, child) for n, (drop, child) in enumerate(zip(drops, children)) if drop < math.inf]
-        people = sorted(people, key=lambda person: person[:2])
-        distinct = {person[2].tobytes(): person for person in reversed(people)}
-        people = sorted(distinct.values(), key=lambda person: person[:2])[:PARENTS]
-        born += CHILDREN
-        idle = 0 if space.evaluations > before else idle + 1
+        for child, drop in zip(children, space.scores([space.config(child) for child in children])):
+            if drop < math.inf:
+                people.setdefault(child.tobytes(), (drop, child))
+        people = dict(sorted(people.items(), key=lambda item: item[1][0])[:PARENTS])
+        generation, idle = generation + 1, 0 if space.remaining < before else idle + 1
 
 
 def _child(space: Space, people, rng) -> np.ndarray:
-    def winner():
-        return people[rng.integers(len(people), size=min(TOURNAMENT, len(people))).min()][2]
+    def winner():  # the people are sorted
+        return people[rng.integers(len(people), size=min(TOURNAMENT, len(people))).min()][1]
 
-    first, second = winner(), winner()
+    first, second, count = winner(), winner(), len(space.shapes)
     blocks = rng.random(len(space.problem.blocks)) < 0.5
     child = np.where(blocks[space.of_block][:, None], first, second)
-    count = len(child)
     changed = rng.random((count, 4)) < 1.5 / count
-    child[:, 0] += changed[:, 0] * rng.choice([-2, -1, 1, 2], count)
-    child[:, 1] += changed[:, 1] * rng.integers(-4, 5, count)
-    fresh = space.draw(rng)
-    child[:, 2:] = np.where(changed[:, 2:], fresh[:, 2:], child[:, 2:])
-    child[:, 0] = child[:, 0].clip(space.bits[0], space.bits[-1])
-    child[:, 1] = child[:, 1].clip(0, space.steps - 1)
-    return child
+    steps = np.column_stack([rng.choice([-2, -1, 1, 2], count), rng.integers(-4, 5, count)])
+    mutated = np.column_stack([child[:, :2] + steps, space.draw(rng)[:, 2:]])
+    return np.where(changed, mutated, child).clip(0, space.levels - 1)
 
 
 def sequential(space: Space, rng) -> None:
     """One policy that goes through the kernels in order, as AMC (He et al. 2018, 1802.03494) and HAQ (Wang et al. 2019,
     1811.08886), with PPO for their DDPG; the best network visited."""
-    env, kernels, blocks = SequentialEnv(space), len(space.shapes), len(space.problem.blocks)
-    agent = PPO(env, [len(space.bits), LEVELS, len(space.qtypes), len(space.granularities)],
-                seed=int(rng.integers(2**31)), name="PPO (sequential controller)",
-                **{**SEQUENTIAL_PPO, "n_steps": 4 * kernels})
+    env, kernels, blocks = SequentialEnv(space, rng), len(space.shapes), len(space.problem.blocks)
+    bits, _, qtypes, granularities = space.levels[0]
+    agent = PPO(env, [bits, LEVELS, qtypes, granularities], seed=int(rng.integers(2**31)),
+                name="PPO (sequential controller)", **{**SEQUENTIAL_PPO, "n_steps": 4 * kernels})
     while space.remaining >= blocks and agent.timesteps < space.problem.budget * kernels:  # more: candidates repeat
         agent.learn(kernels * max(space.remaining // blocks, EPISODES_TOGETHER))
 
 
 class SequentialEnv:
-    """N episodes side by side: at step t the action [bits, step of keep, type, granularity] of kernel t.
+    """N episodes side by side: at step t the action [bits, channels to go, type, granularity] of kernel t.
 
-    Observation [N, 10]: t / K; block / B; log10 of the parameters / 8; log2 of the channels / 12; whether channels may
-    go; s_i; least size of the kernels to come / allowed size; size so far / allowed; last kernel's bits / 8 and
-    fraction of kept channels. A network above the target is reduced as HAQ does (:meth:`Space.reduced`). The reward
-    comes at the end: the drop's distance below the mean of the drops so far, in their standard deviations, within ±5.
+    Observation [N, 9]: t / K; block / B; log10 of the parameters / 8; log2 of the channels / 12; whether channels may
+    go; s_i; size so far / allowed size; last kernel's bits / 8 and part of channels. The reward comes at the end: minus
+    the blocks' mean drop, points, of the network brought onto the target by random steps (:meth:`Space.fitted`).
     """
 
-    obs_dim = 10
+    obs_dim = 9
 
-    def __init__(self, space: Space):
-        self.space, self.num_envs, self.seen = space, EPISODES_TOGETHER, []
-        s, count = space.shapes, len(space.shapes)
-        least = space.sizes.min(axis=(1, 2))
-        after = np.append(np.cumsum(least[::-1])[::-1][1:], 0.0)  # what kernels behind t take at least
-        self.fixed = np.stack([np.arange(count) / count, space.of_block / len(space.problem.blocks),
-                               np.log10([shape.params for shape in s]) / 8, np.log2([shape.n_out for shape in s]) / 12,
-                               np.array([float(shape.prunable) for shape in s]),
-                               np.array(space.problem.sensitivity, dtype=np.float64)[space.of_block],
-                               after / space.allowed], axis=1)
+    def __init__(self, space: Space, rng):
+        self.space, self.rng, self.num_envs = space, rng, EPISODES_TOGETHER
         self.reset()
 
     def reset(self) -> np.ndarray:
         """Start a new episode everywhere."""
         self.t, self.genomes = 0, np.zeros((self.num_envs, len(self.space.shapes), 4), dtype=np.int64)
+        self.past = np.zeros((self.num_envs, 3))  # the last three numbers of the observation
         return self._observation()
 
     def _observation(self) -> np.ndarray:
-        obs = np.zeros((self.num_envs, self.obs_dim), dtype=np.float32)
-        obs[:, :7] = self.fixed[self.t]
-        if self.t:
-            n_out, keeps = self.space.shapes[self.t - 1].n_out, self.space.keeps[self.t - 1]
-            for n, genome in enumerate(self.genomes[:, :self.t]):
-                used = self.space.sizes[np.arange(self.t), genome[:, 0] - self.space.bits[0], genome[:, 1]].sum()
-                kept = channels_kept(keeps[genome[-1, 1]], n_out) / n_out
-                obs[n, 7:] = used / self.space.allowed, genome[-1, 0] / 8, kept
-        return obs
+        space, shape, block = self.space, self.space.shapes[self.t], self.space.of_block[self.t]
+        kernel = [self.t / len(space.shapes), block / len(space.problem.blocks), math.log10(shape.params) / 8,
+                  math.log2(shape.n_out) / 12, shape.prunable, space.problem.sensitivity[block]]
+        return np.column_stack([np.tile(kernel, (self.num_envs, 1)), self.past]).astype(np.float32)
 
     def step(self, actions):
         """Decide kernel t in every episode."""
-        genes = np.array(actions, dtype=np.int64)
-        genes[:, 0] += self.space.bits[0]
-        genes[:, 1] = genes[:, 1] * self.space.steps[self.t] // LEVELS
-        self.genomes[:, self.t] = genes
+        space, t, n_out = self.space, self.t, self.space.shapes[self.t].n_out
+        bits, keep = actions[:, 0], space.levels[t, 1] - 1 - actions[:, 1] * space.levels[t, 1] // LEVELS
+        self.genomes[:, t] = np.column_stack([bits, keep, actions[:, 2:]])
+        kept = [channels_kept(space.keeps[t][level], n_out) / n_out for level in keep]
+        self.past = np.column_stack([self.past[:, 0] + space.sizes[t, bits, keep] / space.allowed,
+                                     (space.problem.limits.bits_min + bits) / 8, kept])
         self.t += 1
-        done, rewards = self.t == len(self.space.shapes), np.zeros(self.num_envs)
-        if done:
-            drops = self.space.scores([self.space.config(self.space.reduced(genome)) for genome in self.genomes])
-            self.seen += [drop for drop in drops if drop < math.inf]
-            spread = float(np.std(self.seen)) if self.seen else 0.0
-            if spread > 0:
-                below = (float(np.mean(self.seen)) - np.array(drops)) / spread
-                rewards = np.where(np.isfinite(drops), below.clip(-5, 5), 0.0)
-        return self.reset() if done else self._observation(), rewards, np.full(self.num_envs, done), {}
+        if self.t < len(space.shapes):
+            return self._observation(), np.zeros(self.num_envs), np.full(self.num_envs, False), {}
+        drops = np.array(space.scores([space.config(space.fitted(genome, self.rng)) for genome in self.genomes]))
+        rewards = -np.minimum(drops / len(space.problem.blocks), WORST)  # infinity: beyond the budget
+        return self.reset(), rewards, np.full(self.num_envs, True), {}
 
 
-METHODS = {"uniform": uniform, "random": random_search, "greedy": greedy, "evolution": evolution,
-           "sequential": sequential}
+METHODS = dict(uniform=uniform, random=random_search, greedy=greedy, evolution=evolution, sequential=sequential)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,27 +27,21 @@ MUTATED = 2.0  # entries of an earlier candidate that an action changes, on aver
 WINDOW = 1.3  # candidates to be changed are within this factor of the block's target, where there are any
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# High level
+# --- High level ------------------------------------------------------------------------------------------------
 
 
 class PlusHLAEnv(HLAEnv):
     """A high-level environment whose tiers are relative to search.target: targets times search.target / 0.25."""
 
-    @property
-    def scale(self) -> float:
-        """Factor on the tiers' targets that makes the middle one search.target."""
-        return self.search.target / TIERS[2]
-
     def budget(self, tier: int, strategy: int, sensitivity: float) -> LayerBudget:
         """Return the budget of one block: the tier's target, scaled, and the global bounds."""
         budget = super().budget(tier, strategy, sensitivity)
-        return replace(budget, target=min(budget.target * self.scale, 1.0), max_pruning=self.limits.max_pruning,
-                       min_bits=self.limits.bits_min)
+        return replace(budget, target=min(budget.target * (self.search.target / TIERS[2]), 1.0),
+                       max_pruning=self.limits.max_pruning, min_bits=self.limits.bits_min)
 
     def terms(self, targets, mean) -> tuple[float, float, float, float]:
         """Return R_bal and R_sens of the tiers as the paper has them, R_glob and R_dyn of the scaled ``mean``."""
-        return super().terms([target / self.scale for target in targets], mean)
+        return super().terms([target / (self.search.target / TIERS[2]) for target in targets], mean)
 
 
 class PlusHLA(HLAEnsemble):
@@ -56,8 +50,7 @@ class PlusHLA(HLAEnsemble):
     environment = PlusHLAEnv
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Low level
+# --- Low level -------------------------------------------------------------------------------------------------
 
 
 class Candidate(NamedTuple):
@@ -79,23 +72,16 @@ class Front:
         self.proposals = list(proposals)
 
     def add(self, candidate: Candidate) -> None:
-        """Add a candidate; one that is beaten, or whose drop is not finite, is forgotten."""
-        retained, drop, front = candidate.retained, candidate.drop, self.candidates
-        if not math.isfinite(drop) or any(c.retained <= retained and c.drop <= drop < WORST for c in front):
-            return
-        if drop >= WORST:  # only known to be bad; the largest of these stands in until there is a better one
-            if not front or front[0].drop >= WORST and retained > front[0].retained:
-                self.candidates = [candidate]
-            return
-        kept = [c for c in front if (c.retained < retained or c.drop < drop) and c.drop < WORST]
-        self.candidates = sorted([*kept, candidate], key=lambda c: c.retained)
+        """Add a candidate; one that is beaten, or of which only is known that it is bad, is forgotten."""
+        retained, drop = candidate.retained, candidate.drop
+        if -math.inf < drop < WORST and not any(c.retained <= retained and c.drop <= drop for c in self.candidates):
+            kept = [c for c in self.candidates if c.retained < retained or c.drop < drop]
+            self.candidates = sorted([*kept, candidate], key=lambda c: c.retained)
 
     def near(self, target: float) -> list[Candidate]:
-        """Return the candidates around a retained fraction, or the nearest; none while all that are known are bad."""
-        if not self.candidates or self.candidates[0].drop >= WORST:
-            return []
+        """Return the candidates around a retained fraction, or the nearest; none where there are none."""
         near = [c for c in self.candidates if target / WINDOW <= c.retained <= target * WINDOW]
-        return near or [min(self.candidates, key=lambda c: abs(c.retained - target))]
+        return near or sorted(self.candidates, key=lambda c: abs(c.retained - target))[:1]
 
 
 class PlusEnv(LLAEnv):
@@ -154,8 +140,7 @@ class PlusBlock(LLAEnsemble):
             env.front = front
             env.rng = np.random.default_rng(derive_seed(self.config.seed, "refine", self.index, n, agent.timesteps))
         found = super().search(budget)
-        return PlusFound(*(getattr(found, field.name) for field in fields(found)),
-                         tuple((candidate.config, candidate.drop) for candidate in front.candidates))
+        return PlusFound(**vars(found), front=tuple((c.config, c.drop) for c in front.candidates))
 
 
 def plus_blocks(blocks, sensitivity, estimator, config) -> list[PlusBlock]:
@@ -164,7 +149,7 @@ def plus_blocks(blocks, sensitivity, estimator, config) -> list[PlusBlock]:
     shapes, networks = [kernel_shapes(block) for block in blocks], []
     for share in PROPOSED:
         with contextlib.suppress(InputError):  # smaller than anything is
-            networks += [enforced.config for enforced in allocations(
+            networks += [network for network, _ in allocations(
                 blocks, shapes, sensitivity, config.compress, share * config.search.target)]
     searches = [PlusBlock(i, block, s, estimator, config, len(blocks))
                 for i, (block, s) in enumerate(zip(blocks, sensitivity))]
@@ -177,24 +162,21 @@ def encode(config: BlockConfig, budget: LayerBudget, limits) -> np.ndarray:
     """Return the action int64 [K, 4] that ``decode_lla`` makes ``config`` of, or the nearest in bits and in keep."""
     kernels = len(config.kernels)
     grid = [decode_lla([level, level, 0, 0] * kernels, budget, limits, config.shapes) for level in range(LEVELS)]
-    nearest = [(min(range(LEVELS), key=lambda level: abs(grid[level][k].bits - kernel.bits)),
-                min(range(LEVELS), key=lambda level: abs(grid[level][k].keep - kernel.keep)))
-               for k, kernel in enumerate(config.kernels)]
-    return np.array([[bits, keep, QTYPES.index(kernel.qtype), GRANULARITIES.index(kernel.granularity)
-                      if kernel.granularity in GRANULARITIES else 0]
-                     for (bits, keep), kernel in zip(nearest, config.kernels)])
+    return np.array([[min(range(LEVELS), key=lambda level: abs(grid[level][k].bits - kernel.bits)),
+                      min(range(LEVELS), key=lambda level: abs(grid[level][k].keep - kernel.keep)),
+                      QTYPES.index(kernel.qtype),
+                      GRANULARITIES.index(kernel.granularity) if limits.granularity == "any" else 0]
+                     for k, kernel in enumerate(config.kernels)])
 
 
 def combine(found, target: float, note) -> NetworkConfig:
     """Return, of all candidates on the blocks' fronts, those of the least sum of drops whose retained fraction over the
     network is at most ``target``; the smallest of each block where none meets it, which ``note(text)`` says. The vote
-    where a block has no candidate with a finite drop."""
-    if not all(block.front for block in found):
-        return NetworkConfig(tuple(block.config for block in found))
-    weights = sum(block.config.params for block in found)
-    indices = least_sum([[(config.retained * config.params, drop) for config, drop in block.front] for block in found],
-                        target * weights)
+    is all that a block has without a candidate on its front."""
+    fronts = [block.front or ((block.config, WORST),) for block in found]
+    indices = least_sum([[(config.retained * config.params, drop) for config, drop in front] for front in fronts],
+                        target * sum(block.config.params for block in found))
     if indices is None:
         note("nothing that was tried meets search.target, the smallest is taken")
         indices = [0] * len(found)
-    return NetworkConfig(tuple(block.front[index][0] for block, index in zip(found, indices)))
+    return NetworkConfig(tuple(front[index][0] for front, index in zip(fronts, indices)))

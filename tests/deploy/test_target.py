@@ -7,7 +7,7 @@ import torch
 
 from compress import BlockConfig, KernelConfig, NetworkConfig, kernel_bytes, kernel_shapes
 from config import Compress, Config, InputError, override
-from deploy.target import Demands, Goal, check_sizes, give_back, max_give_back, parse_goal, resolved
+from deploy.target import Demands, Goal, check_sizes, give_back, parse_goal, resolved
 
 
 def network(*weights):
@@ -52,7 +52,6 @@ def test_the_most_sensitive_blocks_are_given_back():
     def levels(count):
         config = give_back(start, s, count, limits)
         assert all((k.qtype, k.granularity) == ("FLOAT", "per-channel") for b in config.blocks for k in b.kernels)
-        assert [b.shapes for b in config.blocks] == [b.shapes for b in start.blocks]
         assert all(len({(k.bits, k.keep) for k in b.kernels}) == 1 for b in config.blocks)
         return [(b.kernels[0].bits, b.kernels[0].keep) for b in config.blocks]
 
@@ -60,16 +59,11 @@ def test_the_most_sensitive_blocks_are_given_back():
     assert give_back(start, s, 0, limits) == start
     assert levels(1) == [low, high, low] and levels(2) == [high, high, low] and levels(3) == [high] * 3
     assert levels(4) == [high, full, high] and levels(5) == [full, full, high] and levels(6) == [full] * 3
-    assert max_give_back(start) == 6
     kept = give_back(give_back(start, s, 6, limits), s, 3, limits)
     assert all(k.bits == 32 for b in kept.blocks for k in b.kernels)  # what a kernel has is never taken away
-    for count, sensitivity in ((-1, s), (7, s), (1, s[:2])):
-        with pytest.raises(ValueError):
-            give_back(start, sensitivity, count, limits)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What a run does about them
+# --- What a run does about them ---
 
 
 class Log:
@@ -129,9 +123,8 @@ def test_votes_are_moved_onto_the_target_and_what_a_search_chose_for_it_is_not()
         assert demands(**settings, search__method="random").chosen(voted) is voted
         assert demands(**settings, search__method="plus").chosen(met) is met
         assert demands(**settings, search__method="plus").chosen(voted).retained <= 1 / 8
-    d = demands(goal="cr:31.999")  # what cannot be said within 1 % is noted
     with pytest.raises(InputError):
-        d.chosen(voted)
+        demands(goal="cr:31.999").chosen(voted)
 
 
 def test_bytes_count_the_file_besides_the_kernels():

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from compress import KernelConfig, NetworkConfig, channels_kept
-from config import BASELINES, LLA, Compress, Config, InputError, override
-from evidence import baselines, six_kernels
+from config import BASELINES, LLA, Compress, Config, override
+from evidence import baselines
 from evidence.baselines import Problem, Space
 from problems import BUDGET, LIMITS, TARGET, SixKernels, found, problem
 from search import derive_seed
@@ -38,8 +38,7 @@ def test_the_budget_is_what_the_agents_take():
     assert baselines.budget(2, 1, LLA(timesteps=7, envs=2)) == 2 * 1 * 8  # whole steps of both environments
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The problem of six kernels
+# --- The problem of six kernels ---
 
 
 def test_the_problem_is_no_easy_one(six):
@@ -49,37 +48,21 @@ def test_the_problem_is_no_easy_one(six):
     assert max(six.gain(found(six, "random", seed, budget=4).config) for seed in range(5)) < 0.95
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("method", ["random", "greedy", "evolution", "sequential"])
-def test_every_search_finds_the_optimum_within_its_budget(six, method, seed):
-    result = found(six, method, seed)
+def test_every_search_finds_the_optimum_within_its_budget(six, method):
+    result = found(six, method)
     assert six.gain(result.config) >= 0.95
     assert result.config.retained <= TARGET
     assert result.evaluations == len(six.asked) <= BUDGET
-    assert result.drop == pytest.approx(sum(six.drop(i, b) for i, b in enumerate(result.config.blocks)))
     assert len(set(six.asked)) == len(six.asked)  # nothing is asked for twice
 
 
-@pytest.mark.parametrize("method, least, agents", [("hirelc", 0.5, 3), ("no-hla", 0.95, 3), ("null", 0.5, 0)])
-def test_the_hierarchy_meets_the_target_with_as_many_evaluations(six, method, least, agents):
-    """The paper's tiers end at 0.15, above the target, so that its own budgets are not held to the optimum."""
-    chosen = six_kernels.hierarchy(six, 0, method)
-    assert chosen.retained <= TARGET and six.gain(chosen) >= least
-    compared = 2 * 5 if agents else 0  # of the vote with random actions, not part of the search
-    assert len(six.asked) == 2 * agents * 64 + compared
-
-
 @pytest.mark.parametrize("method", BASELINES)
-@pytest.mark.parametrize("budget", [2, 3, 11])
-def test_small_budgets_are_kept(six, method, budget):
-    result = found(six, method, budget=budget)
+@pytest.mark.parametrize("budget", [2, 11])
+def test_small_budgets_are_kept_and_seeds_repeat(six, method, budget):
+    result = found(six, method, 5, budget=budget)
     assert 1 <= result.evaluations == len(six.asked) <= budget and result.config.retained <= TARGET
-
-
-@pytest.mark.parametrize("method", BASELINES)
-def test_a_method_is_a_function_of_its_seed(six, method):
-    first, again = (found(six, method, 5, budget=60) for _ in range(2))
-    assert first == again
+    assert found(six, method, 5, budget=budget) == result
 
 
 def test_searches_use_their_budget():
@@ -88,16 +71,8 @@ def test_searches_use_their_budget():
         return [sum(k.bits * k.keep for k in config.kernels) for config in configs]
 
     for method in ("random", "evolution", "sequential"):
-        s = space(limits=Compress(), channels=(64,) * 8, drops=drops, budget=300)
-        result = baselines.find(method, s.problem, 0)
-        assert 270 <= result.evaluations <= 300
-
-
-def test_a_target_that_cannot_be_met_and_a_budget_below_a_network(six):
-    with pytest.raises(InputError, match="search.target=0.04"):
-        found(six, "random", target=0.04)
-    with pytest.raises(ValueError, match="1 evaluations"):
-        found(six, "random", budget=1)
+        s = space(limits=Compress(), channels=(64,) * 8, drops=drops, budget=150)
+        assert 140 <= baselines.find(method, s.problem, 0).evaluations <= 150
 
 
 def test_uniform_is_the_best_of_the_largest_keeps(six):
@@ -126,7 +101,7 @@ def test_uniform_tries_types_and_granularities_where_they_are_free():
 
 def test_greedy_spends_bits_where_a_weight_matters_most():
     """Two alike kernels, of which one is a hundred times as sensitive."""
-    s = space(limits=Compress(max_pruning=0.0), channels=(8, 8), target=5.5 / 32,
+    s = space(limits=Compress(max_pruning=0.0), channels=(8, 8), target=5.6 / 32,
               drops=lambda i, configs: [0.0] * len(configs))
     with torch.no_grad():
         weights = [block.kernels[f"k{i}"].weight for i, block in enumerate(s.problem.blocks)]
@@ -147,8 +122,7 @@ def test_greedy_takes_the_type_and_granularity_of_least_error():
     assert (kernel.qtype, kernel.granularity) == ("FLOAT", "per-channel")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In place of the low-level agents
+# --- In place of the low-level agents ---
 
 
 def joint(six, method="random", **settings):
@@ -171,66 +145,52 @@ def test_blocks_share_one_search_per_cycle(six):
     assert chosen[1][::-1] == tuple(block.search(None).config for block in reversed(blocks))  # the next cycle
 
 
-def test_a_search_goes_on_behind_every_block(six):
-    blocks, _ = joint(six)
-    whole = [block.search(None) for _ in range(2) for block in blocks]
-    for stop in range(1, 4):
-        before, (after, _) = joint(six)[0], joint(six)
-        done = [before[n % 2].search(None) for n in range(stop)]
-        after[(stop - 1) % 2].load_state_dict(before[(stop - 1) % 2].state_dict())
-        assert done + [after[n % 2].search(None) for n in range(stop, 4)] == whole
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_search_goes_on_behind_every_block(six, stop):
+    whole, before, after = (joint(six)[0] for _ in range(3))
+    expected = [block.search(None) for _ in range(2) for block in whole]
+    done = [before[n % 2].search(None) for n in range(stop)]
+    for block, stopped in zip(after, before):
+        block.load_state_dict(stopped.state_dict())
+    assert done + [after[n % 2].search(None) for n in range(stop, 4)] == expected
 
 
-def test_what_there_is_to_say_is_noted(six):
-    blocks, notes = joint(six)
-    blocks[0].search(None)
-    assert notes == []
+def test_what_there_is_to_say_is_noted_once(six):
     broken = SimpleNamespace(blocks=six.blocks, drops=lambda i, configs: [math.inf] * len(configs))
     blocks, notes = joint(broken, "uniform")
-    blocks[1].search(None)
+    for block in blocks:
+        block.search(None)
     assert notes == ["6 drops were not finite and became 50"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Genomes
+# --- Genomes ---
 
 
 def test_keeps_are_the_agents_that_mean_other_channels():
     s = space(limits=Compress(max_pruning=0.6), channels=(4, 100), whole=(1,))
     assert s.keeps[1] == [1.0]  # must stay whole
-    assert [channels_kept(keep, 4) for keep in s.keeps[0]] == [4, 3, 2, 1]
+    assert [channels_kept(keep, 4) for keep in s.keeps[0]] == [1, 2, 3, 4]
     # 1 - j/14 0.6: the largest with 3, 2 and 1 of 4 channels are j = 1, 6 and 12
-    assert s.keeps[0] == pytest.approx([1.0, 1 - 0.6 / 14, 1 - 3.6 / 14, 1 - 7.2 / 14])
+    assert s.keeps[0] == pytest.approx([1 - 7.2 / 14, 1 - 3.6 / 14, 1 - 0.6 / 14, 1.0])
 
 
 def test_sizes_are_the_retained_weights(six):
     s, rng = Space(problem(six)), np.random.default_rng(0)
-    for _ in range(20):
-        genome = s.draw(rng)
+    for genome in (s.draw(rng) for _ in range(20)):
         config = s.config(genome)
         assert s.size(genome) == pytest.approx(config.retained * config.params)
 
 
 def test_fitted_genomes_meet_the_target_and_leave_no_room():
     s, rng = space(limits=Compress(), channels=(16, 24, 4), target=0.13, whole=(2,)), np.random.default_rng(0)
-    seen = set()
-    for _ in range(50):
-        genome = s.fitted(s.draw(rng), rng)
-        size = s.size(genome)
-        assert size <= s.allowed
-        assert (size + s.moves(genome, 1)[1] > s.allowed).all()
-        assert s.config(genome).blocks[2].kernels[0].keep == 1.0
-        seen.add(genome.tobytes())
-    assert len(seen) > 40
-
-
-def test_reduced_takes_one_bit_of_each_kernel_in_turn():
-    s = space(limits=Compress(bits_min=3, bits_max=8, max_pruning=0.5), channels=(2, 2, 2), target=7.4 / 32)
-    full = np.array([[8, 0, 0, 0]] * 3)
-    assert s.reduced(full)[:, 0].tolist() == [7, 7, 8]  # (7 + 7 + 8) / 3 = 7.33
-    s = space(limits=Compress(bits_min=3, bits_max=8, max_pruning=0.5), channels=(2, 2, 2), target=2.6 / 32)
-    genome = s.reduced(full)
-    assert genome[:, 0].tolist() == [3, 3, 3] and genome[:, 1].tolist() == [1, 0, 0]  # (1.5 + 3 + 3) / 3 = 2.5
+    genomes = [s.fitted(s.draw(rng), rng) for _ in range(50)]
+    for genome in genomes:
+        assert s.size(genome) <= s.allowed and s.config(genome).blocks[2].kernels[0].keep == 1.0
+        for k, head in np.argwhere(genome[:, :2] < s.levels[:, :2] - 1):
+            genome[k, head] += 1
+            assert s.size(genome) > s.allowed
+            genome[k, head] -= 1
+    assert len({genome.tobytes() for genome in genomes}) > 40
 
 
 def test_a_drop_that_is_not_finite_is_fifty_points_and_counted():
@@ -250,25 +210,23 @@ def test_networks_beyond_the_budget_are_not_asked_for():
     asked = []
     s = space(channels=(2, 2), budget=3, drops=lambda i, configs: asked.extend(configs) or [1.0] * len(configs))
     networks = [s.grouped([KernelConfig(a), KernelConfig(b)]) for a, b in ((3, 3), (4, 4), (3, 4), (3, 3))]
-    assert s.scores(networks) == [2.0, math.inf, 2.0, 2.0] and len(asked) == s.evaluations == 3
+    assert s.scores(networks) == [2.0, math.inf, 2.0, 2.0] and len(asked) == 3 and s.remaining == 0
     assert s.scores([s.grouped([KernelConfig(5), KernelConfig(3)])]) == [math.inf] and len(asked) == 3
 
 
 def test_the_sequential_controller_sees_one_kernel_after_the_other():
-    s = space(limits=Compress(bits_min=3, bits_max=8, max_pruning=0.5), channels=(2, 4), target=0.2,
-              drops=lambda i, configs: [float(c.kernels[0].bits) for c in configs])
-    env = baselines.SequentialEnv(s)
+    s = space(limits=Compress(bits_min=3, bits_max=8, max_pruning=0.5), channels=(2, 4), target=6 / 32,
+              drops=lambda i, configs: [2.0 * c.kernels[0].bits for c in configs])
+    env, asked, score = baselines.SequentialEnv(s, np.random.default_rng(0)), [], s.scores
+    s.scores = lambda configs: asked.extend(configs) or score(configs)
     first = env.reset()
-    least = 4 * 8 * 0.5 * 3 / 32  # of the second kernel, 32 weights
-    assert first.shape == (4, 10)
-    assert first[0] == pytest.approx([0, 0, math.log10(16) / 8, 1 / 12, 1, 0.5, least / s.allowed, 0, 0, 0])
+    assert first.shape == (4, 9)
+    assert first[0] == pytest.approx([0, 0, math.log10(16) / 8, 1 / 12, 1, 0.5, 0, 0, 0])
     obs, rewards, dones, _ = env.step(np.array([[5, 0, 0, 0], [0, 14, 0, 0], [5, 14, 0, 0], [0, 0, 0, 0]]))
-    assert not dones.any() and not rewards.any()
+    assert not dones.any() and not rewards.any() and obs[0, 0] == 0.5  # the second of two kernels
     size = np.array([16 * 8 / 32, 8 * 3 / 32, 8 * 8 / 32, 16 * 3 / 32])
-    assert obs[:, 7] == pytest.approx(size / s.allowed)
-    assert obs[:, 8] == pytest.approx([1, 3 / 8, 1, 3 / 8]) and obs[:, 9] == pytest.approx([1, 0.5, 0.5, 1])
-    assert obs[0, 0] == 0.5 and obs[0, 6] == 0.0
-    _, rewards, dones, _ = env.step(np.zeros((4, 4), dtype=int))
-    # drops bits + 3 of 8 (then 7: (16 * 8 + 32 * 3) / 48 is 4.7 bits and fits 6.4), 3, 8, 3
-    drops = np.array([11.0, 6.0, 11.0, 6.0])
-    assert dones.all() and rewards == pytest.approx((drops.mean() - drops) / drops.std())
+    assert obs[:, 6] == pytest.approx(size / s.allowed)
+    assert obs[:, 7] == pytest.approx([1, 3 / 8, 1, 3 / 8]) and obs[:, 8] == pytest.approx([1, 0.5, 0.5, 1])
+    _, rewards, dones, _ = env.step(np.array([[5, 0, 0, 0]] * 4))  # above or below the target, but for steps onto it
+    assert all(config.retained <= 6 / 32 for config in asked) and len(asked) == 4
+    assert dones.all() and rewards.tolist() == [-sum(b.kernels[0].bits for b in c.blocks) for c in asked]
