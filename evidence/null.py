@@ -65,13 +65,12 @@ def null_controller(shapes, sensitivity, config, draws: int = 200) -> dict:
     shapes: per block a tuple of KernelShape. Means and standard deviations over ``draws`` policies. No network is
     evaluated: both figures follow from the configuration alone.
     """
-    rng, crs, compliances = np.random.default_rng(derive_seed(config.seed, "null")), [], []
+    rng, found = np.random.default_rng(derive_seed(config.seed, "null")), []
     for _ in range(draws):
         budgets = (uniform_budgets(len(shapes), config.search, config.compress)
                    if config.search.method in ("no-hla", *BASELINES) else _drawn_budgets(sensitivity, config, rng))
-        drawn = NetworkConfig(tuple(_drawn_block(block, budget, config, rng)
-                                    for block, budget in zip(shapes, budgets)))
-        crs.append(drawn.cr)
-        compliances.append(compliance(drawn, budgets))
+        drawn = NetworkConfig(tuple(_drawn_block(*pair, config, rng) for pair in zip(shapes, budgets)))
+        found.append((drawn.cr, compliance(drawn, budgets)))
+    crs, compliances = zip(*found)
     return {"draws": draws, "cr_mean": float(np.mean(crs)), "cr_std": float(np.std(crs)),
             "compliance_mean": float(np.mean(compliances)), "compliance_std": float(np.std(compliances))}

@@ -9,7 +9,7 @@ import sys
 import traceback
 
 import hirelc
-from config import BASELINES, InputError
+from config import BASELINES
 from deploy import pack
 from support.cli import arguments
 from support.ranks import leave
@@ -26,11 +26,6 @@ VARIANTS = {
     "plus": f"--preset plus --set {TARGET}", **{name: f"--set search={name} {TARGET}" for name in BASELINES}}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
-
 def trained(command) -> list[str]:
     """Return the flags that give the uncompressed network of a finished run to another; none without that network."""
     folder = run_directory(arguments(command)[1][0])
@@ -43,17 +38,13 @@ def trained(command) -> list[str]:
 def main(argv=None) -> int:
     """Run every variant with every seed; one that fails does not stop the others. Return the exit code: 0, 1 where one
     failed, 2 for bad input, 130 or 143 where it was stopped."""
-    parser = _Parser(prog="variants", description=__doc__.split(",")[0] + ". Every other flag goes to hirelc.py.",
-                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="variants", description=__doc__.split(",")[0] + ". Every other flag goes to "
+                                     "hirelc.py.", allow_abbrev=False)
     parser.add_argument("--exp", type=int, required=True, metavar="N", help="experiment of the paper")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
                         help=f"some of {', '.join(VARIANTS)}")
-    try:
-        args, flags = parser.parse_known_args(argv)
-    except InputError as error:
-        print(f"variants: {error}", file=sys.stderr)
-        return 2
+    args, flags = parser.parse_known_args(argv)
     failed = []
     for seed in args.seeds:
         given: list[str] = []
