@@ -7,8 +7,10 @@ Every measure is a number per block, from the cross-entropy of calibration image
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,8 @@ from compress import eval_mode
 
 PROBES = 16  # Rademacher vectors of the Hessian's trace
 IMAGES_TOGETHER = 16  # of a second derivative, whose graph is large
+# with zeros where a parameter takes no part
+_grad = functools.partial(torch.autograd.grad, allow_unused=True, materialize_grads=True)
 
 
 def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: Tensor, generator) -> list[float]:
@@ -38,88 +42,78 @@ def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: T
 
 def block_gradient(model, blocks, images, labels) -> list[float]:
     """Return the mean of |g_j| over each block's parameters."""
-    gradients = _gradients(model, blocks, images, labels)
-    return [sum(g.abs().sum().item() for _, g in pairs) / sum(g.numel() for _, g in pairs) for pairs in gradients]
+    flat, owner = _parameters(model, blocks)
+    sums = np.bincount(owner, [g.abs().sum().item() for g in _gradients(model, flat, images, labels)])
+    return (sums / np.bincount(owner, [p.numel() for p in flat])).tolist()
 
 
 def block_snip(model, blocks, images, labels) -> list[float]:
     """Return the sum of |theta_j g_j| over each block's parameters: SNIP (Lee et al. 2019, 1810.02340)."""
-    gradients = _gradients(model, blocks, images, labels)
-    return [sum((p.detach() * g).abs().sum().item() for p, g in pairs) for pairs in gradients]
+    flat, owner = _parameters(model, blocks)
+    pairs = zip(flat, _gradients(model, flat, images, labels))
+    return np.bincount(owner, [(p.detach() * g).abs().sum().item() for p, g in pairs]).tolist()
 
 
 def block_grasp(model, blocks, images, labels) -> list[float]:
     """Return |sum of -theta_j (H g)_j| over each block's parameters: by how much removing its weights changes the
     gradient's norm, to first order (GraSP, Wang et al. 2020, 2002.07376), H g over all blocks' parameters together."""
-    flat = [p for params in _parameters(model, blocks) for p in params]
-    gradient = [g for pairs in _gradients(model, blocks, images, labels) for _, g in pairs]
-    return [abs(total) for total in _along(model, blocks, images, labels, [gradient], [[-p.detach() for p in flat]])]
+    flat, owner = _parameters(model, blocks)
+    v, u = _gradients(model, flat, images, labels), [p.detach() for p in flat]
+    return np.abs(np.bincount(owner, _along(model, flat, images, labels, [v], [u]))).tolist()
 
 
 def block_hessian(model, blocks, images, labels, generator, probes: int = PROBES) -> list[float]:
     """Return the trace of each block's diagonal part of H: the mean over ``probes`` of v^T H v, v drawn from {-1, 1}
     for all blocks at once (Hutchinson's estimator, as HAWQ-V2, Dong et al. 2020, 1911.03852)."""
-    flat = [p for params in _parameters(model, blocks) for p in params]
+    flat, owner = _parameters(model, blocks)
     vectors = [[(torch.randint(2, p.shape, generator=generator) * 2 - 1).to(p) for p in flat] for _ in range(probes)]
-    return [total / probes for total in _along(model, blocks, images, labels, vectors, vectors)]
+    return (np.bincount(owner, _along(model, flat, images, labels, vectors, vectors)) / probes).tolist()
 
 
 def _parameters(model, blocks):
+    """Return the blocks' parameters one after the other, and the index of the block of each."""
     named = dict(model.named_parameters(remove_duplicate=False))  # a shared tensor goes by each of its names
-    return [[named[name] for name in block.parameters] for block in blocks]
+    pairs = [(named[name], index) for index, block in enumerate(blocks) for name in block.parameters]
+    return zip(*pairs)
 
 
 @contextlib.contextmanager
-def _trainable(parameters):
-    """Parameters that want gradients inside, and what they wanted afterwards."""
-    frozen = [p for p in parameters if not p.requires_grad]
+def _losses(model, flat, images, labels):
+    """Give the parts of the mean cross-entropy, IMAGES_TOGETHER images each; inside, the parameters ``flat`` want
+    gradients and the network is in eval mode."""
+    frozen = [p for p in flat if not p.requires_grad]
     try:
         for p in frozen:
             p.requires_grad_(True)
-        yield
+        with eval_mode(model):
+            yield (F.cross_entropy(model(x), y, reduction="sum") / len(images)
+                   for x, y in zip(images.split(IMAGES_TOGETHER), labels.split(IMAGES_TOGETHER)))
     finally:
         for p in frozen:
             p.requires_grad_(False)
 
 
-def _grad(outputs, flat, **more):
-    """torch.autograd.grad with zeros where a parameter takes no part."""
-    return [torch.zeros_like(p) if g is None else g
-            for p, g in zip(flat, torch.autograd.grad(outputs, flat, allow_unused=True, **more))]
-
-
-def _losses(model, images, labels):
-    """Yield the parts of the mean cross-entropy, IMAGES_TOGETHER images each."""
-    for x, y in zip(images.split(IMAGES_TOGETHER), labels.split(IMAGES_TOGETHER)):
-        yield F.cross_entropy(model(x), y, reduction="sum") / len(images)
-
-
-def _gradients(model, blocks, images, labels):
-    """Per block the pairs (theta, g) of its parameters."""
-    wanted = _parameters(model, blocks)
-    flat = [p for params in wanted for p in params]
+def _gradients(model, flat, images, labels) -> list[Tensor]:
+    """Return g, a tensor per parameter."""
     sums = [torch.zeros_like(p) for p in flat]
-    with _trainable(flat), eval_mode(model):
-        for loss in _losses(model, images, labels):
+    with _losses(model, flat, images, labels) as losses:
+        for loss in losses:
             for total, gradient in zip(sums, _grad(loss, flat)):
                 total += gradient
-    gradients = iter(sums)
-    return [[(p, next(gradients)) for p in params] for params in wanted]
+    return sums
 
 
-def _along(model, blocks, images, labels, vectors, others) -> list[float]:
-    """Per block the sum over pairs (v, u) of u^T (H v), of the block's part of u and H v. ``vectors``, ``others``: the
-    v and u, each a tensor per parameter of the blocks."""
-    wanted = _parameters(model, blocks)
-    flat, totals = [p for params in wanted for p in params], [0.0] * len(blocks)
+def _along(model, flat, images, labels, vectors, others) -> np.ndarray:
+    """Return per parameter the sum over pairs (v, u) of u^T (H v), of the parameter's part of u and H v. ``vectors``,
+    ``others``: the v and u, each a tensor per parameter."""
+    totals = np.zeros(len(flat))
     # Of the kinds of attention, only the plain one has a second derivative.
-    with _trainable(flat), eval_mode(model), sdpa_kernel(SDPBackend.MATH):
-        for loss in _losses(model, images, labels):
+    with sdpa_kernel(SDPBackend.MATH), _losses(model, flat, images, labels) as losses:
+        for loss in losses:
             first = _grad(loss, flat, create_graph=True)
             for v, u in zip(vectors, others, strict=True):
-                along = sum((g * part).sum() for g, part in zip(first, v) if g.requires_grad)
-                if isinstance(along, Tensor):  # else the loss is linear in every parameter
-                    products = iter([(part * product).sum(dtype=torch.float64).item()
-                                     for part, product in zip(u, _grad(along, flat, retain_graph=True))])
-                    totals = [total + sum(next(products) for _ in params) for total, params in zip(totals, wanted)]
+                along = sum((g * part).sum() for g, part in zip(first, v))
+                if along.requires_grad:  # else the loss is linear in every parameter
+                    second = _grad(along, flat, retain_graph=True)
+                    totals += [(part * product).sum(dtype=torch.float64).item() for part, product in zip(u, second)]
     return totals
