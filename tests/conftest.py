@@ -8,6 +8,7 @@ import torch
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what it runs in the background; the programs
     signal.signal(signal.SIGINT, signal.default_int_handler)  # that tests interrupt would inherit it
 
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()

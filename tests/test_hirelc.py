@@ -190,7 +190,7 @@ def test_a_warm_up_sample_that_diverges_is_logged_and_left_out(rate, failed):
     ({"sensitivity.method": "none"}, lambda out: out.sensitivity == [0.5, 0.5]),
     ({"compress.bits_max": 4}, lambda out: {k.bits for b in out.best.config.blocks for k in b.kernels} == {4})])
 def test_ablations_are_one_setting_each(setting, check):
-    run = small_run(**{"search.cycles": 1, "eval.full": False, **setting})
+    run = small_run(**{"search.cycles": 1, **setting})
     assert check(algorithm_1(run))
     assert any("compress.bits_max=4" in note for note in run.log.notes) == ("compress.bits_max" in setting)
 
@@ -269,6 +269,7 @@ def test_what_leaves_a_finished_run_alone(smoke, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before, result = contents(smoke), json.loads((smoke / "result.json").read_text())
     for more in ((), ("--resume",)):
+        (smoke / "state").mkdir()  # as a process leaves it that was killed at its very end
         assert hirelc.main([*command(smoke.parent, *more), "goal=cr:5"]) == 0
         said = capsys.readouterr().out
         assert "finished already" in said and "exp 4: resnet18, synthetic, seed 42" in said
@@ -284,15 +285,14 @@ def test_what_leaves_a_finished_run_alone(smoke, tmp_path, capsys, monkeypatch):
 
 
 def test_several_experiments_in_one_process_of_which_one_fails(tmp_path, capsys):
-    small = ["search.cycles=1", "model.width=0.05", "model.patch_size=16"]
+    small = ["search.cycles=1", "model.width=0.05", "model.patch_size=16"]  # a ResNet18 has no patches
     assert hirelc.main([*command(tmp_path, exp="4 6"), *small]) == 2
-    policy = json.loads((tmp_path / "exp6-seed42" / "policy.json").read_text())
-    kernels = [kernel for block in policy["blocks"] for kernel in block["kernels"]]
+    policy, said = json.loads((tmp_path / "exp6-seed42" / "policy.json").read_text()), capsys.readouterr()
+    kernels = [(kernel["qtype"], kernel["granularity"]) for block in policy["blocks"] for kernel in block["kernels"]]
     assert (len(policy["blocks"]), len(kernels)) == (12, 48) and not (tmp_path / "exp4-seed42").exists()
-    assert {(k["qtype"], k["granularity"]) for k in kernels} == {("INT", "log"), ("FLOAT", "log")}
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "patch" in said.err and "exp 6: deit_small" in said.out
-    assert max(map(len, said.out.partition("\n\n")[2].splitlines())) <= 120  # the results table
+    assert set(kernels) == {("INT", "log"), ("FLOAT", "log")} and said.err.count("\n") == 1 and "patch" in said.err
+    table = said.out.partition("\n\n")[2].splitlines()
+    assert "exp 6: deit_small" in "".join(table) and max(map(len, table)) <= 120
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -410,12 +410,12 @@ def test_bad_input_is_one_line_exit_2_and_leaves_nothing(arguments, expected, tm
     assert not list((tmp_path / "new").rglob("*"))
 
 
-@pytest.mark.parametrize("tf32", [True, False])
-def test_float32_on_a_gpu_is_float32_unless_asked_otherwise(tf32):
+def test_float32_on_a_gpu_is_float32_unless_asked_otherwise():
     """torch's default lets convolutions round to TF32."""
     backends, before = (torch.backends.cuda.matmul, torch.backends.cudnn), torch.backends.cudnn.allow_tf32
-    with networks.switches(override(Config(), [f"tf32={tf32}"])):
-        assert [backend.allow_tf32 for backend in backends] == [tf32] * 2
+    for tf32 in (True, False):
+        with networks.switches(override(Config(), {"tf32": tf32})):
+            assert [backend.allow_tf32 for backend in backends] == [tf32] * 2
     assert torch.backends.cudnn.allow_tf32 == before
 
 
@@ -427,9 +427,6 @@ def test_cublas_is_told_to_be_deterministic(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
         assert networks.device_of(override(Config(), {"device": asked})).type == device
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="no usable GPU"):
-        networks.device_of(override(Config(), ["device=cuda"]))
 
 
 # run_all.sh

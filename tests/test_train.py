@@ -60,16 +60,16 @@ class Slope(nn.Module):
         return torch.cat([self.w * x, 0 * x], dim=1)
 
 
-class Modes(nn.Module):
+class Modes(Slope):
     """Slope with BatchNorm that writes down, per forward pass, whether it trains and has gradients."""
 
     def __init__(self):
         super().__init__()
-        self.slope, self.norm, self.seen = Slope(), nn.BatchNorm1d(1), []
+        self.norm, self.seen = nn.BatchNorm1d(1), []
 
     def forward(self, x):
         self.seen.append((self.training, torch.is_grad_enabled()))
-        return self.slope(self.norm(x) + x)
+        return super().forward(self.norm(x) + x)
 
 
 ONES = Points(torch.ones(6, 1), [0] * 6)
@@ -268,7 +268,7 @@ def test_in_half_precision_the_forward_pass_alone_is_bfloat16():
 
 # Training: masks, single images, errors
 def test_pruned_rows_are_zero_after_every_step_with_momentum_and_weight_decay():
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))  # nothing between them, so that the pruned row has gradients
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))  # nothing between them: the pruned row has gradients
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.0, 0.5], [0.6, 0.1], [0.7, -0.2]]))
     sets = (Points(torch.randn(n, 2, generator=seeded(n)), torch.arange(n) % 2) for n in (8, 5))
