@@ -8,9 +8,9 @@ A packed file is one ``torch.save`` of three uint8 tensors, so that ``torch.load
             zero-points (ceil(b/8) bytes each), codes of the kept rows (``storage_bits`` each, from the lowest bit up);
             a kernel of 32 bits has its kept rows in its own type in place of scales and codes; then the other tensors
 
-Nothing in the index says where a part begins: sizes follow from shapes and bits, and must add up to the blob's length.
-All numbers are little-endian. A file is taken for hostile, also when its digest is right: it is read as a zip archive
-of three byte strings, its pickle is not run, and shapes are checked before memory is taken for them.
+Sizes follow from shapes and bits, and must add up to the blob's length. All numbers are little-endian. A file is taken
+for hostile, also when its digest is right: it is read as a zip archive of three byte strings, its pickle is not run,
+and shapes are checked before memory is taken for them. What it then holds may be wrong, but is nothing but numbers.
 
     python -m deploy.pack info FILE   # what is in it: per block and kernel bits, channels, bytes
     python -m deploy.pack export FILE OUT.pt2 [--model file.py:function]   # the narrow network through torch.export
@@ -34,8 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import models
-from compress import (FULL_BITS, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, channels_kept, decode,
-                      encode, kernel_shapes)
+from compress import FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, decode, encode
 from config import InputError
 from deploy import narrow
 from support.files import replace_file, shown, survive_ascii
@@ -45,7 +44,7 @@ MAGIC, VERSION = b"HiReLC packed\n", 1
 HEAD = MAGIC + VERSION.to_bytes(4, "little")
 MAX_BITS = 16  # of a code; beyond there are only raw rows
 MAX_INDEX = 4 << 20  # bytes of JSON, some 30,000 tensors: zlib and JSON both make much of little
-MAX_SIDE, MAX_SIDES = 1 << 40, 64  # of a tensor; 64 is torch's and numpy's own limit
+MAX_SIDES = 64  # of a tensor, torch's and numpy's own limit
 # Weights of the kernels per byte of the blob, beyond the first million; 2 bits and a pruning of 0.99 come to 796.
 EXPANSION, FREE_WEIGHTS = 1024, 1 << 20
 DTYPES = {name: getattr(torch, name) for name in (
@@ -75,7 +74,7 @@ class PackedTensor:
         bits, granularity = self.config.bits, self.config.granularity
         if bits == FULL_BITS:
             return bitmap, 0, 0, weights * self.stored.itemsize
-        scales = 2 if granularity in ("log", "log-script") else 1 if granularity == "uniform" else self.kept
+        scales = 2 if granularity in LOG else 1 if granularity == "uniform" else self.kept
         zeros = scales if self.config.qtype == "FLOAT" and granularity in ("uniform", "per-channel") else 0
         return bitmap, 4 * scales, zeros * math.ceil(bits / 8), math.ceil(weights * self.config.storage_bits / 8)
 
@@ -86,19 +85,12 @@ class PackedTensor:
 
 
 @dataclass(frozen=True)
-class PackedBlock:
-    """The kernels of one block, in order."""
-    name: str
-    kernels: tuple[PackedTensor, ...]
-
-
-@dataclass(frozen=True)
 class Packed:
     """A packed file as read: everything but the tensors, which :func:`state` unpacks."""
     where: str  # the file's name for messages
     network: dict  # how to rebuild the network
     channels_last: bool  # whether it ran in that memory format
-    blocks: tuple[PackedBlock, ...]
+    blocks: dict[str, tuple[PackedTensor, ...]]  # block → its kernels, in order
     rest: tuple[PackedTensor, ...]
     file_bytes: int
     blob: np.ndarray = field(repr=False, compare=False)  # uint8 [n]
@@ -106,31 +98,26 @@ class Packed:
     @property
     def kernels(self) -> tuple[PackedTensor, ...]:
         """Return the kernels of all blocks, in order."""
-        return tuple(kernel for block in self.blocks for kernel in block.kernels)
+        return tuple(kernel for kernels in self.blocks.values() for kernel in kernels)
 
     @property
     def config(self) -> NetworkConfig:
         """Return the configuration of all blocks; its ``cr`` is Eq. 22's."""
         return NetworkConfig(tuple(BlockConfig(
-            tuple(k.config for k in block.kernels),
-            tuple(KernelShape(k.shape[0], math.prod(k.shape)) for k in block.kernels)) for block in self.blocks))
+            tuple(k.config for k in kernels), tuple(KernelShape(k.shape[0], math.prod(k.shape)) for k in kernels))
+            for kernels in self.blocks.values()))
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack int32 codes [n], 0 <= code < 2^bits → uint8 [ceil(n · bits / 8)], lowest bit first, unused bits 0."""
-    single = np.empty((len(codes), bits), np.uint8)
-    for bit in range(bits):
-        single[:, bit] = codes >> bit & 1
+    single = np.unpackbits(codes.astype("<i4").view(np.uint8).reshape(-1, 4), axis=1, count=bits, bitorder="little")
     return np.packbits(single, bitorder="little")
 
 
 def unpack_bits(data: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Return the ``count`` codes, int32, that :func:`pack_bits` put into ``data``."""
     single = np.unpackbits(data, count=count * bits, bitorder="little").reshape(count, bits)
-    codes = np.zeros(count, np.int32)
-    for bit in range(bits):
-        codes |= single[:, bit].astype(np.int32) << bit
-    return codes
+    return sum(single[:, bit].astype(np.int32) << bit for bit in range(bits))
 
 
 @torch.no_grad()
@@ -143,29 +130,24 @@ def pack(model: nn.Module, blocks, config: NetworkConfig, masks: dict[str, Tenso
     ``num_classes``, ``image_size``, ``width``, ``patch_size``, ``quick_gelu`` for this project's, ``name`` "" for any
     other; further keys are kept. rest: ``float32`` stores the tensors that are no kernels as they are; ``float16`` puts
     float32 and float64 in half precision, except where a value would overflow: ``notes`` gets a sentence for each.
-    Raises ValueError naming the kernel whose weights are not exactly what the file would give back, or where the
-    arguments are of other kernels; InputError for a state dict that cannot be stored.
+    Raises ValueError naming the kernel whose weights are not exactly what the file would give back; InputError for a
+    state dict that cannot be stored.
     """
     notes = [] if notes is None else notes
-    if rest not in ("float32", "float16"):
-        raise InputError(f"pack.rest={rest!r}: expected float32 or float16")
-    if [kernel_shapes(block) for block in blocks] != [block.shapes for block in config.blocks]:
-        raise ValueError("the configuration must be that of the blocks' kernels")
     state, shared = model.state_dict(keep_vars=True), {}  # the parameters themselves: a tied one is the same object
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES \
-                or tensor.is_meta:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
             raise InputError(f"{type(model).__name__} cannot be packed: {name} of its state dict is no plain tensor; "
                              "register a plain one as a buffer, or leave it out of the state dict")
         shared.setdefault(id(tensor), []).append(name)
     index, blob = {"network": network, "channels_last": _channels_last(model), "blocks": [], "rest": []}, []
-    for block, block_config in zip(blocks, config.blocks):
+    for block, block_config in zip(blocks, config.blocks, strict=True):
         index["blocks"].append([block.name, []])
-        for (name, module), kernel in zip(block.kernels.items(), block_config.kernels):
+        for (name, module), kernel in zip(block.kernels.items(), block_config.kernels, strict=True):
             weight, mask = module.weight, masks[name].cpu()
             entry = [name, shared.pop(id(weight), []), DTYPE_NAMES[weight.dtype], list(weight.shape),
                      min(kernel.bits, FULL_BITS), int(mask.sum()), kernel.qtype, kernel.granularity]
-            blob.append(_pack_kernel(_kernel(entry), kernel.keep, weight.detach().cpu(), mask, grids[name]))
+            blob.append(_pack_kernel(_kernel(entry), weight.detach().cpu(), mask, grids[name]))
             index["blocks"][-1][1].append(entry)
     for same in shared.values():
         tensor = stored = state[same[0]].detach().cpu()
@@ -176,7 +158,18 @@ def pack(model: nn.Module, blocks, config: NetworkConfig, masks: dict[str, Tenso
                 notes.append(f"{same[0]} stays {DTYPE_NAMES[tensor.dtype]}: float16 would make infinities of it")
         blob.append(_raw(stored))
         index["rest"].append([same, DTYPE_NAMES[tensor.dtype], DTYPE_NAMES[stored.dtype], list(tensor.shape)])
-    return _file(index, np.concatenate(blob))
+    text, blob = json.dumps(index, separators=(",", ":"), allow_nan=False).encode(), np.concatenate(blob)
+    if len(text) > MAX_INDEX:
+        raise InputError(f"too many tensors to be packed: their list takes {len(text)} bytes, at most {MAX_INDEX}")
+    _layout(index, len(blob))  # what reading checks
+    text, file = zlib.compress(text, 9), io.BytesIO()
+    parts = {"header": HEAD + _digest(text, blob), "index": text, "blob": blob}
+    torch.save({name: torch.from_numpy(np.frombuffer(part, np.uint8).copy()) for name, part in parts.items()}, file)
+    return file.getvalue()
+
+
+def _digest(index, blob) -> bytes:
+    return hashlib.sha256(b"".join((HEAD[len(MAGIC):], len(index).to_bytes(8, "little"), index, blob))).digest()
 
 
 def _channels_last(model) -> bool:
@@ -186,53 +179,34 @@ def _channels_last(model) -> bool:
         and not all(p.is_contiguous() for p in weights)
 
 
-def _pack_kernel(kernel, keep, weight, mask, grid) -> np.ndarray:
+def _pack_kernel(kernel, weight, mask, grid) -> np.ndarray:
     """Return the kernel's part of the blob, uint8 [n]; ValueError unless it gives ``weight`` back bit for bit."""
-    config, kind = kernel.config, None if grid is None else (grid.bits, grid.qtype, grid.granularity)
-    if mask.dtype != torch.bool or mask.shape != (len(weight),) or kernel.kept != channels_kept(keep, len(weight)) or \
-            kind != (None if config.bits == FULL_BITS else (config.bits, config.qtype, config.granularity)):
-        raise ValueError(f"kernel {kernel.name}: its mask or its grid is not that of its configuration")
     rows = weight[mask]
     parts = [np.packbits(mask.numpy(), bitorder="little")] if kernel.parts[0] else []
     if grid is None:
         parts.append(_raw(rows))
     else:
-        grid = Grid(*kind, *(end if end is None else end.cpu() for end in (grid.scale, grid.zero, grid.high)))
-        parts.append(_raw(grid.scale))
-        if grid.zero is not None:
-            parts.append(grid.zero.reshape(-1).numpy().astype(f"<u{math.ceil(config.bits / 8)}").view(np.uint8))
+        scale, zero, high = (end if end is None else end.cpu() for end in (grid.scale, grid.zero, grid.high))
+        grid = Grid(grid.bits, grid.qtype, grid.granularity, scale, zero, high)
+        parts.append(_raw(scale))
+        if zero is not None:
+            parts.append(_raw(zero.to(_zero_type(grid.bits))))
         codes = encode(rows.float(), grid).reshape(-1) - grid.code_range[0]
-        parts.append(pack_bits(codes.to(torch.int32).numpy(), config.storage_bits))
+        parts.append(pack_bits(codes.to(torch.int32).numpy(), kernel.config.storage_bits))
     data = np.concatenate(parts)
-    if not np.array_equal(_raw(_unpack_kernel(kernel, data)), _raw(weight)):  # bytes: -0 is not +0, NaN is itself
+    if len(data) != kernel.bytes or not np.array_equal(_raw(_unpack_kernel(kernel, data)), _raw(weight)):
         raise ValueError(f"kernel {kernel.name}: its weights are not on their grid, or its pruned rows are not +0; "
                          "put them there first, on the CPU (compress.snap_to_grid)")
     return data
 
 
 def _raw(tensor) -> np.ndarray:
-    """Return the bytes of a tensor in the order of its indices, uint8 [n]."""
-    return tensor.resolve_conj().resolve_neg().reshape(-1).contiguous().view(torch.uint8).numpy()
+    """Return the bytes of a tensor in the order of its indices, uint8 [n]; -0 differs from +0, a NaN is itself."""
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
 
 
-def _file(index, blob) -> bytes:
-    """Return the file of an index and its blob; InputError or ValueError where it could not be read back."""
-    text = json.dumps(index, separators=(",", ":"), allow_nan=False).encode()
-    if len(text) > MAX_INDEX:
-        raise InputError(f"too many tensors to be packed: their list takes {len(text)} bytes, at most {MAX_INDEX}")
-    _layout(index, len(blob))
-    text = zlib.compress(text, 9)
-    header = HEAD + _digest(text, blob)
-    file = io.BytesIO()
-    torch.save({"header": torch.frombuffer(bytearray(header), dtype=torch.uint8),
-                "index": torch.frombuffer(bytearray(text), dtype=torch.uint8), "blob": torch.from_numpy(blob)}, file)
-    return file.getvalue()
-
-
-def _digest(index, blob) -> bytes:
-    digest = hashlib.sha256(HEAD[len(MAGIC):] + len(index).to_bytes(8, "little") + index)
-    digest.update(blob)
-    return digest.digest()
+def _zero_type(bits) -> torch.dtype:
+    return torch.uint8 if bits <= 8 else torch.uint16
 
 
 def write(path, data: bytes) -> None:
@@ -251,7 +225,12 @@ def read(file) -> Packed:
             raise InputError(f"{where}: no such file; a run leaves packed.pt in its run directory")
         size = os.path.getsize(where)
     with _told(where):
-        header, index, blob = _records(source, size)
+        with zipfile.ZipFile(source) as archive:
+            root = archive.namelist()[0].partition("/")[0]
+            entries = [archive.getinfo(f"{root}/data/{n}") for n in range(3)]
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size for entry in entries):
+                raise ValueError("tensors that are compressed, or larger than the file")
+            header, index, blob = map(archive.read, entries)
         if not header.startswith(HEAD):
             raise ValueError(f"its magic and version are {ascii(header[:len(HEAD)])}, expected {ascii(HEAD)}")
         if header != HEAD + _digest(index, blob):
@@ -261,16 +240,6 @@ def read(file) -> Packed:
         if not inflate.eof or inflate.unused_data:
             raise ValueError(f"an index that ends elsewhere, or of more than {MAX_INDEX} bytes")
         return Packed(where, *_layout(json.loads(text.decode("utf-8")), len(blob)), size, np.frombuffer(blob, np.uint8))
-
-
-def _records(source, size) -> list[bytes]:
-    """Return the bytes of the first three tensors of a file that torch.save wrote, each at most ``size`` long."""
-    with zipfile.ZipFile(source) as archive:
-        entries = {name.partition("/")[2]: name for name in archive.namelist()}
-        infos = [archive.getinfo(entries[f"data/{n}"]) for n in range(3)]
-        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos):
-            raise ValueError("tensors that are compressed, or larger than the file")
-        return [archive.read(info) for info in infos]
 
 
 @contextlib.contextmanager
@@ -285,60 +254,37 @@ def _told(where):
 
 def _layout(index, size):
     """Check an index against the blob's ``size`` in bytes → network, channels_last, blocks, rest; any exception where
-    it makes no sense. What passes takes no more memory than size · (EXPANSION weights, or four times itself)."""
-    network, channels_last = index["network"], index["channels_last"]
-    if type(network) is not dict or type(channels_last) is not bool or len(index) != 4:
-        raise ValueError("an index of another form")
-    blocks = tuple(PackedBlock(*_names([name]), tuple(map(_kernel, kernels))) for name, kernels in index["blocks"])
-    kernels, rest = [kernel for block in blocks for kernel in block.kernels], tuple(map(_tensor, index["rest"]))
-    if not kernels or not all(block.kernels for block in blocks):
+    it makes no sense. What passes takes no more memory than size · (EXPANSION weights, or 16 times itself)."""
+    blocks = {name: tuple(map(_kernel, kernels)) for name, kernels in index["blocks"]}
+    rest = tuple(_tensor(*entry) for entry in index["rest"])
+    if not blocks or not all(blocks.values()):
         raise ValueError("a block without kernels, or no blocks")
-    for names in ([kernel.name for kernel in kernels], [n for entry in (*kernels, *rest) for n in entry.tensors]):
-        if len(set(names)) != len(names):
-            raise ValueError("a name that is given twice")
+    kernels = [kernel for block in blocks.values() for kernel in block]
     total, weights = sum(entry.bytes for entry in (*kernels, *rest)), sum(math.prod(k.shape) for k in kernels)
-    if total != size:
-        raise ValueError(f"tensors of {total} bytes in all, where there are {size}")
-    if weights > FREE_WEIGHTS + EXPANSION * size:
-        raise ValueError(f"kernels of {weights} weights out of {size} bytes, more than {EXPANSION} to the byte")
-    return network, channels_last, blocks, rest
+    if total != size or weights > FREE_WEIGHTS + EXPANSION * size:
+        raise ValueError(f"kernels of {weights} weights, and tensors of {total} bytes in all, where there are {size}")
+    return dict(index["network"]), index["channels_last"], blocks, rest
 
 
 def _kernel(entry) -> PackedTensor:
     name, tensors, dtype, shape, bits, kept, qtype, granularity = entry
-    shape, dtype = _shape(shape), DTYPES[dtype]
-    if not shape or not all(shape) or type(kept) is not int or not 1 <= kept <= shape[0] or \
-            bits > MAX_BITS and bits != FULL_BITS or not dtype.is_floating_point:
-        raise ValueError(f"kernel {name}: {kept} channels of {dtype} {list(shape)} at {bits} bits")
-    return PackedTensor(_names(tensors), dtype, dtype, shape, *_names([name]), kept,
-                        KernelConfig(bits, kept / shape[0], qtype, granularity))
+    config = KernelConfig(bits, kept / shape[0], qtype, granularity)
+    if MAX_BITS < bits != FULL_BITS or 0 in shape:
+        raise ValueError(f"kernel {name}: {shape} at {bits} bits")
+    return _tensor(tensors, dtype, dtype, shape, name, kept, config)
 
 
-def _tensor(entry) -> PackedTensor:
-    names, dtype, stored, shape = entry
-    dtype, stored = DTYPES[dtype], DTYPES[stored]
-    if stored != dtype and (stored != torch.float16 or dtype not in (torch.float32, torch.float64)):
-        raise ValueError(f"{dtype} stored as {stored}")
-    return PackedTensor(_names(names), dtype, stored, _shape(shape))
-
-
-def _shape(value) -> tuple[int, ...]:
-    if type(value) is not list or len(value) > MAX_SIDES or \
-            not all(type(n) is int and 0 <= n <= MAX_SIDE for n in value) or \
-            math.prod(n or 1 for n in value) > MAX_SIDE:  # torch multiplies the sides, also of an empty tensor
-        raise ValueError("a tensor of an impossible shape")
-    return tuple(value)
-
-
-def _names(value) -> tuple[str, ...]:
-    if type(value) is not list or not value or not all(type(name) is str for name in value):
-        raise ValueError("a name that is missing or no text")
-    return tuple(value)
+def _tensor(names, dtype, stored, shape, *of_kernel) -> PackedTensor:
+    if not names or not all(type(name) is str for name in names):
+        raise ValueError("a tensor without a name")
+    if len(shape) > MAX_SIDES or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{names[0]}: an impossible shape")
+    return PackedTensor(tuple(names), DTYPES[dtype], DTYPES[stored], tuple(shape), *of_kernel)
 
 
 def state(packed: Packed) -> dict[str, Tensor]:
     """Return the state dict in a packed file, on the CPU: every tensor in the network's type and shape, under all its
-    names. Raises InputError for a file whose codes, scales or bitmaps make no sense."""
+    names. Raises InputError for a file that cannot be unpacked."""
     tensors, at = {}, 0
     with _told(packed.where):
         for entry in (*packed.kernels, *packed.rest):
@@ -355,40 +301,21 @@ def _typed(data, dtype) -> Tensor:
 
 
 def _unpack_kernel(kernel, data) -> Tensor:
-    """Unpack the kernel's part of the blob, uint8 [n] → its weight [n_out, …]."""
+    """Unpack the kernel's part of the blob, uint8 [n] → its weight [n_out, …]; any exception where that fails."""
     bitmap, scales, zeros, codes = np.split(data, np.cumsum(kernel.parts)[:-1])
-    n_out, shape = kernel.shape[0], (kernel.kept, *kernel.shape[1:])
-    mask = np.unpackbits(bitmap, count=n_out, bitorder="little") if len(bitmap) else np.ones(n_out, np.uint8)
-    if mask.sum() != kernel.kept:
-        raise ValueError(f"kernel {kernel.name}: a bitmap of {mask.sum()} channels, expected {kernel.kept}")
-    if kernel.config.bits == FULL_BITS:
+    config, shape = kernel.config, (kernel.kept, *kernel.shape[1:])
+    if config.bits == FULL_BITS:
         rows = _typed(codes, kernel.dtype).reshape(shape)
     else:
-        grid = _unpack_grid(kernel, scales, zeros)
-        low, high = grid.code_range
-        values = torch.from_numpy(unpack_bits(codes, kernel.config.storage_bits, math.prod(shape))) + low
-        if int(values.max()) > high:
-            raise ValueError(f"kernel {kernel.name}: a code beyond {high}")
-        rows = decode(values.float().reshape(shape), grid).to(kernel.dtype)
-        if not bool(rows.isfinite().all()):
-            raise ValueError(f"kernel {kernel.name}: weights that are not finite")
+        scale = _typed(scales, torch.float32).reshape(2 if config.granularity in LOG else [-1, *[1] * (len(shape) - 1)])
+        zero = _typed(zeros, _zero_type(config.bits)).float().reshape(scale.shape) if len(zeros) else None
+        grid = Grid(config.bits, config.qtype, config.granularity, scale, zero)
+        codes = unpack_bits(codes, config.storage_bits, math.prod(shape)) + grid.code_range[0]
+        rows = decode(torch.from_numpy(codes).float().reshape(shape), grid).to(kernel.dtype)
     weight = torch.zeros(kernel.shape, dtype=kernel.dtype)
+    mask = np.unpackbits(bitmap, count=len(weight), bitorder="little") if len(bitmap) else np.ones(len(weight))
     weight[torch.from_numpy(mask != 0)] = rows
     return weight
-
-
-def _unpack_grid(kernel, scales, zeros) -> Grid:
-    config = kernel.config
-    log = config.granularity.startswith("log")  # has two ends in place of scales
-    shape = (2,) if log else () if config.granularity == "uniform" else (kernel.kept, *[1] * (len(kernel.shape) - 1))
-    scale, zero = _typed(scales, torch.float32).reshape(shape), None
-    if not bool(((scale > 0) & scale.isfinite()).all()) or log and scale[0] > scale[1]:
-        raise ValueError(f"kernel {kernel.name}: scales that are not positive, finite and in order")
-    if len(zeros):
-        zero = torch.from_numpy(zeros.view(f"<u{math.ceil(config.bits / 8)}").astype(np.float32)).reshape(shape)
-        if zero.max() >= 2 ** config.bits:
-            raise ValueError(f"kernel {kernel.name}: a zero-point beyond its codes")
-    return Grid(config.bits, config.qtype, config.granularity, scale, zero)
 
 
 def load(file, model: nn.Module | None = None) -> nn.Module:
@@ -398,31 +325,21 @@ def load(file, model: nn.Module | None = None) -> nn.Module:
     own is given as ``model``, of which everything is filled, in place, or nothing. Values and types are those that were
     packed. Raises InputError as :func:`read`, and naming all that is missing, unexpected, or of another shape or type.
     """
-    packed = read(file)
-    network = _build(packed) if model is None else model
-    _check_fit(packed, network.state_dict(), built=model is None)
-    network.load_state_dict(state(packed), assign=model is None)
-    if packed.channels_last:
-        network.to(memory_format=torch.channels_last)
-    return network.eval()
-
-
-def _build(packed) -> nn.Module:
-    """Return one of this project's networks without numbers: what a file claims to be takes no memory yet."""
+    packed, built = read(file), model is None
     network = packed.network
-    if not network.get("name"):
+    if built and not network.get("name"):
         raise InputError(f"{packed.where}: a network of one's own ({shown(network.get('source', ''))}); make it and "
                          "give it: pack.load(FILE, model=mine)")
-    try:
-        with torch.device("meta"):
-            model = models.build(*(network[key] for key in ("name", "num_classes", "image_size", "width",
-                                                            "patch_size")))
-        if network.get("quick_gelu"):
-            models.set_quick_gelu(model, True)
-    except Exception as error:  # whatever a number or word of a file's choice leads to
-        raise InputError(f"{packed.where}: its network cannot be built: {type(error).__name__}: "
-                         f"{shown(' '.join(str(error).split()))}; pack the network again") from None
-    return model
+    if built:  # on the meta device: what a file claims to be takes no memory yet
+        with _told(packed.where), torch.device("meta"):
+            model = models.build(*map(network.get, ("name", "num_classes", "image_size", "width", "patch_size")))
+            if network.get("quick_gelu"):
+                models.set_quick_gelu(model, True)
+    _check_fit(packed, model.state_dict(), built)
+    model.load_state_dict(state(packed), assign=built)
+    if packed.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model.eval()
 
 
 def _check_fit(packed, target, built) -> None:
@@ -444,37 +361,35 @@ def _check_fit(packed, target, built) -> None:
 
 def info(packed: Packed) -> str:
     """Return what is in a packed file: a table of blocks and kernels, the totals, and how to load it."""
-    width = max(12, *(2 + len(shown(entry.name)) for entry in (*packed.blocks, *packed.kernels)))
+    width = max(12, *(2 + len(shown(name)) for name in (*packed.blocks, *(k.name for k in packed.kernels))))
     row = f"{{:<{width}}}  {{:>5}}  {{:>11}}  {{:<5}}  {{:<11}}  {{:>13}}".format
     lines = [row("block, kernel", "bits", "channels", "type", "granularity", "bytes")]
-    for block, config in zip(packed.blocks, packed.config.blocks):
-        lines.append(row(shown(block.name), f"{config.average_bits:.2f}", f"{100 * config.average_keep:.1f} %", "", "",
-                         f"{sum(k.bytes for k in block.kernels):,}"))
+    for (name, kernels), config in zip(packed.blocks.items(), packed.config.blocks):
+        lines.append(row(shown(name), f"{config.average_bits:.2f}", f"{100 * config.average_keep:.1f} %", "", "",
+                         f"{sum(k.bytes for k in kernels):,}"))
         lines += [row(f"  {shown(k.name)}", k.config.bits, f"{k.kept}/{k.shape[0]}", k.config.qtype,
-                      k.config.granularity, f"{k.bytes:,}") for k in block.kernels]
-    kernels, rest = (sum(entry.bytes for entry in entries) for entries in (packed.kernels, packed.rest))
+                      k.config.granularity, f"{k.bytes:,}") for k in kernels]
+    kernels, rest = sum(k.bytes for k in packed.kernels), sum(t.bytes for t in packed.rest)
     unpacked = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*packed.kernels, *packed.rest))
     mine = "" if packed.network.get("name") else ", model=mine"
     return "\n".join([
         f"{shown(packed.where)}: packed file, version {VERSION}; to load it: pack.load(FILE{mine})",
         f"network: {json.dumps(packed.network)[:2000]}", "", *lines, "",
         f"kernels  {kernels:>13,} bytes, FP32 {4 * packed.config.params:,}; CR {packed.config.cr:.2f} (Eq. 22)",
-        f"rest     {rest:>13,} bytes, {len(packed.rest)} tensors, {sum(t.stored != t.dtype for t in packed.rest)} of "
-        "them in half precision",
-        f"file     {packed.file_bytes:>13,} bytes; the network as it is {unpacked:,}: ratio "
-        f"{unpacked / packed.file_bytes:.2f}"])
+        f"rest     {rest:>13,} bytes, {sum(t.stored != t.dtype for t in packed.rest)} of {len(packed.rest)} in float16",
+        f"file     {packed.file_bytes:>13,} bytes; as it was {unpacked:,}: ratio {unpacked / packed.file_bytes:.2f}"])
 
 
 def export(file, out, source: str = "") -> str:
     """Write the narrow network of a packed file through torch.export to ``out``; returns lines that say what came of
     it. source: module:function or file.py:function that makes a network of one's own. Raises InputError."""
     network = read(file).network
-    size, classes = network.get("image_size"), network.get("num_classes")
+    size = network.get("image_size")
     shape = [2, network.get("channels", 3), *(size if type(size) is list else [size, size])]
-    if len(shape) != 4 or not all(type(n) is int and 1 <= n <= 1024 for n in shape) or type(classes) is not int:
-        raise InputError(f"{file}: for images of shape {shown(shape[1:])} and {shown(classes)} classes, expected 1 to "
-                         "1024 channels and pixels to a side, and a number of classes; pack the network again")
-    model = load(file, own_network(source, classes) if source else None)
+    if len(shape) != 4 or not all(type(n) is int and 1 <= n <= 1024 for n in shape):
+        raise InputError(f"{file}: for images of shape {shown(shape[1:])}, expected 1 to 1024 channels and pixels to a "
+                         "side; pack the network again")
+    model = load(file, own_network(source, network.get("num_classes")) if source else None)
     example = torch.zeros(shape, dtype=next(model.parameters()).dtype)
     narrowed = narrow.materialize(model, example)  # first: it says what is wrong with a network that does not run
     before, after = narrow.multiply_adds(model, example), narrow.multiply_adds(narrowed, example)
@@ -486,8 +401,11 @@ def export(file, out, source: str = "") -> str:
 def main(argv=None) -> int:
     """Run the command line; returns the exit code: 0, or 2 for bad input."""
     survive_ascii()
+    usage = "usage: python -m deploy.pack info FILE | export FILE OUT.pt2 [--model SOURCE]"
     try:
         match sys.argv[1:] if argv is None else list(argv):
+            case ["-h" | "--help"]:
+                print(usage)
             case ["info", file]:
                 print(info(read(file)))
             case ["export", file, out]:
@@ -495,7 +413,7 @@ def main(argv=None) -> int:
             case ["export", file, out, "--model", source]:
                 print(export(file, out, source))
             case _:
-                raise InputError("usage: python -m deploy.pack info FILE | export FILE OUT.pt2 [--model SOURCE]")
+                raise InputError(usage)
     except (InputError, OSError) as error:
         print(f"pack: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
