@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 
-from compress import (FULL_BITS, GRANULARITIES, QTYPES, STRATEGIES, BlockConfig, KernelConfig, LayerBudget,
-                      NetworkConfig, channels_kept, kernel_retained, kernel_shapes)
+from compress import (FULL_BITS, STRATEGIES, BlockConfig, KernelConfig, LayerBudget, NetworkConfig, channels_kept,
+                      kernel_retained, kernel_shapes)
 from config import Config, InputError, override
-from support.files import member, one_line, parse_json, quoted, read_json
+from support.files import member, one_line, parse_json, quoted, read_json, shown
 
 MAX_BYTES = 4 << 20  # of a policy.json; one of 120 kernels has about 40,000
 GIVE = "give the policy.json of a run"
 NUMBER = (int, float)
-BOUNDS = {"target": (0.01, 1), "max_pruning": (0, 1), "min_bits": (2, 32), "max_drop": (0, 1e6)}  # of a budget
+BOUNDS = {"target": (NUMBER, 0.01, 1), "max_pruning": (NUMBER, 0, 1), "min_bits": (int, 2, 32),
+          "max_drop": (NUMBER, 0, 1e6)}  # type and range of what is in a budget
 
 
 @dataclass(frozen=True)
@@ -45,37 +47,27 @@ class Policy:
         which ones count instead. Raises InputError, one line: file, place and how to mend it.
         """
         chosen = from_policy(self.content, blocks, config.compress, self.where)
-        entries = {block["name"]: (block, f"{self.where}, blocks[{n}]")
-                   for n, block in enumerate(self.content["blocks"])}
-        if not any("budget" in block for block, _ in entries.values()):
-            note = (f"{self.where} has no budgets: compliance is that of {config.search.target:g} and the global "
-                    "bounds for every block")
-            return chosen, None, [note]
-        return chosen, tuple(_budget(*entries[block.name]) for block in blocks), []
+        if not any("budget" in entry for entry in self.content["blocks"]):
+            return chosen, None, [f"{self.where} has no budgets: compliance is that of {config.search.target:g} and "
+                                  "the global bounds for every block"]
+        entries = _named(self.content, "blocks", [block.name for block in blocks], self.where)
+        return chosen, tuple(_budget(entry, place) for entry, place in entries), []
 
 
 def read(source) -> Policy:
     """Read a policy from a path or a dictionary. Raises InputError for what is absent, too large or no JSON."""
-    if isinstance(source, (str, os.PathLike)):
-        where = os.fspath(source)
-        try:
-            content, raw = read_json(where, MAX_BYTES)
-        except OSError as error:
-            raise InputError(f"{where}: the policy cannot be read ({error.strerror or error}); {GIVE}") from None
-        except ValueError as error:
-            raise InputError(f"{where}: not a policy: {one_line(error)}; {GIVE}") from None
-        return Policy(where, hashlib.sha256(raw).hexdigest(), content)
+    is_file = isinstance(source, (str, os.PathLike))
+    where = os.fspath(source) if is_file else "given"
     try:
-        raw = json.dumps(source, sort_keys=True).encode()
-        content = parse_json(raw)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"policy: not plain data as in a policy.json: {one_line(error)}; {GIVE}") from None
-    return Policy("given", hashlib.sha256(raw).hexdigest(), content)
+        raw = None if is_file else json.dumps(source, sort_keys=True).encode()
+        content, raw = read_json(where, MAX_BYTES) if is_file else (parse_json(raw), raw)
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not a policy: {one_line(error)}; {GIVE}") from None
+    return Policy(where, hashlib.sha256(raw).hexdigest(), content)
 
 
 def to_policy(blocks, config: NetworkConfig, budgets=None) -> dict:
-    """Return a configuration, and the blocks' budgets, as plain data for policy.json: requested values and what follows
-    from them."""
+    """Return a configuration and budgets as plain data for policy.json: requested values and what follows from them."""
     policy = {"format": 1, "blocks": [
         {"name": block.name, "retained": block_config.retained, "cr": block_config.cr, "kernels": [
             {"name": name, **asdict(kernel), "channels": shape.n_out,
@@ -92,38 +84,30 @@ def to_policy(blocks, config: NetworkConfig, budgets=None) -> dict:
 def from_policy(policy, blocks, limits=None, where: str = "policy") -> NetworkConfig:
     """Return the configuration that a policy holds for a network with these blocks.
 
-    ``policy``: anything, for example a parsed policy.json; of each kernel the requested values and the number of
-    channels are read. ``limits``: config.Compress, which every kernel must keep to (32 bits, as a block that was given
-    back has, are always allowed). ``where``: the file's name for messages. Kernels are told by name, in any order.
-    Raises InputError naming the place, for whatever is no policy or does not fit.
+    ``policy``: anything, for example a parsed policy.json, with blocks and kernels in the network's order; of each
+    kernel the requested values and the number of channels are read. ``limits``: config.Compress, which every kernel
+    must keep to (32 bits, as a block that was given back has, are always allowed). ``where``: the file's name for
+    messages. Raises InputError naming the place, for whatever is no policy or does not fit.
     """
-    if type(policy) is not dict or type(policy.get("format")) is not int or policy["format"] != 1:
+    if type(policy) is not dict or policy.get("format") != 1:
         raise InputError(f"{where}: not a policy.json of this program, which has format 1; {GIVE}")
-    entries = {}  # kernel → (entry, place, name of its block)
-    blocks_read = _list(policy, "blocks", where)
-    for n, block in enumerate(blocks_read):
-        for k, kernel in enumerate(_list(block, "kernels", f"{where}, blocks[{n}]")):
-            place = f"{where}, blocks[{n}].kernels[{k}]"
-            name = member(kernel, "name", str, place)
-            if name in entries:
-                raise InputError(f"{place}: {quoted(name)} has a configuration already; name each kernel once")
-            entries[name] = kernel, f"{place} ({quoted(name)})", block.get("name")
-    names = {name for block in blocks for name in block.kernels}
-    if names != entries.keys():
-        raise InputError(f"{where}: a policy for another network, compress.scope or grouping; kernels without a "
-                         f"configuration: {_some(names - entries.keys())}; configurations without a kernel: "
-                         f"{_some(entries.keys() - names)}")
-    for block in blocks:
-        for name in block.kernels:
-            _, place, owner = entries[name]
-            if owner != block.name:
-                raise InputError(f"{place}: it is in block {quoted(owner)} there, in {block.name} here; a policy for "
-                                 "another network, compress.scope or grouping")
-    if len(blocks_read) != len(blocks):
-        raise InputError(f"{where}: names a block twice; each must have one entry with all its kernels")
-    return NetworkConfig(tuple(BlockConfig(
-        tuple(_kernel_config(*entries[name][:2], shape, limits)
-              for name, shape in zip(block.kernels, kernel_shapes(block))), kernel_shapes(block)) for block in blocks))
+    chosen = []
+    for block, (entry, place) in zip(blocks, _named(policy, "blocks", [block.name for block in blocks], where)):
+        kernels, shapes = _named(entry, "kernels", list(block.kernels), place), kernel_shapes(block)
+        chosen.append(BlockConfig(
+            tuple(_kernel_config(*kernel, shape, limits) for kernel, shape in zip(kernels, shapes)), shapes))
+    return NetworkConfig(tuple(chosen))
+
+
+def _named(owner, key, names, place) -> list[tuple[dict, str]]:
+    """Return the entries of a list of a policy and their places; InputError unless they have these names, in order."""
+    entries = member(owner, key, list, place)
+    given = [type(entry) is dict and entry.get("name") for entry in entries]
+    if given != names:
+        n = next(n for n, pair in enumerate(zip_longest(given, names, fillvalue=...)) if pair[0] != pair[1])
+        raise InputError(f"{place}: {key}[{n}:] are {shown(given[n:])}, in the network {shown(names[n:])}; a policy "
+                         "for another network, compress.scope or grouping")
+    return [(entry, f"{place}, {key}[{n}] ({names[n]})") for n, entry in enumerate(entries)]
 
 
 def _kernel_config(entry, place, shape, limits) -> KernelConfig:
@@ -131,23 +115,20 @@ def _kernel_config(entry, place, shape, limits) -> KernelConfig:
     bits, keep = member(entry, "bits", int, place), member(entry, "keep", NUMBER, place)
     qtype, granularity = member(entry, "qtype", str, place), member(entry, "granularity", str, place)
     if member(entry, "channels", int, place) != shape.n_out:
-        raise InputError(f"{place}: {quoted(entry['channels'])} channels there, {shape.n_out} here; a policy for a "
-                         "network of other widths")
-    low, high = (limits.bits_min, limits.bits_max) if limits else (2, 16)
-    if not low <= bits <= high and bits != FULL_BITS:
-        raise InputError(f"{place}: bits={quoted(bits)}, expected {low} to {high} (compress.bits_min, "
-                         f"compress.bits_max), or {FULL_BITS} for none")
+        raise InputError(f"{place}: {quoted(entry['channels'])} channels there, {shape.n_out} in the network")
+    if limits and not limits.bits_min <= bits <= limits.bits_max and bits != FULL_BITS:
+        raise InputError(f"{place}: bits={quoted(bits)}, expected {limits.bits_min} to {limits.bits_max} "
+                         f"(compress.bits_min, compress.bits_max), or {FULL_BITS} for none")
     least = 1 - limits.max_pruning if limits else 0
-    if not (keep > 0 and least - 1e-9 <= keep <= 1):
+    if not least - 1e-9 <= keep <= 1:
         raise InputError(f"{place}: keep={quoted(keep)}, expected {least:g} to 1 (compress.max_pruning)")
+    for key, value in (("qtype", qtype), ("granularity", granularity)):
+        if getattr(limits, key, "any") not in ("any", value):
+            raise InputError(f"{place}: {key}={quoted(value)}, expected {getattr(limits, key)} (compress.{key})")
     try:
         config = KernelConfig(bits, keep, qtype, granularity)
     except ValueError as error:
         raise InputError(f"{place}: {one_line(error)}") from None
-    for key, value, allowed in (("qtype", qtype, QTYPES), ("granularity", granularity, GRANULARITIES)):
-        wanted = getattr(limits, key, value)
-        if value != wanted and not (wanted == "any" and value in allowed):
-            raise InputError(f"{place}: {key}={value}, the settings have {wanted}; --set compress.{key}={value} or any")
     if not shape.prunable and channels_kept(keep, shape.n_out) < shape.n_out:
         raise InputError(f"{place}: keep={keep}, but its channels are the classes; keep 1")
     return config
@@ -156,24 +137,9 @@ def _kernel_config(entry, place, shape, limits) -> KernelConfig:
 def _budget(block, place) -> LayerBudget:
     """Return the budget in a block's entry; InputError where a value is missing or out of range."""
     entry, place = member(block, "budget", dict, place), f"{place}.budget"
-    kinds = {"int": int, "float": NUMBER, "str": str}
-    values = {item.name: member(entry, item.name, kinds[item.type], place) for item in fields(LayerBudget)}
-    for key, (low, high) in BOUNDS.items():
-        if not low <= values[key] <= high:
-            raise InputError(f"{place}: {key}={quoted(values[key])}, expected {low:g} to {high:g}; set it right, or "
-                             "take every block's budget out")
-    if values["strategy"] not in STRATEGIES:
-        raise InputError(f"{place}: strategy={quoted(values['strategy'])}, expected one of {', '.join(STRATEGIES)}")
-    return LayerBudget(**values)
-
-
-def _list(owner, key, place) -> list[dict]:
-    """Return a list of a policy; InputError unless it has at least one dictionary and nothing else."""
-    value = member(owner, key, list, place)
-    if not value or not all(type(item) is dict for item in value):
-        raise InputError(f"{place}: {key} must be a list of objects with at least one, as in a run's policy.json")
-    return value
-
-
-def _some(names) -> str:
-    return f"[{', '.join(map(quoted, sorted(names)[:5]))}{', …' if len(names) > 5 else ''}]"
+    for key, (kind, low, high) in BOUNDS.items():
+        if not low <= member(entry, key, kind, place) <= high:
+            raise InputError(f"{place}: {key}={quoted(entry[key])}, expected {low:g} to {high:g}")
+    if member(entry, "strategy", str, place) not in STRATEGIES:
+        raise InputError(f"{place}: strategy={quoted(entry['strategy'])}, expected one of {', '.join(STRATEGIES)}")
+    return LayerBudget(**{key: entry[key] for key in (*BOUNDS, "strategy")})

@@ -1,5 +1,6 @@
 """Policies from files: applied without a search, and refused where they are not what they should be."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -23,9 +24,8 @@ def whole():
 
 
 def fit(tmp_path, content, config=Config()):
-    path = tmp_path / "policy.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return policies.read(str(path)).fit(BLOCKS, config)
+    (tmp_path / "policy.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return policies.read(str(tmp_path / "policy.json")).fit(BLOCKS, config)
 
 
 def test_what_a_policy_says_of_a_kernel():
@@ -40,12 +40,8 @@ def test_what_a_policy_says_of_a_kernel():
     assert block["cr"] == 1 / block["retained"]
 
 
-def test_a_policy_comes_back_as_it_was_written(tmp_path):
-    assert fit(tmp_path, whole()) == (CHOSEN, BUDGETS, [])
-    assert policies.read(whole()).fit(BLOCKS, Config()) == (CHOSEN, BUDGETS, [])
-
-
-def test_a_file_without_budgets_has_none_and_a_note(tmp_path):
+def test_a_policy_comes_back_as_it_was_written_with_a_note_where_it_has_no_budgets(tmp_path):
+    assert fit(tmp_path, whole()) == policies.read(whole()).fit(BLOCKS, Config()) == (CHOSEN, BUDGETS, [])
     config = override(Config(), {"search.target": 0.2})
     chosen, budgets, (note,) = fit(tmp_path, policies.to_policy(BLOCKS, CHOSEN), config)
     assert chosen == CHOSEN and budgets is None and "policy.json" in note and "0.2" in note
@@ -65,38 +61,29 @@ GONE = object()
 
 
 @pytest.mark.parametrize("way, value, said", [
-    (("format",), True, "format"), (("format",), 1.0, "format"), (("blocks",), [], "blocks"),
-    (("blocks", 0, "kernels"), [3], r"blocks\[0\].*kernels"), (("blocks",), {"a": 1}, "blocks"),
-    ((*FIRST, "name"), "b", r"blocks\[0\].kernels\[1\].*'b'.*once"), ((*FIRST, "name"), "c", "another network"),
-    ((*FIRST, "name"), "x\n\x1b[2J" + "y" * 1000, "another network"),
-    (("blocks", 0, "name"), "third", "'third'.*first"), (("blocks", 0, "name"), GONE, "None.*first"),
-    ((*FIRST, "bits"), 2, "bits=2, expected 3 to 8"), ((*FIRST, "bits"), 9, "bits=9, expected 3 to 8"),
+    (("format",), 2, "format"), (("blocks",), [], r"blocks\[0:\] are \[\], in the network \['first', 'second'\]"),
+    (("blocks",), {"a": 1}, "blocks"), (("blocks", 0, "kernels"), [3], r"blocks\[0\].*kernels"),
+    ((*FIRST, "name"), "b", r"kernels\[0:\] are \['b', 'b'\], in the network \['a', 'b'\]; .* another network"),
+    ((*FIRST, "name"), "x\n\x1b[2J" + "y" * 1000, "another network"), (("blocks", 0, "name"), GONE, "None.*first"),
+    ((*FIRST, "bits"), 2, r"blocks\[0\] \(first\), kernels\[0\] \(a\): bits=2, expected 3 to 8"),
     ((*FIRST, "bits"), 10 ** 300, "bits=10{199}…"), ((*FIRST, "bits"), True, "whole number"),
-    ((*FIRST, "bits"), 4.0, "whole number"), ((*FIRST, "keep"), 0.39, "keep=0.39, expected 0.4 to 1"),
-    ((*FIRST, "keep"), 1.01, "0.4 to 1"), ((*FIRST, "keep"), True, "a number"), ((*FIRST, "keep"), "0.5", "a number"),
-    ((*FIRST, "keep"), float("nan"), "0.4 to 1"), ((*BUDGET, "max_drop"), float("nan"), "max_drop"),
-    ((*FIRST, "keep"), float("nan"), "keep=nan, expected"),
-    ((*FIRST, "qtype"), "FLOAT", "compress.qtype=FLOAT"), ((*FIRST, "qtype"), "INT4", "qtype"),
-    ((*FIRST, "granularity"), "log", "compress.granularity=log"), ((*FIRST, "granularity"), [], "text"),
-    ((*FIRST, "channels"), 5, r"'a'.*5 channels there, 4 here"), ((*FIRST, "channels"), GONE, "channels is missing"),
-    ((*HEAD, "keep"), 0.5, "classes"), (BUDGET, GONE, r"blocks\[1\].*budget is missing"), (BUDGET, 3, "an object"),
-    ((*BUDGET, "target"), 0, "target=0, expected 0.01 to 1"), ((*BUDGET, "target"), GONE, "target is missing"),
-    ((*BUDGET, "max_pruning"), 2, "max_pruning"), ((*BUDGET, "min_bits"), 4.5, "min_bits"),
-    ((*BUDGET, "min_bits"), 33, "min_bits"), ((*BUDGET, "max_drop"), -1, "max_drop"),
+    ((*FIRST, "keep"), 0.39, "keep=0.39, expected 0.4 to 1"), ((*FIRST, "keep"), 1.01, "0.4 to 1"),
+    ((*FIRST, "keep"), "0.5", "a number"), ((*FIRST, "keep"), float("nan"), "keep=nan, expected"),
+    ((*FIRST, "qtype"), "FLOAT", r"='FLOAT', expected INT \(compress.qtype\)"), ((*FIRST, "granularity"), [], "text"),
+    ((*HEAD, "keep"), 0.5, "classes"), ((*FIRST, "channels"), 5, "5 channels there, 4"),
+    (BUDGET, GONE, r"blocks\[1\].*budget is missing"), ((*BUDGET, "target"), 0, "target=0, expected 0.01 to 1"),
+    ((*BUDGET, "min_bits"), 4.5, "min_bits"), ((*BUDGET, "max_drop"), float("nan"), "max_drop"),
     ((*BUDGET, "strategy"), "slow", "strategy='slow'")])
 def test_what_is_wrong_is_named_with_its_place(tmp_path, way, value, said):
     policy = whole()
-    inner = policy
-    for step in way[:-1]:
-        inner = inner[step]
+    inner = functools.reduce(lambda place, key: place[key], way[:-1], policy)
+    inner[way[-1]] = value
     if value is GONE:
         del inner[way[-1]]
-    else:
-        inner[way[-1]] = value
     with pytest.raises(InputError, match=said) as error:
         fit(tmp_path, policy)
-    assert str(error.value).startswith(str(tmp_path / "policy.json")) and str(error.value).isprintable()
-    assert len(str(error.value)) < 1000
+    said = str(error.value)
+    assert said.startswith(str(tmp_path / "policy.json")) and said.isprintable() and len(said) < 1000
 
 
 def test_values_that_the_settings_leave_open_are_taken(tmp_path):
@@ -107,37 +94,15 @@ def test_values_that_the_settings_leave_open_are_taken(tmp_path):
     assert fit(tmp_path, policy, config)[0].blocks[0].kernels[0] == KernelConfig(2, 0.1, "FLOAT", "per-channel")
 
 
-def test_a_block_in_two_parts_and_kernels_of_another_block_are_refused(tmp_path):
-    split = whole()
-    first = split["blocks"][0]
-    split["blocks"].append({**first, "kernels": [first["kernels"].pop()]})
-    moved = whole()
-    moved["blocks"][1]["kernels"].append(moved["blocks"][0]["kernels"].pop())
-    for policy, said in ((split, "twice"), (moved, "'b'.*block 'second' there, in first here")):
+def test_what_is_no_policy_is_refused(tmp_path):
+    for text, said in (("", "not a policy"), ("null", "format 1"), ("[" * 10 ** 6, "nested"), ('"\\ud800"', "format 1")):
         with pytest.raises(InputError, match=said):
-            fit(tmp_path, policy)
-
-
-@pytest.mark.parametrize("text, said", [
-    ("", "not a policy"), ("{", "not a policy"), ("null", "format 1"), ("[" * 10 ** 6, "nested"),
-    ("9" * 10 ** 5, "not a policy"), ('{"format": NaN}', "format 1"), (" " * (5 << 20), "larger than"),
-    ('"\\ud800"', "format 1")])
-def test_text_that_is_no_policy_is_refused(tmp_path, text, said):
-    with pytest.raises(InputError, match=said):
-        fit(tmp_path, text)
-
-
-def test_other_things_than_a_file_are_refused(tmp_path):
+            fit(tmp_path, text)
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
-    for source, said in ((tmp_path, "cannot be read"), (tmp_path / "none.json", "cannot be read"),
-                         ("/dev/zero", "larger"), (tmp_path / "bytes.json", "utf-8")):
+    for source, said in ((tmp_path, "directory"), ("none.json", "No such file"), ("/dev/zero", "larger"),
+                         (tmp_path / "bytes.json", "utf-8"), (3j, "complex"), ({"a": {1, 2}}, "set")):
         with pytest.raises(InputError, match=said):
             policies.read(source)
-    endless = {}
-    endless["a"] = endless
-    for content in (3j, {"a": {1, 2}}, endless):
-        with pytest.raises(InputError, match="policy"):
-            policies.read(content)
 
 
 def test_a_policy_of_a_run_is_applied_without_a_search_in_a_directory_of_its_own(tmp_path, monkeypatch, capsys):
