@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import InputError
 from support.files import replace_file
-from support.own import copy_network, forward
+from support.own import copy_network, forward, said, visible_attention
 
 aten = torch.ops.aten
 
 CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding}
-PRODUCTS = {aten.matmul.default: (0, 1), aten.mm.default: (0, 1), aten.addmm.default: (1, 2)}  # input, weight
+PRODUCTS = {aten.matmul.default, aten.mm.default}
 PADS = {aten.constant_pad_nd.default, aten.pad.default}
 SIZED = {aten.reshape.default, aten.expand.default}  # the new shape is their second argument
 # How channels go through an operation; "spatial": dimension 1 of the output is that of the input, channel by channel.
@@ -36,12 +36,11 @@ KINDS = {
     "spatial": {aten.max_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default,
                 aten.adaptive_max_pool2d.default, aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec},
     "reduction": {aten.mean.dim, aten.sum.dim_IntList, aten.amax.default},
-    "move": {*SIZED, *PADS, aten.flatten.using_ints, aten.unflatten.int, aten.permute.default, aten.transpose.int,
-             aten.t.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
-             aten.select.int, aten.roll.default, aten.flip.default, aten.clone.default, aten.contiguous.default,
-             aten.alias.default, aten.detach.default, aten.to.dtype, aten._to_copy.default, aten.movedim.int,
-             aten.repeat.default},
-    "pointwise": {aten.hardswish.default, aten.prelu.default}}  # and what torch tags as such
+    "move": {*SIZED, *PADS, aten.flatten.using_ints, aten.permute.default, aten.transpose.int, aten.t.default,
+             aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor, aten.select.int,
+             aten.roll.default, aten.flip.default, aten.clone.default, aten.contiguous.default, aten.alias.default,
+             aten.detach.default, aten.to.dtype, aten._to_copy.default},
+    "pointwise": {aten.hardswish.default}}  # and what torch tags as such
 KIND_OF = {target: kind for kind, targets in KINDS.items() for target in targets}
 
 
@@ -57,38 +56,31 @@ class Value:
     links: dict = field(default_factory=dict)  # operand → [C] which of its channels each one is made of, -1 for none
     origin: fx.Node | None = None  # the operand that has the channels, where the operation cannot choose its own
     alive: torch.Tensor | None = None  # [C] bool: the images reach it, or its constant differs within the batch
-    const: torch.Tensor | None = None  # constants of the other channels, of size 1 along dimensions where they agree
+    const: torch.Tensor | None = None  # the other channels, and zeros; of size 1 along dimensions where all agree
     need: torch.Tensor | None = None  # [C] bool: is computed, where the operation chooses (layers, sums, cat)
     inside: torch.Tensor | None = None  # bool: the input channels that a convolution in groups reads
-
-    def constants(self) -> torch.Tensor:
-        """Return the constants of all channels, zero for the living ones."""
-        shape = list(self.const.shape)
-        shape[self.dim] = len(self.alive)
-        return self.const.new_zeros(shape).index_copy_(self.dim, _where(~self.alive), self.const)
 
 
 def _program(model, images, functional=False):
     """The forward of a network as torch.export sees it, for batches of any size; without side effects if asked."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operation that hides its weights
     try:
-        with torch.no_grad():
+        with torch.no_grad(), visible_attention():
             program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
             mutable = any(_operation(node) and node.target._schema.is_mutable for node in program.graph.nodes)
             return program.run_decompositions({}) if functional and mutable else program
     except Exception as error:  # whatever the network's own code, and torch.export's, raise
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        why = said(error)
         size = " for batches of any size" if "Constraints violated" in why or "specialized" in why else ""
         raise InputError(f"{type(model).__name__} cannot be exported{size}: {why}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _graph(program) -> fx.GraphModule:
     """A program's operations, in one way where the exporter has several, with all their positional arguments."""
     module, constant = program.module(check_guards=False), set()
     for node in list(module.graph.nodes):
+        if node.op == "get_attr" and not isinstance(operator.attrgetter(node.target)(module), torch.Tensor):
+            raise InputError(f"the network runs part of its forward as a graph within the graph ({node.target}), "
+                             "which cannot be made narrower")  # autocast, cond, ...
         if node.op == "get_attr" or node.all_input_nodes and constant.issuperset(node.all_input_nodes):
             constant.add(node)
         if _operation(node):
@@ -121,13 +113,12 @@ def _normalise(graph, node, constant):
             user.replace_all_uses_with(node)
             graph.erase_node(user)
     elif node.target in PRODUCTS and not node.kwargs:  # a product with a constant is a linear layer
-        x, weight = (node.args[i] for i in PRODUCTS[node.target])
-        bias = node.args[0] if node.target is aten.addmm.default else None
+        x, weight = node.args
         if weight in constant and len(weight.meta["val"].shape) == 2:
             with graph.inserting_before(node):
                 rows = graph.call_function(aten.t.default, (weight,))
             rows.meta["val"] = weight.meta["val"].t()
-            node.target, node.args = aten.linear.default, (x, rows, bias)
+            node.target, node.args = aten.linear.default, (x, rows, None)
 
 
 def _source(node):
@@ -139,24 +130,19 @@ def _source(node):
 
 def _kind(node, values):
     """How channels go through an operation, by what is known of its operands; "" where nothing is to be known."""
-    if not _operation(node) or torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
+    target, args = node.target, node.args
+    if not _operation(node) or torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
         return ""
-    kind = KIND_OF.get(node.target, "pointwise" if torch.Tag.pointwise in node.target.tags else "")
+    kind = KIND_OF.get(target, "pointwise" if torch.Tag.pointwise in target.tags else "")
     if kind in ("layer", "norm"):
-        x, *constants = node.args[:3 if kind == "layer" else 5]
-        fixed = all(c is None or values[c].known is not None for c in constants) and values[x].reached
-        if not fixed or node.target in CONVOLUTIONS and len(values[x].shape) != 4:
+        constants = args[1:3 if kind == "layer" else 5]
+        if not values[args[0]].reached or any(c is not None and values[c].known is None for c in constants):
             return ""
-        if kind == "norm" and (node.args[5] or node.args[3] is None):  # by the statistics of the batch
-            return ""
-        weight, bias = constants[:2]
-        if kind == "layer" and bias is not None and values[bias].shape != values[weight].shape[:1]:
-            return ""
-    if node.target in (aten.mean.dim, aten.sum.dim_IntList, aten.amax.default) and not node.args[1] \
-            or node.target is aten.pad.default and node.args[2] != "constant" \
-            or node.target is aten.prelu.default and values[node.args[1]].shape != (1,):
+    if kind == "norm" and (args[5] or args[3] is None):  # by the statistics of the batch
         return ""
-    return kind
+    if target is aten.pad.default and args[2] != "constant":
+        return ""
+    return "" if target in CONVOLUTIONS and len(values[args[0]].shape) != 4 else kind
 
 
 def _groups(node):
@@ -172,33 +158,22 @@ def _where(mask):
     return mask.nonzero()[:, 0]
 
 
-def _watched(graph, images) -> dict[fx.Node, Value]:
-    """Map every node of the graph to what a forward of ``images`` shows of its value."""
-    values, data, last = {}, {}, {}
-    for node in graph.graph.nodes:
-        for argument in node.all_input_nodes:
-            last[argument] = node
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            data[node] = images
-        elif node.op == "get_attr":
-            data[node] = operator.attrgetter(node.target)(graph)
-            if not isinstance(data[node], torch.Tensor):  # autocast, cond, ...
-                raise InputError(f"the network runs part of its forward as a graph within the graph ({node.target}), "
-                                 "which cannot be made narrower")
-            data[node] = data[node].detach()
-        elif node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: data[n])
-            data[node] = node.target(*args, **kwargs)
-        values[node] = _value(node, values, data)
-        for argument in node.all_input_nodes:
-            if last[argument] is node:
-                del data[argument]
-    return values
+class _Watch(fx.Interpreter):
+    """Runs the graph once. ``values``: every node → what that shows of its value."""
+
+    def __init__(self, graph):
+        super().__init__(graph)
+        self.values: dict[fx.Node, Value] = {}
+
+    def run_node(self, node):
+        out = super().run_node(node)
+        self.values[node] = _value(node, out, self.values, self.env)
+        return out
 
 
-def _value(node, values, data):
-    out, inputs = data.get(node), node.all_input_nodes
+def _value(node, out, values, data):
+    """What a node's result shows. ``data``: the tensors and numbers of its operands."""
+    inputs = node.all_input_nodes
     random = _operation(node) and torch.Tag.nondeterministic_seeded in node.target.tags
     reached = node.op == "placeholder" or random or any(values[n].reached for n in inputs)
     if not isinstance(out, torch.Tensor):  # a number, several tensors, or the output of the graph
@@ -214,30 +189,36 @@ def _value(node, values, data):
         return value
     value.dim, value.links = dim, links
     wide = [n for n in links if values[n].known is None] if value.kind != "pointwise" else [
-        n for n in node.all_input_nodes if values[n].known is None and _has(values[n], value, dim)]
+        n for n in inputs if values[n].known is None and _has(values[n], value, dim)]
     value.origin = wide[0] if len(wide) == 1 and value.kind != "cat" else None
-    of_channel = out.movedim(dim, 0).flatten(1) if out.dim() > 1 else out[:, None]
-    value.alive = _alive(node, value, values, data) | ~of_channel.isfinite().all(1)
+    value.alive = _alive(node, value, values, data) | ~_by_channel(out.isfinite(), dim)
     value.need = torch.zeros_like(value.alive)
-    const = out.index_select(dim, _where(~value.alive))
-    for along in range(out.dim()):
-        if along == dim or not const.numel():
-            continue
-        same = _equal(const, along).movedim(dim, 0).flatten(1).all(1)
-        if along in value.batch and not same.all():  # its constant cannot be written down for batches of any size
-            value.alive[_where(~value.alive)[~same]] = True
-            const = const.index_select(dim, _where(same))
-        if along in value.batch or same.all():
-            const = const.narrow(along, 0, 1)
-    value.const = const.clone()
+    along = [-1 if d == dim else 1 for d in range(out.dim())]
+    for d in value.batch:  # a constant that differs there cannot be written down for batches of any size
+        value.alive |= ~_by_channel(_equal(out, d), dim)
+    value.const = out.masked_fill(value.alive.view(along), 0)
+    for d in set(range(out.dim())) - {dim}:
+        if d in value.batch or _equal(value.const, d).all():
+            value.const = value.const.narrow(d, 0, 1)
+    value.const = value.const.clone()
     return value
+
+
+def _by_channel(mask, dim):
+    """Which channels [C] of a mask are all True."""
+    return mask.movedim(dim, 0).reshape(mask.shape[dim], -1).all(1)
+
+
+def _close(a, b):
+    """Which elements of two tensors are equal up to rounding."""
+    if not a.is_floating_point():
+        return a == b
+    return (a - b).abs() <= 16 * torch.finfo(a.dtype).eps * (b.abs() + 1)
 
 
 def _equal(tensor, along):
     """Which elements are, up to rounding, those at the first position along a dimension; bool like ``tensor``."""
-    first = tensor.narrow(along, 0, 1)
-    limit = 16 * torch.finfo(tensor.dtype).eps if tensor.is_floating_point() else 0
-    return (tensor - first).abs() <= limit * (first.abs() + 1)
+    return _close(tensor, tensor.narrow(along, 0, 1))
 
 
 def _channels(node, value, values, data):
@@ -253,23 +234,23 @@ def _channels(node, value, values, data):
     if kind in ("norm", "spatial"):
         return (1, {inputs[0]: same}) if x.dim == 1 and len(x.shape) == len(shape) else nothing
     if kind == "reduction":
-        gone = {d % len(x.shape) for d in node.args[1]}
+        gone = {d % len(x.shape) for d in node.args[1] or range(len(x.shape))}
         dim = x.dim if node.args[2] else x.dim - sum(d < x.dim for d in gone)
         return nothing if x.dim in gone else (dim, {inputs[0]: same})
     if kind == "move":
         dim, source = _moved(node, x, data)
         return dim, {inputs[0]: source}
-    if kind == "cat":
+    if kind == "cat" and node.args[1] % len(shape) == x.dim:
         parts = node.args[0]
-        if node.args[1] % len(shape) != x.dim:
-            return x.dim, {n: same for n in inputs if values[n].dim == x.dim}
         if len(set(parts)) < len(parts) or any(values[n].dim != x.dim for n in inputs):
             return nothing
-        channels = torch.arange(shape[x.dim])
-        ends = torch.tensor([values[n].shape[x.dim] for n in parts]).cumsum(0).tolist()
-        return x.dim, {n: torch.where((begin <= channels) & (channels < end), channels - begin, -1)
-                       for n, begin, end in zip(parts, [0, *ends], ends)}
-    for n in inputs:
+        channels, links, begin = torch.arange(shape[x.dim]), {}, 0
+        for n in parts:
+            end = begin + values[n].shape[x.dim]
+            links[n] = torch.where((begin <= channels) & (channels < end), channels - begin, -1)
+            begin = end
+        return x.dim, links
+    for n in inputs:  # elementwise, or concatenated along another dimension: of operands that may be broadcast
         dim = values[n].dim + len(shape) - len(values[n].shape)
         if values[n].shape[values[n].dim] == shape[dim] > 1:
             return dim, {m: torch.arange(shape[dim]) for m in inputs if _has(values[m], value, dim)
@@ -285,7 +266,7 @@ def _has(x, value, dim):
 
 def _moved(node, x, data):
     """:func:`_channels` of an operation that only moves elements: seen by moving the number of each one's channel."""
-    count, same = x.shape[x.dim], torch.arange(x.shape[x.dim])
+    same = torch.arange(x.shape[x.dim])
     args = fx.node.map_arg(node.args, lambda n: data[n])
     if node.target in PADS:
         position = 2 * (len(x.shape) - 1 - x.dim)
@@ -294,8 +275,8 @@ def _moved(node, x, data):
     if node.target not in (aten.to.dtype, aten._to_copy.default):
         out = node.target(out, *args[1:], **node.kwargs)
     varying = [d for d in range(out.dim()) if not torch.equal(out, out.narrow(d, 0, 1).expand(out.shape))]
-    if len(varying) != 1 or count == 1 or node.target is aten.unflatten.int and args[1] % len(x.shape) == x.dim:
-        return None, None  # the channels are not in order along one dimension
+    if len(varying) != 1:  # the channels are not in order along one dimension
+        return None, None
     source = out.movedim(varying[0], 0).flatten(1)[:, 0] if out.dim() > 1 else out
     if node.target not in (aten.reshape.default, aten.flatten.using_ints) and not torch.equal(source, same):
         return None, None
@@ -307,7 +288,7 @@ def _alive(node, value, values, data):
     if value.kind == "layer":
         weight, groups = values[node.args[1]].known, _groups(node)
         columns = _columns(node, values).view(groups, -1).any(1)
-        return weight.flatten(1).ne(0).any(1) & columns.repeat_interleave(len(weight) // groups)
+        return _rows(weight) & columns.repeat_interleave(len(weight) // groups)
     reaches = {}
     for n in node.all_input_nodes:
         x, link = values[n], value.links.get(n)
@@ -328,35 +309,25 @@ def _columns(node, values):
 
 def _plan(graph, values) -> None:
     """Set ``need`` and ``inside`` of the values: from the logits back, what depends on the images and a user reads."""
-    whole = set()
     for node in reversed(graph.graph.nodes):
         value = values[node]
-        if value.dim is not None:
-            if value.kind == "layer":
-                value.need = _padded(node, value, values)
-            elif value.origin is None and node in whole and len(node.users) > 1:
-                value.need = torch.ones_like(value.need)  # scattered once, here, instead of before each of them
-            if not value.need.any():
-                value.need[0] = True
+        if value.kind == "layer" and value.dim is not None:
+            value.need = _padded(node, value, values)
+        if value.dim is not None and not value.need.any():
+            value.need[0] = True
         for n in node.all_input_nodes:
-            x = values[n]
-            if x.dim is None:
-                continue
-            wanted = _wanted(node, n, values)
-            if wanted is None:
-                whole.add(n)
-            x.need = x.need | (x.alive if wanted is None else wanted)
+            if values[n].dim is not None:
+                values[n].need = values[n].need | _wanted(node, n, values)
 
 
 def _wanted(node, n, values):
-    """The channels [C] of operand ``n`` that ``node`` needs; None: all, scattered into place."""
+    """The channels [C] of operand ``n`` that ``node`` needs, which are all that depend on the images where they have
+    to be scattered into place."""
     x, value = values[n], values[node]
-    if value.kind == "layer":
-        if x.dim != _axis(node, x):
-            return None
-        return x.alive if value.inside is None else x.alive & value.inside
+    if value.inside is not None and x.dim == _axis(node, x):
+        return x.alive & value.inside
     if n not in value.links:
-        return None
+        return x.alive
     link, wanted = value.links[n], torch.zeros_like(x.alive)
     wanted[link[value.need & (link >= 0)]] = True
     return wanted & x.alive if value.origin is None else wanted
@@ -427,25 +398,19 @@ class _Writer:
     def adapted(self, node, new, dim, have, want):
         """:meth:`adapt`, as a matrix with the channels last, for which index_select and index_add are several times as
         fast as along a dimension of a larger tensor; images come out channels-last, the faster for convolutions."""
-        value, both, count = self.values[node], have & want, int(want.sum())
-        order = [d for d in range(len(value.shape)) if d != dim] + [dim]
-        if dim != order[dim]:
-            new = self.call(aten.permute.default, new, order)
-        sizes = [self.call(aten.sym_size.int, new, i) if d in value.batch else value.shape[d]
-                 for i, d in enumerate(order[:-1])] + [count]
+        count, dims = int(want.sum()), len(self.values[node].shape)
+        new = self.call(aten.movedim.int, new, dim, -1)
+        sizes = [*(self.call(aten.sym_size.int, new, d) for d in range(dims - 1)), count]
         rows = self.call(aten.reshape.default, new, [-1, int(have.sum())])
-        if not torch.equal(both, have):
-            rows = self.call(aten.index_select.default, rows, 1, self.index(_where(both[have])))
-        if not torch.equal(both, want):
-            base = value.constants().movedim(dim, -1)[..., want] * ~have[want]
-            full = self.spread(f"{node.name}.constant", base, len(order) - 1)
-            full = self.call(aten.expand.default, full, sizes)
+        if not want[have].all():
+            rows = self.call(aten.index_select.default, rows, 1, self.index(_where(want[have])))
+        if not have[want].all():
+            base = self.values[node].const.movedim(dim, -1)[..., want] * ~have[want]
+            full = self.call(aten.expand.default, self.spread(f"{node.name}.constant", base, dims - 1), sizes)
             full = self.call(aten.clone.default, full, memory_format=torch.contiguous_format)
             full = self.call(aten.view.default, full, [-1, count])
             rows = self.call(aten.index_add_.default, full, 1, self.index(_where(have[want])), rows)
-        new = self.call(aten.view.default, rows, sizes)
-        back = [order.index(d) for d in range(len(order))]
-        return new if dim == order[dim] else self.call(aten.permute.default, new, back)
+        return self.call(aten.movedim.int, self.call(aten.view.default, rows, sizes), -1, dim)
 
     def index(self, positions):
         """A node that reads positions [n]."""
@@ -459,11 +424,10 @@ class _Writer:
             first, index = _repeats(constant, along)
             if len(first) < len(index):
                 constant, indices[along] = constant.index_select(along, first), index
-        node, order = self.tensor(name, constant.contiguous()), list(range(constant.dim()))
+        node = self.tensor(name, constant.contiguous())
         for along, index in indices.items():
             node = self.call(aten.index_select.default, node, along, self.index(index))
-        order.insert(dim, order.pop())
-        return node if dim == order[dim] else self.call(aten.permute.default, node, order)
+        return self.call(aten.movedim.int, node, -1, dim)
 
     def tensor(self, name, tensor):
         """A node that reads a parameter or buffer, registered under ``name`` or the next free name like it."""
@@ -572,7 +536,7 @@ class _Narrow(_Writer):
         x = self.values[node.args[0]]
         if inside.all() or x.dim is None:
             return None
-        const = x.constants().double()
+        const = x.const.double()
         const = const * ~inside.view([-1 if d == x.dim else 1 for d in range(const.dim())])
         if not const.any():
             return None
@@ -589,16 +553,15 @@ class _Narrow(_Writer):
 
     def unfollowed(self, node):
         """Record kernels with pruned channels that go into an operation of which nothing is known."""
-        if self.values[node].kind or not self.values[node].reached:
-            return
-        for source in (_source(n) for n in node.all_input_nodes if not self.values[n].reached):
-            if source.op == "get_attr" and self.values[source].known.dim() > 1:
-                self.stay(source, ~self.values[source].known.flatten(1).ne(0).any(1), "",
-                          f"used in {node.target}, which is not followed")
+        if self.values[node].reached and not self.values[node].kind:
+            for source in (_source(n) for n in node.all_input_nodes if not self.values[n].reached):
+                if source.op == "get_attr" and self.values[source].known.dim() > 1:
+                    self.stay(source, ~_rows(self.values[source].known), "",
+                              f"used in {node.target}, which is not followed")
 
     def note(self, node, full):
         """Record a layer that still computes pruned channels."""
-        rows, pruned = self.values[node].need, ~full.flatten(1).ne(0).any(1)
+        rows, pruned = self.values[node].need, ~_rows(full)
         if _groups(node) > 1:
             why = "a convolution in groups, which do not keep equally many channels"
         elif rows.sum() == 1:
@@ -612,17 +575,18 @@ class _Narrow(_Writer):
             self.stays[_name(weight).removesuffix(".weight")] = f"{int(rows.sum())} {of}pruned channels stay: {why}"
 
 
+def _rows(weight):
+    """Which rows [out] of a weight are not pruned."""
+    return weight.flatten(1).ne(0).any(1)
+
+
 def _repeats(tensor, along):
-    """(positions [m] of the slices along a dimension that differ from those before them, which of these [n] each slice
-    is like, up to rounding)."""
-    first, index = [], []
-    for position in range(tensor.shape[along]):
-        number = next((k for k, f in enumerate(first) if _equal(tensor.index_select(
-            along, torch.tensor([f, position])), along).all()), len(first))
-        if number == len(first):
-            first.append(position)
-        index.append(number)
-    return torch.tensor(first), torch.tensor(index)
+    """(positions [m] of the slices along a dimension that differ from the one before them, which of these [n] each
+    slice is like, up to rounding)."""
+    slices = tensor.movedim(along, 0).flatten(1)
+    changes = torch.ones(len(slices), dtype=torch.bool)
+    changes[1:] = ~_close(slices[1:], slices[:-1]).all(1)
+    return _where(changes), changes.cumsum(0) - 1
 
 
 def _name(node):
@@ -651,9 +615,10 @@ def materialize(model: nn.Module, example) -> fx.GraphModule:
         network = copy_network(model).eval().cpu()  # masks and indices are made there
         forward(network, images.cpu().clone())
         graph = _graph(_program(network, images.cpu(), functional=True))
-        values = _watched(graph, images.cpu().clone())
-        _plan(graph, values)
-        return _Narrow(graph, values).run().to(images.device)
+        watch = _Watch(graph)
+        watch.run(images.cpu().clone(), enable_io_processing=False)
+        _plan(graph, watch.values)
+        return _Narrow(graph, watch.values).run().to(images.device)
 
 
 def stays(network: fx.GraphModule) -> dict[str, str]:

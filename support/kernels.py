@@ -3,7 +3,7 @@
 Any network that maps a batch to logits will do: one forward of a batch is recorded operation by operation, and the
 rest is read off that graph. A kernel is the weight of a Conv2d or Linear, or an input projection of
 nn.MultiheadAttention, in the order in which the forward uses them first, however it uses them: by calling the module,
-by handing its weight to a function, several times, or under several names. By structure, never by name, two kinds are
+by giving its weight to a function, several times, or under several names. By structure, never by name, two kinds are
 left out: the classifier (no kernel comes after it on the way to the logits) and 1×1 projections on residual shortcuts.
 Whatever else is left out is named with its reason.
 """
@@ -32,6 +32,7 @@ INDIRECT = "not used as it is: the forward computes another tensor from it first
 PATCHES = "patch embedding: not part of an encoder block"
 LAST = "last 1x1 convolution, not among the paper's 51 kernels"
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
+COMPRESSED = "Conv2d, Linear and MultiheadAttention"
 OUT_OF_SCOPE = (CLASSIFIER, SHORTCUT, PATCHES, LAST)  # reasons that hold for compress.scope=paper only
 
 
@@ -53,15 +54,14 @@ class Block:
     kernels: dict[str, nn.Module | ParameterKernel]  # dotted name → what has the kernel as its ``weight``, ordered
     parameters: tuple[str, ...]  # names of those whose Fisher information makes up s_i (Eq. 14): all of an encoder
     # block for this project's ViTs, weights and biases of the kernels otherwise
-    tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)  # kernel → all names of its weight in the state
-    # dict, where they are not just <kernel>.weight
-    places: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of these one per module, where several hold it
+    tensors: dict[str, tuple[str, ...]] = field(default_factory=dict)  # kernel → all names of its weight
+    places: dict[str, tuple[str, ...]] = field(default_factory=dict)  # kernel → of these one per module that holds it
     whole: tuple[str, ...] = ()  # kernels that keep all their output channels, since those are the classes
 
     @property
     def weight_names(self) -> dict[str, str]:
         """Map each kernel to the name of its weight among ``named_parameters()``."""
-        return {name: self.tensors.get(name, (f"{name}.weight",))[0] for name in self.kernels}
+        return {kernel: names[0] for kernel, names in self.tensors.items()}
 
     def replaced(self, weights) -> dict[str, torch.Tensor]:
         """Map names for functional_call(…, tie_weights=False) to ``weights``, one per kernel.
@@ -69,13 +69,12 @@ class Block:
         One name per module that holds a kernel: by its tying, functional_call would name a module that is used under
         two names twice, and after the call leave the replacement in it.
         """
-        return {place: weight for (kernel, name), weight in zip(self.weight_names.items(), weights)
-                for place in self.places.get(kernel, (name,))}
+        return {place: weight for places, weight in zip(self.places.values(), weights) for place in places}
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """Return all names in the state dict that hold a kernel of this block; a shared kernel has several."""
-        return tuple(key for name in self.kernels for key in self.tensors.get(name, (f"{name}.weight",)))
+        return tuple(name for names in self.tensors.values() for name in names)
 
 
 @dataclass
@@ -147,10 +146,8 @@ def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=
         if parameters is None:  # a bias that several kernels share counts once, with the first
             parameters = tuple(dict.fromkeys(p for k in group for p in (k.tensors[0], *k.biases) if p not in counted))
             counted.update(parameters)
-        blocks.append(Block(name, {k.name: k.holder for k in group}, parameters,
-                            {k.name: k.tensors for k in group if k.tensors != (f"{k.name}.weight",)},
-                            {k.name: k.places for k in group if len(k.places) > 1},
-                            tuple(k.name for k in group if k.classifier)))
+        blocks.append(Block(name, {k.name: k.holder for k in group}, parameters, {k.name: k.tensors for k in group},
+                            {k.name: k.places for k in group}, tuple(k.name for k in group if k.classifier)))
     compressed = [k for _, group, _ in cut for k in group]
     if not compressed:
         raise InputError(f"{what}: no Conv2d or Linear besides the classifier, nothing to compress"
@@ -171,10 +168,8 @@ def _named_groups(kernels, groups, unwanted):
         if name not in by_name:
             raise InputError(f"groups: {_unknown(name, kernels)}")
         kernel = by_name[name]
-        if kernel.name in unwanted:
-            raise InputError(f"groups: {name} is in exclude as well")
-        if kernel.holder is None or kernel.reason in (UNREACHED, INDIRECT):
-            raise InputError(f"groups: {name} cannot be compressed: {kernel.reason}")
+        if kernel.holder is None or kernel.reason in (UNREACHED, INDIRECT) or kernel.name in unwanted:
+            raise InputError(f"groups: {name} is excluded: {kernel.reason}")
         if kernel.name in taken:
             raise InputError(f"groups: {name} is named twice")
         taken.add(kernel.name)
@@ -195,7 +190,15 @@ def registered_kernels(model: nn.Module) -> list[Kernel]:
     A weight that several modules share is one kernel. One that is computed from other parameters (weight_norm,
     torch.nn.utils.parametrize, prune) has no ``holder`` and its reason set.
     """
-    return _unique(_registered(model, _Names(model)))
+    return list({k.name: k for k in _registered(model, _names(model)).values()}.values())
+
+
+def _names(model) -> dict[int, tuple[str, ...]]:
+    """Map the id of each parameter to every name that it has."""
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    return names
 
 
 def _registered(model, names) -> dict[int, Kernel]:
@@ -203,53 +206,36 @@ def _registered(model, names) -> dict[int, Kernel]:
     if any(is_lazy(p) for p in model.parameters()):
         raise InputError(f"{type(model).__name__} holds parameters without a shape yet (lazy modules); call it on a "
                          "batch once before compressing it")
-    kernels = {}
+    kernels, places = {}, {}
     for prefix, module in model.named_modules():
-        attention = isinstance(module, nn.MultiheadAttention)
-        if not attention and not isinstance(module, (nn.Conv2d, nn.Linear)):
+        dot, held = f"{prefix}." if prefix else "", module._parameters
+        for leaf, parameter in held.items():
+            places[id(parameter)] = (*places.get(id(parameter), ()), dot + leaf)
+        if isinstance(module, nn.MultiheadAttention):
+            leaves, bias = (leaf for leaf in ATTENTION_WEIGHTS if held.get(leaf) is not None), held.get("in_proj_bias")
+            named = [(dot + leaf, ParameterKernel(module, leaf)) for leaf in leaves]
+        elif not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue
-        dot, bias = f"{prefix}." if prefix else "", module._parameters.get("in_proj_bias" if attention else "bias")
-        biases = () if bias is None else (names.all[id(bias)][0],)
-        for leaf in ATTENTION_WEIGHTS if attention else ("weight",):
-            weight, name = module._parameters.get(leaf), dot + leaf if attention else prefix or leaf
-            if weight is not None:
-                holder = ParameterKernel(module, leaf) if attention else module
-                kernels.setdefault(id(weight), names.kernel(name, holder, weight, biases))
-            elif not attention:
-                parts = {dot + n: p for n, p in module.named_parameters()
-                         if n != "bias" and not n.startswith("parametrizations.bias.")}
-                kernel = Kernel(name, None, tuple(parts), sum(p.numel() for p in parts.values()), (),
-                                reason=f"its weight is computed from other parameters ({', '.join(parts)})")
-                kernels.update((id(p), kernel) for p in parts.values())
+        elif "weight" in held:
+            named, bias = [(prefix or "weight", module)], held.get("bias")
+        else:
+            parts = {dot + n: p for n, p in module.named_parameters()
+                     if n != "bias" and not n.startswith("parametrizations.bias.")}
+            kernel = Kernel(prefix or "weight", None, tuple(parts), sum(p.numel() for p in parts.values()), (),
+                            reason=f"its weight is computed from other parameters ({', '.join(parts)})")
+            kernels.update((id(p), kernel) for p in parts.values())
+            continue
+        for name, holder in named:  # functional_call and named_parameters know a shared tensor by its first name
+            kernels.setdefault(id(holder.weight), Kernel(
+                name, holder, names[id(holder.weight)], holder.weight.numel(), tuple(holder.weight.shape),
+                biases=() if bias is None else (names[id(bias)][0],)))
+    for kernel in kernels.values():
+        kernel.places = places[id(kernel.holder.weight)] if kernel.holder is not None else ()
     return kernels
 
 
-def _unique(kernels):
-    return list({k.name: k for k in kernels.values()}.values())
-
-
-class _Names:
-    """``all``: id of a parameter → every name that it has; ``places``: id → one name per module that holds it."""
-
-    def __init__(self, model):
-        self.all, self.places = {}, {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.all[id(parameter)] = (*self.all.get(id(parameter), ()), name)
-        for prefix, module in model.named_modules():
-            for leaf, parameter in module._parameters.items():
-                name = f"{prefix}.{leaf}" if prefix else leaf
-                self.places[id(parameter)] = (*self.places.get(id(parameter), ()), name)
-
-    def kernel(self, name, holder, weight, biases, reason=""):
-        # functional_call and named_parameters know a shared tensor by its first name.
-        return Kernel(name, holder, self.all[id(weight)], weight.numel(), tuple(weight.shape),
-                      self.places[id(weight)], biases, reason)
-
-
 # Operations that combine a tensor with a weight along a shared dimension, and where their two operands stand.
-CONTRACTIONS = {"convolution": (0, 1), "linear": (0, 1), "mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "dot": (0, 1),
-                "_trilinear": (0, 1), "addmm": (1, 2), "addmv": (1, 2), "addbmm": (1, 2), "baddbmm": (1, 2)}
-RECURRENT = {"mkldnn_rnn_layer", "_cudnn_rnn", "_thnn_fused_lstm_cell"}  # apply every weight that they are given
+PRODUCTS = {"convolution": (0, 1), "linear": (0, 1), "mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 COPIES = {"clone", "_to_copy", "copy_", "lift_fresh"}
 # Parts of norms that are not called norm, and elementwise operations without torch's tag for them.
 CHAIN = {"mean", "var", "var_mean", "std", "std_mean", "sum", "hardswish", "hardswish_", "_prelu_kernel", *COPIES}
@@ -264,9 +250,7 @@ class _Node:
     chain: bool = False  # whether it is a norm or works element by element
     add: bool = False
     uses: frozenset = frozenset()  # ids of the parameters behind the weight that it applies
-    point: bool = False  # whether that weight is a parameter itself, and 1×1
     source: int | None = None  # node of what the weight is applied to
-    biases: tuple[int, ...] = ()
 
 
 class _Trace(TorchDispatchMode):
@@ -285,7 +269,7 @@ class _Trace(TorchDispatchMode):
         self.owners: dict[int, list[nn.Parameter]] = {}  # storage → parameters in it
         self.read: set[int] = set()  # parameters that some operation read
         self.alive = []  # a freed storage's address could come back as another tensor's
-        self.fits: dict[int, bool] = {}  # parameter that is applied as it is → whether its rows are output channels
+        self.applied: set[int] = set()  # parameters that some operation applies as they are
         self._add(_Node((), True), [example])
         for parameter in model.parameters():
             weights = frozenset([id(parameter)]) if parameter.dim() >= 2 else frozenset()
@@ -302,8 +286,6 @@ class _Trace(TorchDispatchMode):
         made = written + [t for t in _tensors(result) if _storage(t) not in storages]
         if not made:
             return result  # a view, or a number
-        if name.endswith("_like") or name.startswith("new_") or name in ("zero_", "fill_"):
-            read = []  # only shape and type were
         parameters = [p for p in map(self._parameter, read) if p is not None]
         self.read.update(map(id, parameters))
         parents = tuple(dict.fromkeys(self.current[_storage(t)] for t in read if _storage(t) in self.current))
@@ -311,32 +293,22 @@ class _Trace(TorchDispatchMode):
         if not node.data:
             node.weights = frozenset().union(*(self.nodes[p].weights for p in parents))
         node.chain = name in CHAIN or "norm" in name or torch.Tag.pointwise in func.tags
-        if name in RECURRENT:
-            node.uses = frozenset(id(p) for p in parameters if p.dim() >= 2)
-            self.fits.update(dict.fromkeys(node.uses, False))
-        elif name in CONTRACTIONS:
-            self._contraction(node, [args[i] for i in CONTRACTIONS[name]], name == "convolution" and args[6])
-            node.biases = tuple(id(p) for p in parameters if p.dim() == 1)
+        if name in PRODUCTS:
+            self._product(node, [args[i] for i in PRODUCTS[name]])
         if name in COPIES and len(read) == 1 and parameters:
             self.owners.setdefault(_storage(made[0]), []).append(parameters[0])
         self._add(node, made)
         return result
 
-    def _contraction(self, node, operands, transposed):
-        """Find the weight of a contraction, if it has one: a known kernel, else a parameter, else something computed
+    def _product(self, node, operands):
+        """Find the weight of a product, if it has one: a known kernel, else a parameter, else something computed
         from parameters; of two, the second, where F.linear and F.conv2d have theirs."""
         candidates = [(t, self._parameter(t)) for t in reversed(operands)]
         direct = [(t, p) for t, p in candidates if p is not None and p.dim() >= 2]
         if direct:
             weight, parameter = min(direct, key=lambda pair: id(pair[1]) not in self.known)
-            node.uses, node.point = frozenset([id(parameter)]), all(side == 1 for side in parameter.shape[2:])
-            if parameter.dim() == 4:  # as F.conv2d passes a weight [o, i, h, w] on, all or some of its rows
-                fits = weight.shape[1:] == parameter.shape[1:] and not transposed
-            else:  # as F.linear does, transposed [i, o]
-                fits = weight.shape[-2:-1] == parameter.shape[1:] \
-                    and weight.stride()[-2:] == parameter.stride()[::-1]
-            fits = fits and weight is not operands[0] and self.fits.get(id(parameter), True)
-            self.fits[id(parameter)] = fits or id(parameter) in self.known
+            node.uses = frozenset([id(parameter)])
+            self.applied |= node.uses
         else:
             nodes = [(t, self.nodes[self.node_of(t)]) for t, _ in candidates if self.node_of(t) is not None]
             weight, node.uses = next(((t, n.weights) for t, n in nodes if n.weights), (None, frozenset()))
@@ -361,6 +333,10 @@ class _Trace(TorchDispatchMode):
     def node_of(self, tensor) -> int | None:
         return self.current.get(_storage(tensor))
 
+    def above(self, index) -> list[int]:
+        """Return the nodes that a node read and that the images reach."""
+        return [p for p in self.nodes[index].parents if self.nodes[p].data]
+
 
 def _classifiers(trace, output) -> set[int]:
     """Parameters of the weights after which no weight comes on the way to the node ``output``."""
@@ -373,52 +349,35 @@ def _classifiers(trace, output) -> set[int]:
 
 
 def _shortcuts(trace) -> set[int]:
-    """Parameters that are only ever used as 1×1 projections on residual shortcuts.
+    """Parameters that are only ever used as projections on residual shortcuts.
 
     Such a weight's result, through norms and elementwise operations alone, is added to a branch that starts from the
     tensor the weight is applied to and applies at least two other weights.
     """
     projections = set()
-    for total in trace.nodes:
-        data = [p for p in total.parents if trace.nodes[p].data]
-        if total.add and len(data) == 2:
-            for side, branch in (data, data[::-1]):
-                use = _chain_start(trace, side)
-                if use is not None and _is_projection(trace, use, branch):
+    for index, total in enumerate(trace.nodes):
+        sides = trace.above(index) if total.add else []
+        if len(sides) == 2:
+            for use, branch in (sides, sides[::-1]):
+                while trace.nodes[use].chain and len(trace.above(use)) == 1:
+                    use, = trace.above(use)
+                if trace.nodes[use].uses and _is_projection(trace, use, branch):
                     projections.add(use)
     others = {p for i, node in enumerate(trace.nodes) if i not in projections for p in node.uses}
     return {p for i in projections for p in trace.nodes[i].uses} - others
 
 
-def _chain_start(trace, index):
-    """The one weight that a node is a function of through norms and elementwise operations alone, or None."""
-    starts, seen, stack = set(), set(), [index]
-    while stack:
-        i = stack.pop()
-        node = trace.nodes[i]
-        if node.uses:
-            starts.add(i)
-        elif not node.chain:
-            return None
-        elif i not in seen:
-            stack += [p for p in node.parents if trace.nodes[p].data]
-        seen.add(i)
-    return starts.pop() if len(starts) == 1 else None
-
-
 def _is_projection(trace, use, branch):
-    node, before = trace.nodes[use], trace.before[branch] | 1 << branch
-    source = node.source
-    if not node.point or source is None or before >> use & 1:  # x + f(x), x from a 1×1: the branch starts after it
+    before, source, own = trace.before[branch] | 1 << branch, trace.nodes[use].source, trace.nodes[use].uses
+    if source is None or before >> use & 1:  # x + f(x), x from a 1×1: the branch starts after it
         return False
     while not before >> source & 1:  # a shortcut may pool, normalise or copy before it projects
-        above = [p for p in trace.nodes[source].parents if trace.nodes[p].data]
-        if trace.nodes[source].uses or len(above) != 1:
+        if trace.nodes[source].uses or len(trace.above(source)) != 1:
             return False
-        source, = above
+        source, = trace.above(source)
     between = {trace.nodes[i].uses for i in range(source, branch + 1)
-               if before >> i & 1 and trace.nodes[i].uses and trace.before[i] >> source & 1}
-    return len(between - {node.uses}) >= 2
+               if before >> i & 1 and trace.before[i] >> source & 1}
+    return len(between - {own, frozenset()}) >= 2
 
 
 def traced_kernels(model: nn.Module, example) -> list[Kernel]:
@@ -428,7 +387,7 @@ def traced_kernels(model: nn.Module, example) -> list[Kernel]:
     The network is left as it was, mode, buffers and random numbers included. Raises InputError where the forward
     fails or does not give logits [n, classes].
     """
-    names, example = _Names(model), example.clone()  # the network may write into its input
+    names, example = _names(model), example.clone()  # the network may write into its input
     kernels = _registered(model, names)
     trace = _Trace(model, example, set(kernels))
     with untouched(model):
@@ -437,36 +396,25 @@ def traced_kernels(model: nn.Module, example) -> list[Kernel]:
     if output is None or not trace.nodes[output].data:
         raise InputError(f"{type(model).__name__}: its logits do not depend on the images")
     final, projections, used = _classifiers(trace, output), _shortcuts(trace), {}
-    for node in trace.nodes:
-        for p in sorted(node.uses, key=lambda p: names.all[p][0]):
-            if p not in kernels and p in trace.fits:
-                kernels[p] = _other_kernel(model, names, p, trace.fits[p], node.biases)
-            if p not in kernels or kernels[p].name in {k.name for k in used.values()}:
-                continue
-            kernel = used[p] = kernels[p]
-            if p in final:
-                kernel.reason, kernel.classifier = CLASSIFIER, True
-            elif not kernel.reason and p not in trace.fits:
-                kernel.reason = INDIRECT
-            elif not kernel.reason and p in projections:
-                kernel.reason = SHORTCUT
+    for p in (p for node in trace.nodes for p in sorted(node.uses, key=lambda p: names[p][0])):
+        if p not in kernels and p in trace.applied:
+            name, weight = names[p][0], model.get_parameter(names[p][0])
+            holder = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            kernels[p] = Kernel(name.removesuffix(".weight"), None, names[p], weight.numel(), tuple(weight.shape),
+                                reason=f"weight of a {holder}; only those of {COMPRESSED} are compressed")
+        if p not in kernels or kernels[p].name in used:
+            continue
+        kernel = used[kernels[p].name] = kernels[p]
+        if p in final:
+            kernel.reason, kernel.classifier = CLASSIFIER, True
+        elif not kernel.reason and p not in trace.applied:
+            kernel.reason = INDIRECT
+        elif not kernel.reason and p in projections and all(side == 1 for side in kernel.shape[2:]):
+            kernel.reason = SHORTCUT
     for p, kernel in kernels.items():
-        if p not in used and not kernel.reason:
+        if kernel.name not in used and not kernel.reason:
             kernel.reason = INDIRECT if p in trace.read else UNREACHED
-    return _unique(used | kernels)
-
-
-def _other_kernel(model, names, parameter, fits, biases):
-    """A parameter in a contraction that is not the weight of a Conv2d, Linear or MultiheadAttention."""
-    name = names.all[parameter][0]
-    prefix, _, leaf = name.rpartition(".")
-    owner, reason = model.get_submodule(prefix), ""
-    if type(owner).__module__.startswith("torch.nn.") and not isinstance(owner, (nn.ParameterList, nn.ParameterDict)):
-        reason = f"weight of a {type(owner).__name__}; only Conv2d, Linear and MultiheadAttention are compressed"
-    elif not fits:
-        reason = "used in a product, but not as Linear and Conv2d use a weight [n_out, ...]"
-    return names.kernel(name.removesuffix(".weight"), None if reason else ParameterKernel(owner, leaf),
-                        getattr(owner, leaf), tuple(names.all[b][0] for b in biases), reason)
+    return list((used | {k.name: k for k in kernels.values()}).values())
 
 
 def _storage(tensor) -> int:

@@ -19,36 +19,39 @@ from config import InputError
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+@contextmanager
+def visible_attention():
+    """Run nn.MultiheadAttention without its fast path, which is one operation that hides its kernels."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def said(error: BaseException) -> str:
+    """Return the type and the message of an error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def forward(model: nn.Module, images, mode=None) -> torch.Tensor:
     """Return the logits [n, classes] of a batch [n, …], without gradients, in the mode that the network is in.
 
     ``mode``: a dispatch mode to run it under. Raises InputError when the network fails or returns something else.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    # The fast path of MultiheadAttention and TransformerEncoder is one operation that hides its kernels.
-    torch.backends.mha.set_fastpath_enabled(False)
-    name, shape = type(model).__name__, list(images.shape)
+    name, batch = type(model).__name__, f"a batch of images {list(images.shape)}"
     try:
-        with torch.no_grad(), mode or nullcontext():
+        with torch.no_grad(), visible_attention(), mode or nullcontext():
             logits = model(images)
-    except InputError:
-        raise
     except Exception as error:  # whatever the network's own code raises
-        raise InputError(f"{name} fails on a batch of images {shape}: {_said(error)}") from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    if not isinstance(logits, torch.Tensor):
-        raise InputError(f"{name} returns a {type(logits).__name__} for a batch of images {shape} in "
-                         f"{'train' if model.training else 'eval'} mode, expected logits: one tensor [{shape[0]}, "
-                         "classes]; wrap it in a module that returns them")
-    if logits.dim() != 2 or len(logits) != shape[0] or not logits.is_floating_point():
-        raise InputError(f"{name} returns {logits.dtype} {list(logits.shape)} for a batch of images {shape}, expected "
-                         f"logits: a float tensor [{shape[0]}, classes]")
+        raise InputError(f"{name} fails on {batch}: {said(error)}") from error
+    tensor = isinstance(logits, torch.Tensor)
+    if not tensor or logits.dim() != 2 or len(logits) != len(images) or not logits.is_floating_point():
+        what = f"{logits.dtype} {list(logits.shape)}" if tensor else f"a {type(logits).__name__}"
+        raise InputError(f"{name} returns {what} for {batch} in {'train' if model.training else 'eval'} mode, expected "
+                         f"logits: a float tensor [{len(images)}, classes]; wrap it in a module that returns them")
     return logits
-
-
-def _said(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def try_network(model: nn.Module, images) -> tuple[int, bool]:
@@ -68,8 +71,7 @@ def try_network(model: nn.Module, images) -> tuple[int, bool]:
         classes = run()
         try:
             trial.to(memory_format=torch.channels_last)
-            run()
-            return classes, True
+            return run(), True
         except (InputError, RuntimeError):
             return classes, False
 
@@ -77,21 +79,20 @@ def try_network(model: nn.Module, images) -> tuple[int, bool]:
 @contextmanager
 def untouched(model):
     """Run in eval mode; afterwards every module's mode, every buffer and the random generators are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, name, buffer, buffer.detach().clone()) for module in model.modules()
-               for name, buffer in module._buffers.items() if buffer is not None]
+    before = [(module, module.training, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices=devices):
             model.eval()
             yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                buffer.copy_(value)
-                module._buffers[name] = buffer  # the forward may have put another tensor in its place
-        for module, mode in modes:
+        for module, mode, buffers in before:  # the forward may have put other tensors in their places
             module.training = mode
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 def copy_network(model: nn.Module) -> nn.Module:
@@ -113,8 +114,8 @@ def own_network(source: str, num_classes: int) -> nn.Module:
     function run as in a Python that starts in the file's folder (for a module: in the current directory). Raises
     InputError where there is no such module, file or function, and where it fails or returns something else.
     """
-    place, colon, function = source.rpartition(":")
-    if not (colon and place and function):
+    place, _, function = source.rpartition(":")
+    if not (place and function):
         raise InputError(f"--model {source}: expected module:function or path/to/file.py:function")
     path = Path(place).resolve() if place.endswith(".py") else None
     try:
@@ -128,31 +129,30 @@ def own_network(source: str, num_classes: int) -> nn.Module:
                 module = importlib.import_module(place)
             make = getattr(module, function, None)
             if not callable(make):
-                raise InputError(f"--model {source}: {place} has no function '{function}'")
+                raise InputError(f"{place} has no function '{function}'")
             sized = "num_classes" in inspect.signature(make).parameters
             network = make(num_classes=num_classes) if sized else make()
-    except InputError:
-        raise
+            if not isinstance(network, nn.Module):
+                raise InputError(f"returned a {type(network).__name__}, expected a torch.nn.Module")
+            return network
+    except InputError as error:
+        raise InputError(f"--model {source}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever the file's own code raises
-        raise InputError(f"--model {source}: {_said(error)}") from error
-    if not isinstance(network, nn.Module):
-        raise InputError(f"--model {source}: returned a {type(network).__name__}, expected a torch.nn.Module")
-    return network
+        raise InputError(f"--model {source}: {said(error)}") from error
 
 
 @contextmanager
 def _imports_of(folder):
     """Import as a Python that starts in ``folder``, without this project's folder.
 
-    A loaded module for whose name another file is found then (``models``, where the folder has one too) is out of
-    sys.modules for that time. Afterwards it is back and the other one out; who imported that keeps it. Modules whose
-    names do not clash stay loaded: a network may import them later, and it may import this project's.
+    A loaded module for whose name another file would be found (``models``, where the folder has one too) is taken out
+    of sys.modules for that time; afterwards it is back, and the other one out.
     """
-    path, loaded = list(sys.path), {n: m for n, m in sys.modules.items() if n not in sys.stdlib_module_names}
-    places = {name: _places(getattr(module, "__spec__", None)) for name, module in loaded.items() if "." not in name}
+    path, loaded = list(sys.path), dict(sys.modules)
     sys.path[:] = [str(folder), *(p for p in path if Path(p).resolve() not in (folder, PROJECT))]
     importlib.invalidate_caches()
-    clash = {n for n, place in places.items() if place and _places(PathFinder.find_spec(n)) not in (set(), place)}
+    clash = {name for name, module in loaded.items() if "." not in name and name not in sys.stdlib_module_names
+             and len({_places(getattr(module, "__spec__", None)), _places(PathFinder.find_spec(name)), ()}) > 2}
     hidden = {name: sys.modules.pop(name) for name in loaded if name.partition(".")[0] in clash}
     try:
         yield
@@ -164,6 +164,6 @@ def _imports_of(folder):
 
 
 def _places(spec):
-    """Folders of a package (a namespace package may have several) or the file of a module, as a set."""
+    """Folders of a package (a namespace package may have several) or the file of a module, in order."""
     places = [] if spec is None else spec.submodule_search_locations or [spec.origin or ""]
-    return {str(Path(place).resolve()) for place in places}
+    return tuple(sorted({str(Path(place).resolve()) for place in places}))
