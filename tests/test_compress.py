@@ -1,6 +1,8 @@
 """The operator T(theta, C) on numbers worked out by hand, its properties over many tensors, and the accounting."""
 
 import copy
+import functools
+import itertools
 import random
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,17 +12,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress import (GRANULARITIES, QTYPES, STRATEGIES, BlockConfig, KernelConfig, KernelShape, NetworkConfig,
+from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig,
                       apply_masks, compress_kernel, compress_network, kernel_bytes, kernel_retained, kernel_shapes,
                       model_bytes, prune_mask, quantize, snap_to_grid)
 
-LINEAR = [("INT", "uniform"), ("FLOAT", "uniform"), ("INT", "per-channel"), ("FLOAT", "per-channel"),
-          ("INT", "learned")]
-LOG = [("INT", "log"), ("INT", "log-script")]
-QUANTIZERS = LINEAR + LOG
-# All that a configuration can ask for: 2 types x 4 granularities, and the script's grid.
-EVERY = [(qtype, granularity) for qtype in ("INT", "FLOAT")
-         for granularity in ("uniform", "log", "per-channel", "learned", "log-script")]
+LOG = ("log", "log-script")
+QUANTIZERS = [("INT", "uniform"), ("FLOAT", "uniform"), ("INT", "per-channel"), ("FLOAT", "per-channel"),
+              ("INT", "learned"), ("INT", "log"), ("INT", "log-script")]
 BITS = [2, 3, 4, 5, 6, 7, 8, 12]
 # One rounding to the input's type, as a fraction of the value.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2 ** -11, torch.bfloat16: 2 ** -8}
@@ -29,15 +27,11 @@ ROUNDING = {torch.float32: 2e-6, torch.float16: 2 ** -11, torch.bfloat16: 2 ** -
 def tensor_cases():
     """Name → weight, made to catch a quantiser out; the same at every call."""
     generator = torch.Generator().manual_seed(7)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator)
-
+    randn = functools.partial(torch.randn, generator=generator)
     cases = {
         "linear": randn(6, 10), "conv": randn(5, 3, 3, 3), "depthwise": randn(5, 1, 3, 3), "vector": randn(9),
         "positive": randn(4, 7).abs() + 0.1, "negative": -randn(4, 7).abs() - 0.1,
-        "constant": torch.full((3, 4), 0.37), "negative constant": torch.full((3, 4), -2.9),
-        "single": torch.tensor([[1.7]]), "single negative": torch.tensor([[-0.003]]), "zeros": torch.zeros(3, 4),
+        "constant": torch.full((3, 4), 0.37), "single": torch.tensor([[1.7]]), "zeros": torch.zeros(3, 4),
         # low = -high: the zero-point (2^b - 1) / 2 is a half at every bitwidth
         "symmetric": (lambda half: torch.cat([half, -half], dim=1))(randn(4, 8)),
         "ends": torch.tensor([[-1.0, 1.0], [-3.7, 3.7]]),
@@ -47,14 +41,11 @@ def tensor_cases():
         "nine decades": torch.sign(randn(8, 16)) * 10 ** (9 * torch.rand(8, 16, generator=generator) - 6),
         "decades by channel": randn(8, 16) * 10 ** (9 * torch.arange(8.0)[:, None] / 7 - 6),
         "sparse": randn(4, 8) * (torch.rand(4, 8, generator=generator) > 0.6),
-        "large": 1e30 * randn(3, 5),
-        # below or around the smallest scale, 1e-8 (dead channels of trained networks are such)
-        "1e-6": 1e-6 * randn(4, 8), "1e-7": 1e-7 * randn(4, 8), "1e-9": 1e-9 * randn(4, 8),
+        # around the smallest scale, 1e-8 (dead channels of trained networks are such)
+        "large": 1e30 * randn(3, 5), "1e-7": 1e-7 * randn(4, 8), "1e-9": 1e-9 * randn(4, 8),
+        "zero channel": randn(4, 6) * torch.tensor([1.0, 1, 0, 1])[:, None],
+        "dead channel": randn(4, 6) * torch.tensor([1.0, 1e-9, 1, 1])[:, None],
     }
-    cases["zero channel"] = randn(4, 6)
-    cases["zero channel"][2] = 0
-    cases["dead channel"] = randn(4, 6)
-    cases["dead channel"][1] *= 1e-9
     for name in range(10):
         cases[f"random {name}"] = randn(*random.Random(name).choices(range(1, 9), k=2)) * 10 ** (name - 5)
     return cases
@@ -71,8 +62,6 @@ def in_rows(weight, granularity):
 
 
 # --- KernelConfig ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("field, values", [
     ("bits", [1, 0, -4, 4.0, "4", None, True]), ("keep", [0.0, -0.1, 1.0001, float("nan"), float("inf"), True]),
     ("qtype", ["int", "any", 0, None]), ("granularity", ["any", "per_channel", None])])
@@ -93,12 +82,6 @@ def test_a_log_grid_of_more_than_16_bits_and_other_counts_are_refused():
     for kernels, shapes in [((KernelConfig(),), ()), ((), ()), ((KernelConfig(),), (KernelShape(2, 4),) * 2)]:
         with pytest.raises(ValueError, match="kernel configurations"):
             BlockConfig(kernels, shapes)
-
-
-def test_names_are_in_the_order_of_the_actions():
-    assert QTYPES == ("INT", "FLOAT") and GRANULARITIES == ("uniform", "log", "per-channel", "learned")
-    assert STRATEGIES == ("quantization", "pruning", "auto")
-    assert KernelConfig() == KernelConfig(32, 1.0, "INT", "uniform")
 
 
 # --- Quantisers by hand ----------------------------------------------------------------------------------------
@@ -149,112 +132,74 @@ def test_scale_is_at_least_1e_8(granularity):
 
 
 # --- Quantisers: properties ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_levels_error_and_zeros(name):
-    weight = CASES[name]
-    for dtype in ROUNDING if name in REDUCED else [torch.float32]:
-        given = weight.to(dtype)
-        for qtype, granularity in QUANTIZERS:
-            for bits in BITS:
-                result = quantize(given, bits, qtype, granularity)
-                what = f"{dtype} {qtype} {granularity} {bits} bits"
-                assert result.dtype == dtype and result.shape == given.shape, what
-                assert bool(result.isfinite().all()), what
-                assert not result[given == 0].any(), what
-                rows, exact = in_rows(result.double(), granularity), in_rows(given.double(), granularity)
-                most = 2 ** (bits + 1) - 1 if granularity == "log-script" else 2 ** bits
-                assert max(len(row.unique()) for row in rows) <= most, what
-                if granularity in ("log", "log-script"):
-                    check_log(exact, rows, 2 ** bits - 1 if granularity == "log-script" else 2 ** (bits - 1) - 1,
-                              ROUNDING[dtype], what)
-                    continue
-                if qtype == "INT":
-                    scale = exact.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-                else:
-                    scale = (exact.amax(1, keepdim=True).clamp_min(0) - exact.amin(1, keepdim=True).clamp_max(0)) \
-                        / (2 ** bits - 1)
-                # The grid's ends lie at most half a step further out than the weights.
-                slack = ROUNDING[dtype] * (exact.abs().amax(1, keepdim=True) + scale) + (dtype is torch.float16) * 6e-8
-                assert bool(((rows - exact).abs() <= scale.clamp_min(1e-8) / 2 + slack).all()), what
+    for dtype, (qtype, granularity), bits in itertools.product(
+            ROUNDING if name in REDUCED else [torch.float32], QUANTIZERS, BITS):
+        weight, what = CASES[name].to(dtype), f"{dtype} {qtype} {granularity} {bits} bits"
+        result = quantize(weight, bits, qtype, granularity)
+        assert result.dtype == dtype and result.shape == weight.shape and not result[weight == 0].any(), what
+        rows, exact = in_rows(result.double(), granularity), in_rows(weight.double(), granularity)
+        bits += granularity == "log-script"  # whose sign comes on top
+        assert max(len(row.unique()) for row in rows) <= 2 ** bits, what
+        if granularity in LOG:
+            check_log(exact, rows, 2 ** (bits - 1) - 1, dtype, what)
+            continue
+        low, high, largest = exact.amin(1, keepdim=True), exact.amax(1, keepdim=True), exact.abs().amax(1, keepdim=True)
+        steps = 2 ** (bits - 1) - 1 if qtype == "INT" else 2 ** bits - 1
+        scale = (largest if qtype == "INT" else high.clamp_min(0) - low.clamp_max(0)) / steps
+        # The grid's ends lie at most half a step further out than the weights.
+        slack = ROUNDING[dtype] * (largest + scale) + (dtype is torch.float16) * 6e-8
+        assert bool(((rows - exact).abs() <= scale.clamp_min(1e-8) / 2 + slack).all()), what
 
 
-def check_log(exact, rows, magnitudes, rounding, what):
+def check_log(exact, rows, magnitudes, dtype, what):
     """At most so many magnitudes; signs kept; log2 of the magnitude within half a step (float16's subnormals apart)."""
-    assert len(rows[rows != 0].abs().unique()) <= magnitudes, what
-    assert torch.equal(rows.sign(), exact.sign()), what
+    assert len(rows[rows != 0].abs().unique()) <= magnitudes and torch.equal(rows.sign(), exact.sign()), what
+    normal = exact.abs() > (6.2e-5 if dtype is torch.float16 else 0)
     logs = exact[exact != 0].abs().log2()
-    if len(logs) == 0:
-        return
-    step = logs.max() - logs.min()
-    if magnitudes > 1:
-        step = step / (magnitudes - 1)
-    normal = (exact != 0) & ((exact.abs() > 6.2e-5) | (rounding != ROUNDING[torch.float16]))
-    error = (exact[normal].abs().log2() - rows[normal].abs().log2()).abs()
-    # float32 log2 of numbers up to 2^100 is good to about 1e-5
-    assert bool((error <= step / 2 + 2 * rounding + 1e-5).all()), what
-
-
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("name", REDUCED + ["dead channel", "1e-7", "ends", "random 9"])
-def test_a_second_pass_changes_nothing(name, dtype):
-    weight = CASES[name].to(dtype)
-    # FLOAT: 1e-6 max|W| where the output holds the grid, else one step of the output's type
-    allowed = {torch.float32: 1e-6, torch.float16: 2 ** -10, torch.bfloat16: 2 ** -7}[dtype]
-    for qtype, granularity in QUANTIZERS:
-        for bits in BITS:
-            once = quantize(weight, bits, qtype, granularity)
-            twice = quantize(once, bits, qtype, granularity)
-            limit = allowed * in_rows(weight, granularity).abs().amax(1, keepdim=True).float() \
-                + (dtype is torch.float16) * 6e-8
-            moved = (in_rows(once, granularity).float() - in_rows(twice, granularity).float()).abs()
-            assert torch.equal(once, twice) if qtype == "INT" else bool((moved <= limit).all()), (granularity, bits)
+    if len(logs):
+        step = (logs.max() - logs.min()) / max(magnitudes - 1, 1)
+        error = (exact[normal].abs().log2() - rows[normal].abs().log2()).abs()
+        # float32 log2 of numbers up to 2^100 is good to about 1e-5
+        assert bool((error <= step / 2 + 2 * ROUNDING[dtype] + 1e-5).all()), what
 
 
 class DivisionAsOnCuda(TorchDispatchMode):
     """CUDA divides a tensor by a plain number by multiplying with the number's float32 reciprocal."""
 
-    count = 0
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.div.Tensor and isinstance(args[1], (int, float)):
-            self.count += 1
             return args[0] * torch.tensor(1.0).div(torch.tensor(float(args[1])))
         return function(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("where", ["cpu", "division as on cuda", "cuda"])
-def test_a_second_pass_changes_nothing_over_many_tensors(where):
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_a_second_pass_changes_nothing(dtype, where):
     if where == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    generator = torch.Generator().manual_seed(1)
-    with DivisionAsOnCuda() if where == "division as on cuda" else nullcontext() as mode:
-        for trial in range(200):
-            bits = 2 + trial % 7
-            weight = torch.randn(16, 24, generator=generator) * 10 ** (trial % 5 - 3.0)
-            weight = weight.to("cuda" if where == "cuda" else "cpu")
-            for granularity in ("uniform", "per-channel", "learned", "log", "log-script"):
-                once = quantize(weight, bits, "INT", granularity)
-                assert torch.equal(once, quantize(once, bits, "INT", granularity)), (trial, granularity)
-            for granularity in ("uniform", "per-channel"):
-                once = quantize(weight, bits, "FLOAT", granularity)
-                moved = (once - quantize(once, bits, "FLOAT", granularity)).abs().max()
-                assert moved <= 1e-6 * weight.abs().max(), (trial, granularity)
-        if mode:  # the stand-in divides otherwise than a CPU
-            assert mode.count and not torch.equal(weight / 63, weight / torch.tensor(63.0))
+    # FLOAT: 1e-6 max|W| where the output holds the grid, else one step of the output's type
+    allowed = {torch.float32: 1e-6, torch.float16: 2 ** -10, torch.bfloat16: 2 ** -7}[dtype]
+    names = CASES if dtype is torch.float32 else [*REDUCED, "dead channel", "1e-7", "ends", "random 9"]
+    with DivisionAsOnCuda() if where == "division as on cuda" else nullcontext():
+        for name, (qtype, granularity), bits in itertools.product(names, QUANTIZERS, BITS):
+            weight = CASES[name].to(dtype).to("cuda" if where == "cuda" else "cpu")
+            once = quantize(weight, bits, qtype, granularity)
+            twice = quantize(once, bits, qtype, granularity)
+            most = in_rows(weight, granularity).abs().amax(1, keepdim=True).float()
+            moved = (in_rows(once, granularity).float() - in_rows(twice, granularity).float()).abs()
+            assert torch.equal(once, twice) if qtype == "INT" else bool(
+                (moved <= allowed * most + (dtype is torch.float16) * 6e-8).all()), (name, granularity, bits)
 
 
-@pytest.mark.parametrize("qtype, granularity", EVERY)
+@pytest.mark.parametrize("qtype, granularity", QUANTIZERS)
 def test_from_32_bits_on_nothing_changes_and_the_given_tensor_is_left_alone(qtype, granularity):
-    for bits in (32, 33, 64):
-        for weight in (torch.randn(3, 5), torch.randn(3, 5).half(), torch.randn(3, 5).double()):
-            result = quantize(weight, bits, qtype, granularity)
-            assert torch.equal(result, weight) and result.dtype == weight.dtype
-            assert result.data_ptr() != weight.data_ptr()
+    for bits, weight in itertools.product((32, 64), (torch.randn(3, 5), torch.randn(3, 5).half())):
+        result = quantize(weight, bits, qtype, granularity)
+        assert torch.equal(result, weight) and result.dtype == weight.dtype and result.data_ptr() != weight.data_ptr()
     weight = torch.randn(3, 5, requires_grad=True)
     before = weight.detach().clone()
-    assert not quantize(weight, 4, qtype, granularity).requires_grad
     assert not compress_kernel(weight, KernelConfig(4, 0.5, qtype, granularity))[0].requires_grad
     assert torch.equal(weight, before)
 
@@ -273,15 +218,10 @@ def test_equal_grids_give_equal_bits(bits):
 def test_log_uses_all_of_its_b_bits(bits):  # ledger D3
     weight = 0.05 * torch.randn(384, 384, generator=torch.Generator().manual_seed(3))
     weight[0] = 0
-    result = quantize(weight, bits, "INT", "log")
-    magnitudes = result.abs().unique()
+    magnitudes = quantize(weight, bits, "INT", "log").abs().unique()
     assert magnitudes[0] == 0 and len(magnitudes) <= 2 ** (bits - 1)
     if bits <= 4:  # of the many levels of more bits the lowest are too fine for these weights to hit all
         assert len(magnitudes) == 2 ** (bits - 1)
-    if bits == 4:  # the script's grid has a fifth to a third of the error
-        script = quantize(weight, 4, "INT", "log-script")
-        ours, script = (torch.linalg.vector_norm(w - weight) for w in (result, script))
-        assert 0.2 <= script / ours <= 1 / 3
 
 
 @pytest.mark.parametrize("qtype, granularity", QUANTIZERS)
@@ -290,16 +230,12 @@ def test_memory_layout_does_not_matter(qtype, granularity):
     config = KernelConfig(4, 0.5, qtype, granularity)
     for weight in (plain.to(memory_format=torch.channels_last), plain.transpose(0, 2).contiguous().transpose(0, 2),
                    torch.stack([plain, plain + 1], dim=-1)[..., 0]):
-        assert not weight.is_contiguous() and torch.equal(weight, plain)
-        assert torch.equal(quantize(weight, 4, qtype, granularity), quantize(plain, 4, qtype, granularity))
-        result, mask = compress_kernel(weight, config)
-        assert torch.equal(result, compress_kernel(plain, config)[0]) and int(mask.sum()) == 3
+        result = compress_kernel(weight, config)[0]
+        assert not weight.is_contiguous() and torch.equal(result, compress_kernel(plain, config)[0])
         assert result.stride() == torch.empty_like(weight).stride()
 
 
 # --- Pruning ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("keep, expected", [
     # norms 5, 1, 13, 5, 2: of the two fives the first stays
     (1.0, [1, 1, 1, 1, 1]), (0.8, [1, 0, 1, 1, 1]), (0.6, [1, 0, 1, 1, 0]), (0.4, [1, 0, 1, 0, 0]),
@@ -335,8 +271,6 @@ def test_number_of_channels_kept(keep, n_out, kept):
 
 
 # --- One kernel: prune, then quantise --------------------------------------------------------------------------
-
-
 def test_compress_kernel_by_hand():
     # Norms 4 and 5: the first row goes and with it the largest weight, so that the scale is 2.5 / 1 and not 4 / 1.
     weight = torch.tensor([[4.0, 0.0, 0.0, 0.0], [2.5, -2.5, 2.5, 2.4]])
@@ -350,22 +284,17 @@ def test_compress_kernel_by_hand():
     torch.testing.assert_close(result, torch.tensor([[0.0, 0.0], [1.0, -4.0], [1.0, 2.0]]))
 
 
-@pytest.mark.parametrize("qtype, granularity", EVERY)
+@pytest.mark.parametrize("qtype, granularity", QUANTIZERS)
 def test_compress_kernel_is_quantisation_of_the_pruned_tensor(qtype, granularity):
-    for name, weight in CASES.items():
-        for keep in (1.0, 0.75, 0.4, 0.01):
-            for bits in (2, 3, 5, 8, 32):
-                result, mask = compress_kernel(weight, KernelConfig(bits, keep, qtype, granularity))
-                assert mask.dtype == torch.bool and torch.equal(mask, prune_mask(weight, keep)), name
-                assert not result[~mask].any() and result.dtype == weight.dtype, name
-                pruned = weight.clone()
-                pruned[~mask] = 0
-                assert torch.equal(result, quantize(pruned, bits, qtype, granularity)), (name, keep, bits)
+    for (name, weight), keep, bits in itertools.product(CASES.items(), (1.0, 0.75, 0.4, 0.01), (2, 3, 5, 8, 32)):
+        result, mask = compress_kernel(weight, KernelConfig(bits, keep, qtype, granularity))
+        assert torch.equal(mask, prune_mask(weight, keep)) and not result[~mask].any(), name
+        pruned = weight.clone()
+        pruned[~mask] = 0
+        assert torch.equal(result, quantize(pruned, bits, qtype, granularity)), (name, keep, bits)
 
 
 # --- Accounting: Eq. 21-22, 29-36 ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bits, keep, granularity, n_out, expected", [
     (8, 1.0, "uniform", 7, 0.25), (4, 0.5, "uniform", 8, 0.0625), (3, 0.4, "learned", 10, 0.0375),
     (3, 0.4, "log", 6, 0.03125), (3, 0.4, "log-script", 10, 0.05), (8, 1.0, "log-script", 3, 0.28125),
@@ -409,37 +338,30 @@ def test_network_statistics_by_hand():
 
 
 def test_the_scripts_log_grid_is_charged_in_every_ratio():
-    assert [KernelConfig(4, 1.0, "INT", g).storage_bits for g in (*GRANULARITIES, "log-script")] == [4, 4, 4, 4, 5]
-    assert KernelConfig(32, 1.0, "INT", "log-script").storage_bits == 32
     block = BlockConfig((KernelConfig(3, 0.5, "INT", "log-script"),), (KernelShape(4, 64),))
-    assert block.retained == NetworkConfig((block,)).retained == 0.0625
-    assert NetworkConfig((block,)).cr == NetworkConfig((block,)).cr_unweighted == 16
-    assert block.average_bits == NetworkConfig((block,)).average_bits == 4
+    network = NetworkConfig((block,))
+    assert block.retained == network.retained == 0.0625 and network.cr == network.cr_unweighted == 16
+    assert block.average_bits == network.average_bits == 4
     assert kernel_bytes(block.kernels[0], block.shapes[0]) == 25  # 32 weights of 4 bits, two ends, a map of 1 byte
-
-
-def random_network(rng, n_out, keep):
-    return NetworkConfig(tuple(
-        BlockConfig(tuple(KernelConfig(rng.randint(3, 8), keep(), rng.choice(QTYPES),
-                                       rng.choice(GRANULARITIES)) for _ in range(count)),
-                    tuple(KernelShape(n, n * rng.randint(1, 500)) for n in (n_out() for _ in range(count))))
-        for count in (rng.randint(1, 5) for _ in range(rng.randint(1, 12)))))
 
 
 def test_bounds_where_the_channels_divide():  # Eq. 32-36: rho in [3/32 * 0.4, 8/32], CR in [4, 26.67]
     rng = random.Random(0)
     for _ in range(300):
-        config = random_network(rng, lambda: 5 * rng.randint(1, 60), lambda: rng.randint(2, 5) / 5)
-        for retained in (config.retained, *(b.retained for b in config.blocks),
-                         *(r for b in config.blocks for r in b.per_kernel)):
+        blocks = []
+        for count in (rng.randint(1, 5) for _ in range(rng.randint(1, 12))):
+            shapes = [KernelShape(n, n * rng.randint(1, 500)) for n in (5 * rng.randint(1, 60) for _ in range(count))]
+            blocks.append(BlockConfig(tuple(
+                KernelConfig(rng.randint(3, 8), rng.randint(2, 5) / 5, rng.choice(QTYPES), rng.choice(GRANULARITIES))
+                for _ in shapes), tuple(shapes)))
+        config = NetworkConfig(tuple(blocks))
+        for retained in (config.retained, *(b.retained for b in blocks), *(r for b in blocks for r in b.per_kernel)):
             assert 0.0375 - 1e-12 <= retained <= 0.25 + 1e-12
         assert 4 - 1e-9 <= config.cr <= 26.666667 and 4 - 1e-9 <= config.cr_unweighted <= 26.666667
         assert 0.75 - 1e-12 <= config.msr <= 0.9625 + 1e-12 and 0 <= config.sparsity <= 0.6 + 1e-12
 
 
 # --- A network of ten weights ----------------------------------------------------------------------------------
-
-
 class Ten(nn.Module):
     """Kernels of 2x3 and 2x2 weights, with biases and a norm that compression must not touch."""
 
@@ -468,8 +390,7 @@ def others(model):
 
 
 def unchanged(before, model):
-    after = others(model)
-    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return all(torch.equal(before[name], tensor) for name, tensor in others(model).items())
 
 
 def test_compress_network_by_hand():
@@ -531,18 +452,15 @@ def test_apply_masks_by_hand():
 
 @pytest.mark.parametrize("masks, message", [
     ({"a": torch.tensor([True, False])}, r"kernels \['b'\] have no mask"),
-    ({"a": torch.tensor([True, False]), "b": torch.tensor([True, True]), "d": torch.tensor([True])}, r"\['d'\]"),
-    ({}, r"\['a', 'b'\]"),
+    ({name: torch.tensor([True, False]) for name in "abd"}, r"\['d'\]"),
     *(({"a": mask, "b": torch.tensor([True, True])}, "mask of a: expected bool") for mask in (
-        torch.tensor([1.0, 0.0]), torch.tensor([1, 0]), torch.tensor([[True], [False]]), torch.tensor(True)))])
+        torch.tensor([1.0, 0.0]), torch.tensor([[True], [False]]), torch.tensor(True)))])
 def test_apply_masks_refuses(masks, message):
     with pytest.raises(ValueError, match=message):
         apply_masks(Ten().blocks(), masks)
 
 
 # --- Bytes -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bits, keep, qtype, granularity, expected", [
     # 10 channels of 16 weights
     (3, 1.0, "INT", "uniform", 60 + 4), (3, 0.4, "INT", "uniform", 24 + 4 + 2),
@@ -560,30 +478,23 @@ def test_kernel_bytes_by_hand(bits, keep, qtype, granularity, expected):
 def test_model_bytes_by_hand():
     # a: 6 + 2, norm: weight, bias, mean and variance of 2 and one int64, b: 4 + 2
     assert model_bytes(Ten()) == (8 + 8 + 6) * 4 + 8
-    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
-    assert model_bytes(tied) == 72
-    tied[1].weight = tied[0].weight
+    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).half()
     assert model_bytes(tied) == 36
-    assert model_bytes(nn.Linear(3, 2).half()) == 16
-    model = nn.Module()
-    model.register_buffer("table", torch.zeros(5, dtype=torch.uint8))
-    assert model_bytes(model) == 5
+    tied[1].weight = tied[0].weight
+    assert model_bytes(tied) == 18
 
 
 def test_a_configuration_or_masks_of_another_network_are_refused_before_anything_changes():
     model = Ten()
     blocks, before = model.blocks(), copy.deepcopy(model.state_dict())
-    both = [SimpleNamespace(name="both", kernels={"a": model.a, "b": model.b}), blocks[1]]
     first, second = TEN.blocks
     wider = NetworkConfig((first, BlockConfig(second.kernels, (KernelShape(7, 7),))))
     masks = {name: torch.ones(2, dtype=torch.bool) for name in "ab"}
     for change in (compress_network, lambda b, c: snap_to_grid(b, c, masks)):
-        for others, config in ((blocks[:1], TEN), (blocks * 2, TEN), ([], TEN), (blocks, NetworkConfig((first,)))):
-            with pytest.raises(ValueError, match="configuration of .* blocks"):
-                change(others, config)
-        for others, config in ((blocks[::-1], TEN), (both, TEN), (blocks, wider)):
-            with pytest.raises(ValueError, match="block (first|second|both): .*shapes"):
-                change(others, config)
+        for some, config, message in ((blocks[:1], TEN, "of 2 blocks for 1"), (blocks[::-1], TEN, "second: .*shapes"),
+                                      (blocks, wider, "second: .*shapes")):
+            with pytest.raises(ValueError, match=message):
+                change(some, config)
     with pytest.raises(ValueError, match="have no mask"):
         snap_to_grid(blocks, TEN, {})
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
