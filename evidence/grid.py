@@ -9,8 +9,6 @@ thread, from the same trained network, with the same fine-tuning, below ``--out`
 right, as hexadecimal digits, the first image in the highest bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

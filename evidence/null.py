@@ -60,10 +60,8 @@ def _drawn_block(shapes, budget, config, rng):
 
 
 def null_controller(shapes, sensitivity, config, draws: int = 200) -> dict:
-    """Return CR and compliance of a controller that draws every action uniformly and votes as the ensembles do.
-
-    shapes: per block a tuple of KernelShape. Means and standard deviations over ``draws`` policies. No network is
-    evaluated: both figures follow from the configuration alone.
+    """Return mean and standard deviation of CR and compliance over ``draws`` policies of a controller that draws every
+    action uniformly and votes as the ensembles do; no network is evaluated. shapes: per block a tuple of KernelShape.
     """
     rng, found = np.random.default_rng(derive_seed(config.seed, "null")), []
     for _ in range(draws):

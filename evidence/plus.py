@@ -62,10 +62,8 @@ class Candidate(NamedTuple):
 
 
 class Front:
-    """Candidates of one search of a block that no other beats in both size and drop, the smallest first.
-
-    ``proposals``: actions [K, 4] that take the place of the agents' first ones.
-    """
+    """Candidates of one search of a block that no other beats in both size and drop, the smallest first. ``proposals``:
+    actions [K, 4] that take the place of the agents' first ones."""
 
     def __init__(self, proposals=()):
         self.candidates: list[Candidate] = []

@@ -1,19 +1,15 @@
 """Goals, blocks given back, and what a goal, an enforced target and relaxing add to the loop."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from compress import BlockConfig, KernelConfig, NetworkConfig, kernel_bytes, kernel_shapes
 from config import Compress, Config, InputError, override
 from deploy.target import Demands, Goal, check_sizes, give_back, parse_goal, resolved
-
-
-def network(*weights):
-    """Blocks of the given kernels: one list of tensors per block."""
-    return [SimpleNamespace(kernels={f"b{i}.{k}": SimpleNamespace(weight=w) for k, w in enumerate(kernels)})
-            for i, kernels in enumerate(weights)]
 
 
 def configured(blocks, kernel=KernelConfig(8)):
@@ -46,19 +42,19 @@ def test_goals_that_cannot_be_read(text):
 
 
 def test_the_most_sensitive_blocks_are_given_back():
-    blocks = network([torch.randn(4, 3)] * 2, [torch.randn(4, 3)], [torch.randn(4, 3)])
+    blocks = [SimpleNamespace(kernels={"k": nn.Linear(3, 4), "l": nn.Linear(3, 4)}) for _ in range(3)]
     start, s, limits = configured(blocks, KernelConfig(4, 0.5, "FLOAT", "per-channel")), [0.5, 1.0, 0.5], Compress()
 
     def levels(count):
         config = give_back(start, s, count, limits)
-        assert all((k.qtype, k.granularity) == ("FLOAT", "per-channel") for b in config.blocks for k in b.kernels)
-        assert all(len({(k.bits, k.keep) for k in b.kernels}) == 1 for b in config.blocks)
+        assert all(replace(k, bits=4, keep=0.5) == start.blocks[0].kernels[0] for b in config.blocks for k in b.kernels)
+        assert all(b.kernels[0] == b.kernels[1] for b in config.blocks)
         return [(b.kernels[0].bits, b.kernels[0].keep) for b in config.blocks]
 
     low, high, full = (4, 0.5), (8, 1.0), (32, 1.0)
-    assert give_back(start, s, 0, limits) == start
-    assert levels(1) == [low, high, low] and levels(2) == [high, high, low] and levels(3) == [high] * 3
-    assert levels(4) == [high, full, high] and levels(5) == [full, full, high] and levels(6) == [full] * 3
+    assert [levels(count) for count in range(7)] == [
+        [low] * 3, [low, high, low], [high, high, low], [high] * 3,
+        [high, full, high], [full, full, high], [full] * 3]
     kept = give_back(give_back(start, s, 6, limits), s, 3, limits)
     assert all(k.bits == 32 for b in kept.blocks for k in b.kernels)  # what a kernel has is never taken away
 
@@ -72,7 +68,8 @@ class Log:
         self.note, self.info = self.notes.append, self.lines.append
 
 
-BLOCKS = network([torch.linspace(-1, 1, 640).reshape(32, 20)], [torch.linspace(-1, 1, 640).reshape(32, 20)])
+BLOCKS = [SimpleNamespace(kernels={name: SimpleNamespace(weight=torch.linspace(-1, 1, 640).reshape(32, 20))})
+          for name in "ab"]
 PARAMS, MODEL_BYTES = 1280, 4 * 1280 + 1000
 
 

@@ -1,4 +1,4 @@
-"""Tests of the null search: uniform draws, voted as the ensembles vote, and budgets without an HLA."""
+"""Tests of the null search: uniform draws, voted as the ensembles vote."""
 
 import io
 from types import SimpleNamespace
@@ -11,7 +11,6 @@ from torch import nn
 from compress import KernelShape, LayerBudget, NetworkConfig, kernel_shapes
 from config import Config, override
 from evidence.null import NullHLA, NullLLA, null_controller
-from search import UniformBudgets
 
 FREE = LayerBudget(target=0.25, max_pruning=0.6, min_bits=3, max_drop=2.0, strategy="auto")
 DEIT = [tuple(KernelShape(n_out, n_out * n_in) for n_out, n_in in ((1152, 384), (384, 384), (1536, 384), (384, 1536)))
@@ -21,14 +20,6 @@ FLAT, PEAKED = [0.5] * 12, [1.0] + [0.6] * 2 + [0.4] * 4 + [0.1] * 5
 
 def block(inputs=8):
     return SimpleNamespace(kernels={"a": nn.Conv2d(inputs, 100, 1), "b": nn.Conv2d(3, 100, 1)})
-
-
-def test_without_an_hla_every_block_has_the_global_bounds():
-    uniform = UniformBudgets([100, 300, 200], [1.0, 0.1, 0.5], override(Config(), {"search.max_drop": 1.5}))
-    uniform.feedback(2.0, 0.3, 2)
-    assert uniform.train(6) == [] and uniform.entropy() is None
-    for deterministic in (False, True):
-        assert uniform.budgets(deterministic) == (LayerBudget(0.25, 0.6, 3, 1.5, "auto"),) * 3
 
 
 def test_the_null_search_draws_uniformly():
@@ -68,11 +59,8 @@ def test_null_controller_of_twelve_vit_blocks(sensitivity):
     assert 0 < null["cr_std"] < 0.5 and 0 < null["compliance_std"] < 8
     assert null_controller(DEIT, sensitivity, Config(), draws=60) == null
     assert null_controller(DEIT, sensitivity, Config(seed=43), draws=60) != null
-
-
-def test_null_controller_without_hla():
-    config = override(Config(), {"search.method": "no-hla"})
-    assert null_controller(DEIT, FLAT, config, draws=60)["cr_mean"] == pytest.approx(9.15, abs=0.3)
+    config = override(Config(), {"search.method": "no-hla"})  # every block has the global bounds
+    assert null_controller(DEIT, sensitivity, config, draws=60)["cr_mean"] == pytest.approx(9.15, abs=0.3)
 
 
 def test_null_searches_agree_with_the_null_controller():
