@@ -52,16 +52,17 @@ def size(model):
 
 
 def check(model, example, tolerance=1e-4):
-    """Materialise a network and compare the logits at three batch sizes → the narrow network."""
+    """Materialise a network and compare the logits at three batch sizes, once channels-last → the narrow network."""
     before, given = fingerprint(model), example.clone()
     network = narrow.materialize(model, example)
     assert same(before, fingerprint(model)) and torch.equal(example, given)
     assert not any(module.training for module in network.modules())
     for n in (1, 3, 7):
         images = torch.randn(n, *example.shape[1:])
+        images = images.contiguous(memory_format=torch.channels_last) if n == 3 else images
         kept = images.clone()
         with torch.no_grad():
-            wanted, logits = model(images.clone()), network(images)
+            wanted, logits = model(images.contiguous()), network(images)
         assert torch.equal(images, kept) and logits.shape == wanted.shape
         assert (wanted - logits).abs().max() <= tolerance * max(1, wanted.abs().max())
     assert wanted.std(0).max() > 100 * (wanted - logits).abs().max()  # the images made a difference at all
@@ -69,38 +70,37 @@ def check(model, example, tolerance=1e-4):
 
 
 NETWORKS = {
-    "deit": lambda: models.VisionTransformer(5, 16, 4, 2, 8, 3),
-    "clip": lambda: models.VisionTransformer(5, 16, 8, 2, 8, 2, clip=True, quick_gelu=True),
-    "resnet": lambda: models.ResNet(5, True, (1, 2, 1, 1), 0.125),
+    "deit": lambda: models.VisionTransformer(5, 16, 4, 2, 8, 2),
+    "clip": lambda: models.VisionTransformer(5, 16, 8, 2, 8, 1, clip=True, quick_gelu=True),
+    "resnet": lambda: models.ResNet(5, False, (1, 1, 1, 1), 0.125),
     "mobilenetv2": lambda: models.build("mobilenetv2_100", 5, 32, 0.5),
     "attend": Attend, "flattening": Flattening, "plain": Plain, "grouped": Grouped, "swin": swin,
     "shared": Shared, "tied": tied}
-SIDES = {"resnet": 40, "mobilenetv2": 40}
 
 
 def make(name, seed=0):
     torch.manual_seed(seed)
-    side, channels = SIDES.get(name, 16), 1 if name in ("shared", "tied") else 3
+    side, channels = 40 if name in ("resnet", "mobilenetv2") else 16, 1 if name in ("shared", "tied") else 3
     return randomised(NETWORKS[name](), seed), torch.randn(2, channels, side, side)
 
 
 @pytest.mark.parametrize("name, keep, everything", [
-    *((name, 0.5, False) for name in ("deit", "clip", "flattening", "plain", "grouped", "tied")),
-    *((name, None, True) for name in ("clip", "resnet", "attend", "plain", "grouped", "shared")),
+    *((name, 0.5, False) for name in ("deit", "resnet", "flattening", "grouped", "tied")),
+    *((name, None, True) for name in ("clip", "attend", "plain", "grouped", "shared")),
     *(pytest.param(name, None, True, marks=LONG) for name in ("mobilenetv2", "swin"))])
 def test_same_logits_with_fewer_operations_and_parameters(name, keep, everything):
     model, example = make(name)
     before = narrow.multiply_adds(model, example)
     network = check(pruned(model, example, keep, everything), example)
-    assert narrow.multiply_adds(model, example) == before > narrow.multiply_adds(network, example)
-    assert size(network) < size(model)
+    after = narrow.multiply_adds(network, example)
+    assert narrow.multiply_adds(model, example) == before > after and size(network) < size(model)
+    assert name != "resnet" or after <= 0.5 * before
     if name != "grouped":
         assert narrow.stays(network) == {}
 
 
-@pytest.mark.parametrize("name", ["clip", "grouped"])
-def test_a_network_without_pruned_channels_keeps_all_operations(name):
-    model, example = make(name)
+def test_a_network_without_pruned_channels_keeps_all_operations():
+    model, example = make("grouped")
     network = check(model, example)
     assert narrow.multiply_adds(network, example) == narrow.multiply_adds(model, example)
     assert size(network) <= size(model) and narrow.stays(network) == {}
@@ -127,8 +127,7 @@ def chain(*layers):
 IMAGES = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("padding", [0, 1, "same"])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.Identity])
+@pytest.mark.parametrize("padding, norm", [(0, nn.BatchNorm2d), (1, nn.BatchNorm2d), ("same", nn.Identity)])
 def test_both_sides_shrink_and_the_constant_is_a_map_where_zeros_pad_it(padding, norm):
     model = chain(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 6, 3, padding=padding),
                   norm(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
@@ -182,7 +181,6 @@ def merged(m, x):
 
 @pytest.mark.parametrize("model", [
     lambda: Layers(lambda m, x: m.b(m.p(x)).mean((2, 3)), p=nn.PReLU(8), b=nn.Conv2d(8, 8, 3)),
-    lambda: Layers(lambda m, x: m.b(m.p(x)).mean((2, 3)), p=nn.PReLU(), b=nn.Conv2d(8, 8, 3)),
     lambda: Layers(lambda m, x: m.b(x.flatten(2)).relu().mean(2), b=nn.Conv1d(8, 8, 3, padding=1)),
     lambda: Layers(lambda m, x: m.b(m.c(x[:, None]).flatten(1, 2)).mean((2, 3)), c=nn.Conv3d(1, 2, 3, padding=1),
                    b=nn.Conv2d(16, 8, 1)),
@@ -195,20 +193,24 @@ def merged(m, x):
                    b=nn.Conv2d(8, 8, 3)),
     lambda: Layers(merged, b=nn.Conv2d(8, 8, 3)),
 ])
-@pytest.mark.parametrize("gone", [(0, 2, 4, 6), range(1, 8)])
-def test_what_is_not_followed_has_its_channels_in_place(model, gone):
+def test_what_is_not_followed_has_its_channels_in_place(model):
     torch.manual_seed(0)
     model = randomised(model())
-    rows(model.a, *gone)
+    rows(model.a, 0, 2, 4, 6)
     check(model, IMAGES)
 
 
-def test_a_dimension_of_size_one_is_squeezed_but_no_channel_that_is_left_alone():
-    model = randomised(Layers(lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze()))
-    rows(model.a, *range(1, 8))
+@pytest.mark.parametrize("model, stays", [
+    (lambda: Layers(lambda m, x: F.adaptive_avg_pool2d(x, 1).squeeze()), {}),  # of one channel
+    (lambda: Layers(lambda m, x: m.c(m.b(x).relu()).mean((2, 3)), b=nn.Conv2d(8, 8, 3), c=nn.Conv2d(8, 8, 3)),
+     {"b": "1 of 8 pruned channels stay: none of its channels is both kept and read, one is left"})])
+def test_one_channel_is_left_where_all_are_gone(model, stays):
+    model = randomised(model())
+    rows(getattr(model, "b", model.a), *range(0 if stays else 1, 8))
     network = narrow.materialize(model, IMAGES)
     with torch.no_grad():
         assert (network(IMAGES) - model(IMAGES)).abs().max() < 1e-5
+    assert narrow.stays(network) == stays
 
 
 def test_a_kernel_in_an_operation_that_is_not_followed_is_named():
@@ -218,17 +220,6 @@ def test_a_kernel_in_an_operation_that_is_not_followed_is_named():
     network = check(model, IMAGES)
     assert shapes(network)[0] == (6, 3, 3, 3) and set(narrow.stays(network)) == {"up"}
     assert "conv_transpose2d" in narrow.stays(network)["up"]
-
-
-def test_all_rows_may_be_gone():
-    model = chain(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
-                  nn.Conv2d(8, 4, 3, padding=1))
-    rows(model[2], *range(8))
-    network = narrow.materialize(model, IMAGES)
-    with torch.no_grad():
-        assert (network(IMAGES) - model(IMAGES)).abs().max() < 1e-5
-    assert narrow.stays(network) == {"2": "1 of 8 pruned channels stay: none of its channels is both kept and read, "
-                                          "one is left"}
 
 
 def test_a_sum_needs_its_channels_in_place():
@@ -250,23 +241,15 @@ def test_the_type_and_the_names_stay_and_a_second_time_gives_the_same():
     assert all(p.dtype == torch.float64 and not p.requires_grad for p in one.parameters())
     with torch.no_grad():
         assert (one(example.double()) - model(example.double())).abs().max() < 1e-9
-    again = copy.deepcopy(one)
-    assert narrow.stays(again) == {}
+    assert narrow.stays(copy.deepcopy(one)) == {}
 
 
+@pytest.fixture(scope="module")
 def padded():
-    """A chain whose constants differ at the borders."""
+    """A chain whose constants differ at the borders, and the narrow one."""
     model = chain(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 6, 3, padding=1))
     rows(model[0], 0, 3, 4), rows(model[3], 5)
-    return model
-
-
-def test_channels_last_gives_the_same():
-    model, images = padded(), torch.randn(3, 3, 9, 9)
-    network = check(model, IMAGES).to(memory_format=torch.channels_last)
-    with torch.no_grad():
-        logits = network(images.contiguous(memory_format=torch.channels_last))
-        assert (logits - model(images)).abs().max() < 1e-4
+    return model, narrow.materialize(model, IMAGES)
 
 
 class Fixed(nn.Module):
@@ -299,10 +282,9 @@ def test_what_cannot_be_made_narrower_is_said_in_one_line(model, example, messag
     assert "\n" not in str(error.value)
 
 
-def test_the_exported_file_needs_nothing_of_this_project(tmp_path):
-    model = padded()
-    path, images = tmp_path / "narrow.pt2", torch.randn(5, 3, 9, 9)
-    narrow.export(check(model, IMAGES), IMAGES, path)
+def test_the_exported_file_needs_nothing_of_this_project(tmp_path, padded):
+    (model, network), path, images = padded, tmp_path / "narrow.pt2", torch.randn(5, 3, 9, 9)
+    narrow.export(network, IMAGES, path)
     assert os.listdir(tmp_path) == ["narrow.pt2"]
     with torch.no_grad():
         torch.save((images, model(images)), tmp_path / "logits.pt")
@@ -314,8 +296,8 @@ def test_the_exported_file_needs_nothing_of_this_project(tmp_path):
     subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, check=True)
 
 
-def test_an_export_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch):
-    network, path = narrow.materialize(padded(), IMAGES), tmp_path / "narrow.pt2"
+def test_an_export_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch, padded):
+    (_, network), path = padded, tmp_path / "narrow.pt2"
     path.write_text("before")
 
     def broken(program, file):
@@ -328,12 +310,6 @@ def test_an_export_that_fails_leaves_the_file_before_it(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["narrow.pt2"] and path.read_text() == "before"
     with pytest.raises(InputError, match="cannot be exported"):
         narrow.export(network, torch.zeros(2, 4, 9, 9), path)
-
-
-def test_resnet18_loses_half_of_its_multiply_adds():
-    model, example = models.build("resnet18", 10, 32, 0.25).eval(), torch.zeros(1, 3, 32, 32)
-    network = narrow.materialize(pruned(model, example, 0.5), example)
-    assert narrow.multiply_adds(network, example) <= 0.5 * narrow.multiply_adds(model, example)
 
 
 @LONG
