@@ -415,16 +415,17 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     config = policy.settings(config) if policy else config
     log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
     train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
-    for images, what in ((train, "training images"), (test, "test images")):
-        data.check_finite(images, what)
+    data.check_finite(train, "training images")
+    data.check_finite(test, "test images")
+    log.notes = []  # the result has those of this call
     with networks.switches(config), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
         run = Run(network, survey, train, test, config, log, networks.describe(network, config, train),
                   given=fitted(policy, survey.blocks, config, log))
         out = algorithm_1(run)
-        result = {**summary.summarise(run, out, summary.score_networks(run, out)), "data": "given",
-                  "policy_source": policy and policy.source, "timings": run.phases.seconds}
+        result = {**summary.summarise(run, out), "data": "given", "policy_source": policy and policy.source,
+                  "timings": run.phases.seconds}
         network = pack.load(out.best.packed, network)
         if packed is not None:
             pack.write(packed, out.best.packed)
@@ -488,7 +489,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
         if ranks.first:
             runs.open_directory(path, config, run, resume)
     out = algorithm_1(run)
-    result = {**summary.summarise(run, out, summary.score_networks(run, out)), "skipped_images": splits.skipped,
+    result = {**summary.summarise(run, out), "skipped_images": splits.skipped,
               "policy_source": policy and policy.source}
     if ranks.first:
         policy = policies.to_policy(run.blocks, out.best.config, out.best.budgets)

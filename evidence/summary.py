@@ -30,13 +30,9 @@ DROPS = {"": ("baseline", "final"), "grid_": ("baseline", "grid"), "deployed_": 
          "deployed_bn_": ("baseline_bn", "deployed")}
 
 
-def summarise(run, outcome, hits: dict) -> dict:
-    """Return the content of result.json but for the times.
-
-    ``run``: hirelc.Run; ``outcome``: hirelc.Outcome; ``hits``: network of NETWORKS → bool [test images], without those
-    that were not scored.
-    """
-    c, best = run.config, outcome.best.row
+def summarise(run, outcome) -> dict:
+    """Return the content of result.json but for the times. ``run``: hirelc.Run; ``outcome``: hirelc.Outcome."""
+    c, best, hits = run.config, outcome.best.row, score_networks(run, outcome)
     strategies = [budget.strategy for budget in outcome.best.budgets]
     errors = [abs(row.surrogate_prediction - row.acc) for row in outcome.rows if row.surrogate_prediction is not None]
     moved: dict[str, list[float]] = {}
@@ -67,7 +63,7 @@ def summarise(run, outcome, hits: dict) -> dict:
         "evaluations": sum(search.get("evaluations", 0) for search in outcome.searches),
         "surrogate_samples": len(outcome.surrogate.buffer), "failed_samples": outcome.failed_samples,
         "bad_rewards": outcome.bad_rewards, "null_controller": null_controller(run.shapes, outcome.sensitivity, c),
-        **account(run, outcome.best), "notes": run.log.notes}
+        **account(run, outcome.best), "notes": list(run.log.notes)}
 
 
 def missed(goal: dict, cr: float) -> str:
@@ -101,7 +97,7 @@ def score_networks(run, outcome) -> dict:
     def scored(name, state, same_as="", batchnorm=False, on_grid=False, packed=b""):
         def score():
             run.model.load_state_dict(state)
-            if on_grid and not best.grids:
+            if on_grid:
                 snap_to_grid(run.blocks, best.config, best.masks)
             if packed:
                 pack.load(packed, run.model)
@@ -115,7 +111,10 @@ def score_networks(run, outcome) -> dict:
         scored("baseline", outcome.theta0)
         scored("baseline_bn", outcome.theta0, "baseline", batchnorm=True)
         scored("final", best.network)
-        scored("grid", best.network, on_grid=True)
+        if best.grids:  # training on the grid leaves the weights there
+            hits["grid"] = hits["final"]
+        else:
+            scored("grid", best.network, on_grid=True)
         scored("deployed", best.network, packed=best.packed)
     return hits
 
