@@ -6,7 +6,6 @@ Every measure is a number per block, from the cross-entropy of calibration image
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 
@@ -31,8 +30,7 @@ def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: T
     images [N, 3, H, W], labels [N]; ``generator`` draws hessian's vectors. Raises FloatingPointError when a value is
     not finite.
     """
-    measure = {"gradient": block_gradient, "snip": block_snip, "grasp": block_grasp, "hessian": block_hessian}[method]
-    values = measure(model, blocks, images, labels, *([generator] if method == "hessian" else []))
+    values = block_values(method, model, blocks, images, labels, generator)
     if not all(map(math.isfinite, values)):
         raise FloatingPointError(f"sensitivity={method} is not finite: the network's loss or gradients overflow")
     values = [max(value, 0.0) for value in values]
@@ -40,76 +38,68 @@ def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: T
     return [value / largest for value in values] if largest > 0 else [1.0] * len(values)
 
 
-def block_gradient(model, blocks, images, labels) -> list[float]:
-    """Return the mean of |g_j| over each block's parameters."""
-    flat, owner = _parameters(model, blocks)
-    sums = np.bincount(owner, [g.abs().sum().item() for g in _gradients(model, flat, images, labels)])
-    return (sums / np.bincount(owner, [p.numel() for p in flat])).tolist()
-
-
-def block_snip(model, blocks, images, labels) -> list[float]:
-    """Return the sum of |theta_j g_j| over each block's parameters: SNIP (Lee et al. 2019, 1810.02340)."""
-    flat, owner = _parameters(model, blocks)
-    pairs = zip(flat, _gradients(model, flat, images, labels))
-    return np.bincount(owner, [(p.detach() * g).abs().sum().item() for p, g in pairs]).tolist()
-
-
-def block_grasp(model, blocks, images, labels) -> list[float]:
-    """Return |sum of -theta_j (H g)_j| over each block's parameters: by how much removing its weights changes the
-    gradient's norm, to first order (GraSP, Wang et al. 2020, 2002.07376), H g over all blocks' parameters together."""
-    flat, owner = _parameters(model, blocks)
-    v, u = _gradients(model, flat, images, labels), [p.detach() for p in flat]
-    return np.abs(np.bincount(owner, _along(model, flat, images, labels, [v], [u]))).tolist()
-
-
-def block_hessian(model, blocks, images, labels, generator, probes: int = PROBES) -> list[float]:
-    """Return the trace of each block's diagonal part of H: the mean over ``probes`` of v^T H v, v drawn from {-1, 1}
-    for all blocks at once (Hutchinson's estimator, as HAWQ-V2, Dong et al. 2020, 1911.03852)."""
-    flat, owner = _parameters(model, blocks)
-    vectors = [[(torch.randint(2, p.shape, generator=generator) * 2 - 1).to(p) for p in flat] for _ in range(probes)]
-    return (np.bincount(owner, _along(model, flat, images, labels, vectors, vectors)) / probes).tolist()
-
-
-def _parameters(model, blocks):
-    """Return the blocks' parameters one after the other, and the index of the block of each."""
+def block_values(method, model, blocks, images, labels, generator, probes: int = PROBES) -> list[float]:
+    """Return a measure of every block, not divided by anything; see :func:`sensitivity` and the functions below."""
     named = dict(model.named_parameters(remove_duplicate=False))  # a shared tensor goes by each of its names
-    pairs = [(named[name], index) for index, block in enumerate(blocks) for name in block.parameters]
-    return zip(*pairs)
-
-
-@contextlib.contextmanager
-def _losses(model, flat, images, labels):
-    """Give the parts of the mean cross-entropy, IMAGES_TOGETHER images each; inside, the parameters ``flat`` want
-    gradients and the network is in eval mode."""
+    flat, owner = zip(*((named[name], i) for i, block in enumerate(blocks) for name in block.parameters))
     frozen = [p for p in flat if not p.requires_grad]
+
+    def losses():  # the parts of the mean cross-entropy
+        for x, y in zip(images.split(IMAGES_TOGETHER), labels.split(IMAGES_TOGETHER)):
+            yield F.cross_entropy(model(x), y, reduction="sum") / len(images)
+
     try:
         for p in frozen:
             p.requires_grad_(True)
         with eval_mode(model):
-            yield (F.cross_entropy(model(x), y, reduction="sum") / len(images)
-                   for x, y in zip(images.split(IMAGES_TOGETHER), labels.split(IMAGES_TOGETHER)))
+            values = np.bincount(owner, hessian(flat, losses, generator, probes) if method == "hessian" else
+                                 {"gradient": gradient, "snip": snip, "grasp": grasp}[method](flat, losses))
     finally:
         for p in frozen:
             p.requires_grad_(False)
+    if method == "gradient":
+        values = values / np.bincount(owner, [p.numel() for p in flat])
+    return (np.abs(values) if method == "grasp" else values).tolist()
 
 
-def _gradients(model, flat, images, labels) -> list[Tensor]:
+def gradient(flat, losses) -> list[float]:
+    """Return the sum of |g_j| over each parameter; its mean over a block is the measure."""
+    return [g.abs().sum().item() for g in _gradients(flat, losses)]
+
+
+def snip(flat, losses) -> list[float]:
+    """Return the sum of |theta_j g_j| over each parameter: SNIP (Lee et al. 2019, 1810.02340)."""
+    return [(p.detach() * g).abs().sum().item() for p, g in zip(flat, _gradients(flat, losses))]
+
+
+def grasp(flat, losses) -> np.ndarray:
+    """Return the sum of theta_j (H g)_j over each parameter, H g over all blocks together; its size over a block is by
+    how much removing the weights changes the gradient's norm, to first order (GraSP, Wang et al. 2020, 2002.07376)."""
+    return _along(flat, losses, [_gradients(flat, losses)], [[p.detach() for p in flat]])
+
+
+def hessian(flat, losses, generator, probes) -> np.ndarray:
+    """Return the trace of each parameter's diagonal part of H: the mean over ``probes`` of v^T H v, v drawn from
+    {-1, 1} for all blocks at once (Hutchinson's estimator, as HAWQ-V2, Dong et al. 2020, 1911.03852)."""
+    vectors = [[(torch.randint(2, p.shape, generator=generator) * 2 - 1).to(p) for p in flat] for _ in range(probes)]
+    return _along(flat, losses, vectors, vectors) / probes
+
+
+def _gradients(flat, losses) -> list[Tensor]:
     """Return g, a tensor per parameter."""
     sums = [torch.zeros_like(p) for p in flat]
-    with _losses(model, flat, images, labels) as losses:
-        for loss in losses:
-            for total, gradient in zip(sums, _grad(loss, flat)):
-                total += gradient
+    for loss in losses():
+        for total, part in zip(sums, _grad(loss, flat)):
+            total += part
     return sums
 
 
-def _along(model, flat, images, labels, vectors, others) -> np.ndarray:
+def _along(flat, losses, vectors, others) -> np.ndarray:
     """Return per parameter the sum over pairs (v, u) of u^T (H v), of the parameter's part of u and H v. ``vectors``,
     ``others``: the v and u, each a tensor per parameter."""
     totals = np.zeros(len(flat))
-    # Of the kinds of attention, only the plain one has a second derivative.
-    with sdpa_kernel(SDPBackend.MATH), _losses(model, flat, images, labels) as losses:
-        for loss in losses:
+    with sdpa_kernel(SDPBackend.MATH):  # of the kinds of attention, only the plain one has a second derivative
+        for loss in losses():
             first = _grad(loss, flat, create_graph=True)
             for v, u in zip(vectors, others, strict=True):
                 along = sum((g * part).sum() for g, part in zip(first, v))
