@@ -424,8 +424,8 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
         run = Run(network, survey, train, test, config, log, networks.describe(network, config, train),
                   given=fitted(policy, survey.blocks, config, log))
         out = algorithm_1(run)
-        result = {**summary.summarise(run, out), "data": "given", "policy_source": policy and policy.source,
-                  "timings": run.phases.seconds}
+        result = summary.summarise(run, out) | {"data": "given", "timings": run.phases.seconds}
+        result["policy_source"] = policy and policy.source
         network = pack.load(out.best.packed, network)
         if packed is not None:
             pack.write(packed, out.best.packed)
@@ -489,8 +489,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
         if ranks.first:
             runs.open_directory(path, config, run, resume)
     out = algorithm_1(run)
-    result = {**summary.summarise(run, out), "skipped_images": splits.skipped,
-              "policy_source": policy and policy.source}
+    result = summary.summarise(run, out) | {"policy_source": policy and policy.source, "skipped_images": splits.skipped}
     if ranks.first:
         policy = policies.to_policy(run.blocks, out.best.config, out.best.budgets)
         summary.finish(path, run, out, result, policy, runs.write)

@@ -61,7 +61,7 @@ def small_run(**settings) -> Run:
 
 
 def result_of(run, out):
-    return summary.summarise(run, out, summary.score_networks(run, out))
+    return summary.summarise(run, out)
 
 
 def state(network):
