@@ -35,8 +35,8 @@ def commands(step: str) -> list[list[str]]:
 
 def same_policies() -> bool:
     """Return whether the two runs chose alike."""
-    first, second = ((OUT / f"exp4-{name}-seed42" / "policy.json").read_bytes() for name in ("first", "second"))
-    return first == second
+    one, other = ((OUT / f"exp4-{name}-seed42" / "policy.json").read_bytes() for name in ("first", "second"))
+    return one == other
 
 
 def main(argv=None) -> int:

@@ -75,7 +75,8 @@ def test_single_channels_fill_what_the_grid_leaves():
     # At 6 bits 93 rows are 17.44 of 17.72, the grid's 95 are 17.81, 94 are 17.625. 7 bits, which undo more damage, fit
     # 81 rows.
     rows = torch.cat([torch.linspace(1, 2, 93), torch.full((7,), 1e-3)])[:, None]
-    config, note = enforce(network([rows]), configured(network([rows]), KernelConfig(6, 0.93)), [1.0], Compress(), 17.72)
+    blocks = network([rows])
+    config, note = enforce(blocks, configured(blocks, KernelConfig(6, 0.93)), [1.0], Compress(), 17.72)
     assert choices(config) == [(6, 94)] and not note
 
 
