@@ -138,7 +138,8 @@ def _kind(node, values):
         constants = args[1:3 if kind == "layer" else 5]
         if not values[args[0]].reached or any(c is not None and values[c].known is None for c in constants):
             return ""
-    if kind == "norm" and (args[5] or args[3] is None):  # by the statistics of the batch
+    if kind == "layer" and args[2] is not None and values[args[2]].shape != values[args[1]].shape[:1] \
+            or kind == "norm" and (args[5] or args[3] is None):  # a broadcast bias; by the statistics of the batch
         return ""
     if target is aten.pad.default and args[2] != "constant":
         return ""
@@ -160,10 +161,6 @@ def _where(mask):
 
 class _Watch(fx.Interpreter):
     """Runs the graph once. ``values``: every node → what that shows of its value."""
-
-    def __init__(self, graph):
-        super().__init__(graph)
-        self.values: dict[fx.Node, Value] = {}
 
     def run_node(self, node):
         out = super().run_node(node)
@@ -390,27 +387,26 @@ class _Writer:
 
     def adapt(self, node, new, dim, have, want):
         """``new``, which has the channels ``have`` of ``node`` along ``dim``, with the channels ``want``: without those
-        that are not wanted, and scattered among the constants of those that it has not."""
-        if torch.equal(have, want):
-            return new
-        return self.once((node, dim, have, want), lambda: self.adapted(node, new, dim, have, want))
+        that are not wanted, and scattered among the constants of those that it has not.
 
-    def adapted(self, node, new, dim, have, want):
-        """:meth:`adapt`, as a matrix with the channels last, for which index_select and index_add are several times as
-        fast as along a dimension of a larger tensor; images come out channels-last, the faster for convolutions."""
-        count, dims = int(want.sum()), len(self.values[node].shape)
-        new = self.call(aten.movedim.int, new, dim, -1)
-        sizes = [*(self.call(aten.sym_size.int, new, d) for d in range(dims - 1)), count]
-        rows = self.call(aten.reshape.default, new, [-1, int(have.sum())])
-        if not want[have].all():
-            rows = self.call(aten.index_select.default, rows, 1, self.index(_where(want[have])))
-        if not have[want].all():
-            base = self.values[node].const.movedim(dim, -1)[..., want] * ~have[want]
-            full = self.call(aten.expand.default, self.spread(f"{node.name}.constant", base, dims - 1), sizes)
-            full = self.call(aten.clone.default, full, memory_format=torch.contiguous_format)
-            full = self.call(aten.view.default, full, [-1, count])
-            rows = self.call(aten.index_add_.default, full, 1, self.index(_where(have[want])), rows)
-        return self.call(aten.movedim.int, self.call(aten.view.default, rows, sizes), -1, dim)
+        As a matrix with the channels last, for which index_select and index_add are several times as fast as along a
+        dimension of a larger tensor; images come out channels-last, the faster for convolutions.
+        """
+        def rearranged():
+            count, dims = int(want.sum()), len(self.values[node].shape)
+            last = self.call(aten.movedim.int, new, dim, -1)
+            sizes = [*(self.call(aten.sym_size.int, last, d) for d in range(dims - 1)), count]
+            result = self.call(aten.reshape.default, last, [-1, int(have.sum())])
+            if not want[have].all():
+                result = self.call(aten.index_select.default, result, 1, self.index(_where(want[have])))
+            if not have[want].all():
+                base = self.values[node].const.movedim(dim, -1)[..., want] * ~have[want]
+                full = self.call(aten.expand.default, self.spread(f"{node.name}.constant", base, dims - 1), sizes)
+                full = self.call(aten.clone.default, full, memory_format=torch.contiguous_format)
+                full = self.call(aten.view.default, full, [-1, count])
+                result = self.call(aten.index_add_.default, full, 1, self.index(_where(have[want])), result)
+            return self.call(aten.movedim.int, self.call(aten.view.default, result, sizes), -1, dim)
+        return new if torch.equal(have, want) else self.once((node, dim, have, want), rearranged)
 
     def index(self, positions):
         """A node that reads positions [n]."""
@@ -616,9 +612,10 @@ def materialize(model: nn.Module, example) -> fx.GraphModule:
         forward(network, images.cpu().clone())
         graph = _graph(_program(network, images.cpu(), functional=True))
         watch = _Watch(graph)
+        watch.values = values = {}
         watch.run(images.cpu().clone(), enable_io_processing=False)
-        _plan(graph, watch.values)
-        return _Narrow(graph, watch.values).run().to(images.device)
+        _plan(graph, values)
+        return _Narrow(graph, values).run().to(images.device)
 
 
 def stays(network: fx.GraphModule) -> dict[str, str]:

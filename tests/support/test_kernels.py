@@ -87,7 +87,7 @@ def probed(m, x):
     (lambda: Net(lambda m, x: m.layers[2](m.layers[1](m.layers[0](x)) if x.sum() > 1e9 else m.layers[0](x)),
                  layers=nn.ModuleList([conv(3, 4), conv(4, 4), nn.Sequential(conv(4, 4), nn.ReLU()), conv(4, 4)])),
      ["layers.0", "layers.2.0"], {"head": CLASSIFIER, "layers.1": UNREACHED, "layers.3": UNREACHED}),
-    # shortcuts: a Linear; none where the branch starts from another tensor, or where the projection is used elsewhere too
+    # shortcuts: a Linear; none where the branch starts from another tensor or the projection is used elsewhere, too
     (lambda: Net(lambda m, x: m.b(F.gelu(m.a(m.norm(x.flatten(1))))) + m.short(m.norm(x.flatten(1))), head=6,
                  norm=nn.Identity(), a=nn.Linear(192, 8), b=nn.Linear(8, 6), short=nn.Linear(192, 6)), ["a", "b"],
      {"short": SHORTCUT, "head": CLASSIFIER}),
