@@ -8,7 +8,7 @@ from search import Found, UniformBudgets, uniform_budgets
 
 
 def fitted(policy, blocks, config: Config, log):
-    """Return the (NetworkConfig, budgets) of a ``support.policies.Policy`` for these blocks; None without a policy."""
+    """Return the (NetworkConfig, budgets) of a ``deploy.policies.Policy`` for these blocks; None without a policy."""
     if policy is None:
         return None
     chosen, budgets, notes = policy.fit(blocks, config)
