@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import inspect
 import sys
@@ -120,9 +119,8 @@ def own_network(source: str, num_classes: int) -> nn.Module:
     path = Path(place).resolve() if place.endswith(".py") else None
     try:
         with _imports_of(path.parent if path else Path.cwd()):
-            if path:  # the hash keeps files of one name in two folders apart
-                spec = importlib.util.spec_from_file_location(
-                    f"own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}", path)
+            if path:  # the number keeps files of one name in two folders apart
+                spec = importlib.util.spec_from_file_location(f"own_{path.stem}_{abs(hash(path))}", path)
                 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(module)
             else:

@@ -2,7 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -60,11 +59,6 @@ class Flattening(nn.Module):
         return self.d(F.relu(self.c(self.b(F.relu(self.a(x))).view(-1, 64))))
 
 
-def swin():
-    return torchvision.models.SwinTransformer(patch_size=[2, 2], embed_dim=8, depths=[2, 2], num_heads=[2, 2],
-                                              window_size=[4, 4], num_classes=3)
-
-
 class Plain(nn.Module):
     """No BatchNorm and no padding; a 1x1 convolution, a layer that is used twice, weights handed to functions."""
 
@@ -81,8 +75,7 @@ class Plain(nn.Module):
 
 
 class Grouped(nn.Module):
-    """A convolution in groups between two others; a depthwise one with two channels per input; a gate; a concatenation
-    with padding; an operation that mixes the channels."""
+    """Convolutions in groups, one with two channels per input; a gate; a padded concatenation; mixed channels."""
 
     def __init__(self):
         super().__init__()
