@@ -128,20 +128,10 @@ def test_a_network_of_one_stage_comes_out_likewise_and_is_left_as_it_was(trainin
     assert all(torch.equal(a, b) for a, b in zip(batches, given))  # although it writes into its images
 
 
-def test_a_kernel_that_is_used_twice_is_replaced_in_both_places():
-    shared = nn.Linear(12, 12)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), shared, nn.ReLU(), shared, nn.Linear(12, 5))
-    blocks, batches = models.find_blocks(model), [torch.randn(6, 3, 2, 2)]
-    config = alike(blocks[0], 3, 0.5)
-    assert Proxy(model, blocks, batches).drops(0, [config]) == pytest.approx(
-        [by_copy(model, blocks, 0, config, batches)], rel=1e-4)
-
-
 def test_both_batches_count_and_wild_logits_end_at_fifty():
     model, blocks, batches = small()
-    config = alike(blocks[0], 3, 0.5)
-    both, first, second = (Proxy(model, blocks, some).drops(0, [config])[0]
-                           for some in (batches, batches[:1], batches[1:]))
+    config, parts = alike(blocks[0], 3, 0.5), (batches, batches[:1], batches[1:])
+    both, first, second = (Proxy(model, blocks, some).drops(0, [config])[0] for some in parts)
     assert first != pytest.approx(second, rel=1e-3) and both == pytest.approx((first + second) / 2, rel=1e-5)
     for factor, drop in ((1000, 50.0), (math.nan, math.nan)):
         model[-1].weight.data *= factor
@@ -194,53 +184,34 @@ def test_features_by_hand(kernel, features):
     assert block_features(two) == pytest.approx([*features, 0.4, 0.5, 1, 0.33, 1.0])
 
 
-def test_surrogate_size():  # ledger D11
-    assert sum(p.numel() for p in Surrogate(5 * 17, Settings(), 0).layers.parameters()) == 7_617
-
-
-def measured(count, seed=0):
-    """Networks of three one-kernel blocks whose accuracy is 60 + 3 (bits - 6) per kernel: a simple relation."""
-    rng, pairs = np.random.default_rng(seed), []
+def surrogate(count, seed=3, **changes):
+    """One that has measured networks of three kernels whose accuracy is 60 + 3 (bits - 6) per kernel."""
+    result, rng = Surrogate(15, Settings(**changes), seed), np.random.default_rng(0)
     for _ in range(count):
-        kernels = [KernelConfig(int(b), float(k)) for b, k in zip(rng.integers(4, 9, 3), rng.uniform(0.6, 1, 3))]
-        config = NetworkConfig(tuple(BlockConfig((k,), (KernelShape(100, 1000),)) for k in kernels))
-        pairs.append((config, 60.0 + 3 * sum(k.bits - 6 for k in kernels)))
-    return pairs
-
-
-def surrogate(pairs, seed=3, **changes):
-    result = Surrogate(15, Settings(**changes), seed)
-    for config, acc in pairs:
-        result.add(config, acc)
+        kernels = [KernelConfig(int(rng.integers(4, 9)), float(rng.uniform(0.6, 1))) for _ in range(3)]
+        blocks = tuple(BlockConfig((kernel,), (KernelShape(100, 1000),)) for kernel in kernels)
+        result.add(NetworkConfig(blocks), 60.0 + 3 * sum(kernel.bits - 6 for kernel in kernels))
+        assert result.buffer[-1][0] == [value for kernel in kernels for value in kernel_features(kernel)]
     return result
 
 
-def features_of(pairs):
-    return [[value for block in config.blocks for value in block_features(block)] for config, _ in pairs]
-
-
 def test_it_is_active_and_trained_from_the_threshold_on():
-    pairs = measured(4)
-    assert [surrogate(pairs[:n]).active for n in range(5)] == [False, False, False, True, True]
-    assert surrogate(pairs[:2], min_samples=2).active
-    assert surrogate(pairs).buffer == [(row, acc) for row, (_, acc) in zip(features_of(pairs), pairs)]
-    for model in (surrogate(pairs[:2]), surrogate(pairs, enabled=False)):
+    assert [surrogate(n).active for n in range(5)] == [False, False, False, True, True]
+    for model in (surrogate(2), surrogate(4, enabled=False)):
         before = snapshot(model.layers)
         assert not model.active and math.isnan(model.train(5)) and snapshot(model.layers) == before
 
 
 def test_it_learns_a_simple_relation_and_keeps_the_best_epoch():
-    pairs, others = measured(60), measured(40, seed=9)
-    model, truth = surrogate(pairs, lr=3e-3), np.array([acc for _, acc in others])
+    model, (others, truth) = surrogate(60, lr=3e-3), zip(*surrogate(100).buffer[60:])
     model.train(150)
-    assert np.mean((np.array(model.predict(features_of(others))) - truth) ** 2) < 0.35 * truth.var()
+    assert np.mean(np.subtract(model.predict(others), truth) ** 2) < 0.35 * np.var(truth)
     # At a rate at which the loss goes up and down, more epochs in one call are never worse.
-    results = [surrogate(pairs[:20], lr=0.05).train(epochs) for epochs in (1, 5, 10, 20)]
+    results = [surrogate(20, lr=0.05).train(epochs) for epochs in (1, 5, 10, 20)]
     assert results == sorted(results, reverse=True) and results[-1] < results[0]
-    model = surrogate(pairs[:20], lr=0.05)
-    returned = model.train(7)
-    errors = np.array(model.predict(features_of(pairs[:20]))) - [acc for _, acc in pairs[:20]]
-    assert returned == pytest.approx(np.mean(errors ** 2), rel=1e-4)
+    model = surrogate(20, lr=0.05)
+    returned, (rows, accuracies) = model.train(7), zip(*model.buffer)
+    assert returned == pytest.approx(np.mean(np.subtract(model.predict(rows), accuracies) ** 2), rel=1e-4)
     model.buffer.append(([math.nan] * 15, 60.0))
     with pytest.raises(FloatingPointError, match="surrogate.lr"):
         model.train(2)
@@ -248,8 +219,9 @@ def test_it_learns_a_simple_relation_and_keeps_the_best_epoch():
 
 def test_predictions_by_hand_and_without_dropout():
     """One path through the network: relu(2 x0 - 0.5), times 3, times -1: x0 = 0.8 gives -3.3, x0 = 0.2 gives 0."""
-    model = surrogate(measured(3))
+    model = surrogate(3)
     model.train(1)
+    assert sum(parameter.numel() for parameter in model.layers.parameters()) == 64 * 16 + 32 * 65 + 33  # ledger D11
     with torch.no_grad():
         for parameter in model.layers.parameters():
             parameter.zero_()
@@ -262,31 +234,25 @@ def test_predictions_by_hand_and_without_dropout():
 
 def through_a_file(state):
     torch.save(state, file := io.BytesIO())
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 def test_it_is_a_function_of_its_seed_goes_on_bit_for_bit_and_leaves_torchs_generator_alone():
-    first, other, second = surrogate(measured(7)), surrogate(measured(7), seed=4), Surrogate(15, Settings(), 99)
-    assert first.train(3) != other.train(3)
+    first, second = surrogate(7), Surrogate(15, Settings(), 99)
+    before = torch.manual_seed(5).get_state()
+    assert first.train(3) == surrogate(7).train(3) != surrogate(7, seed=4).train(3)
+    assert torch.equal(torch.get_rng_state(), before)
     second.load_state_dict(through_a_file(first.state_dict()))
-    losses = []
-    for scramble, model in enumerate((first, second)):
-        torch.manual_seed(scramble)
-        before = torch.get_rng_state()
-        model.add(*measured(1, seed=8)[0])
-        losses.append(model.train(4))
-        assert torch.equal(torch.get_rng_state(), before)
-    assert losses[0] == losses[1] and first.buffer == second.buffer
+    for model in (first, second):
+        model.buffer.append(([0.5] * 15, 70.0))
+    assert first.train(4) == second.train(4) and first.buffer == second.buffer
     assert all(torch.equal(a, b) for a, b in zip(first.layers.parameters(), second.layers.parameters()))
 
 
 # --- Which estimate the agents are told ------------------------------------------------------------------------
 class Stub:
     """In place of proxy and surrogate; keeps what it is asked."""
-
-    def __init__(self, active=True):
-        self.blocks, self.active = small()[1], active
+    blocks, active = small()[1], True
 
     def drops(self, index, configs):
         return [7.0 + index] * len(configs)
@@ -297,8 +263,9 @@ class Stub:
 
 
 def test_the_proxy_is_asked_until_the_surrogate_is_active():
-    model = Stub(active=False)
+    model = Stub()
     estimator, configs = DropEstimator(Stub(), model, 87.0), [alike(model.blocks[1], bits) for bits in (4, 5)]
+    model.active = False
     assert not estimator.surrogate_active and estimator.drops(1, configs) == [8.0, 8.0]
     model.active = True
     assert estimator.surrogate_active and estimator.drops(1, configs) == [7.0, 6.0]  # baseline - prediction
