@@ -306,25 +306,29 @@ def _columns(node, values):
 
 def _plan(graph, values) -> None:
     """Set ``need`` and ``inside`` of the values: from the logits back, what depends on the images and a user reads."""
+    whole = set()
     for node in reversed(graph.graph.nodes):
         value = values[node]
         if value.kind == "layer" and value.dim is not None:
             value.need = _padded(node, value, values)
+        elif node in whole and value.origin is None and len(node.users) > 1:
+            value.need = torch.ones_like(value.need)  # scattered once, here, instead of before each of them
         if value.dim is not None and not value.need.any():
             value.need[0] = True
-        for n in node.all_input_nodes:
-            if values[n].dim is not None:
-                values[n].need = values[n].need | _wanted(node, n, values)
+        for n in (n for n in node.all_input_nodes if values[n].dim is not None):
+            wanted = _wanted(node, n, values)
+            if wanted is None:
+                whole.add(n)
+            values[n].need = values[n].need | (values[n].alive if wanted is None else wanted)
 
 
 def _wanted(node, n, values):
-    """The channels [C] of operand ``n`` that ``node`` needs, which are all that depend on the images where they have
-    to be scattered into place."""
+    """The channels [C] of operand ``n`` that ``node`` needs; None: all, scattered into place."""
     x, value = values[n], values[node]
-    if value.inside is not None and x.dim == _axis(node, x):
-        return x.alive & value.inside
+    if value.kind == "layer" and x.dim == _axis(node, x):
+        return x.alive if value.inside is None else x.alive & value.inside
     if n not in value.links:
-        return x.alive
+        return None
     link, wanted = value.links[n], torch.zeros_like(x.alive)
     wanted[link[value.need & (link >= 0)]] = True
     return wanted & x.alive if value.origin is None else wanted
