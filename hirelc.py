@@ -483,11 +483,9 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
         run = Run(model, survey, splits.train, splits.test, config, log,
                   networks.describe(model, config, splits.train), ranks, fitted(policy, survey.blocks, config, log),
                   phases, save=lambda out: ranks.first and summary.save(path, out, runs.write))
-        if ranks.first and not resume:
-            runs.clear(path)
-        phases.begin(resume)
         if ranks.first:
             runs.open_directory(path, config, run, resume)
+        phases.begin(resume)
     out = algorithm_1(run)
     result = summary.summarise(run, out) | {"policy_source": policy and policy.source, "skipped_images": splits.skipped}
     if ranks.first:

@@ -26,6 +26,8 @@ from train import accuracy, correct
 NETWORKS = ("baseline", "baseline_bn", "final", "grid", "deployed")  # those whose accuracy is reported
 # drop → (before, after): each compares two networks whose BatchNorm statistics have one origin, but for "deployed",
 # whose statistics were estimated again while the baseline's are those of training
+OF_BEST = ("drop", "grid_acc", "deployed_acc", "cr", "msr", "cr_unweighted", "whole_model_ratio", "packed_bytes",
+           "sparsity", "compliance", "retained", "voted_retained", "voted_compliance")  # of the best cycle's row
 DROPS = {"": ("baseline", "final"), "grid_": ("baseline", "grid"), "deployed_": ("baseline", "deployed"),
          "deployed_bn_": ("baseline_bn", "deployed")}
 
@@ -48,13 +50,10 @@ def summarise(run, outcome) -> dict:
         "model": c.model.source.rpartition(":")[2] or c.model.name, "data": c.data.name, "device": str(run.device),
         "protocol": c.eval.protocol, "eval_images": run.eval_images, "test_images": len(run.test_set),
         "given_acc": outcome.baseline["given_acc"], "baseline_acc": outcome.baseline["acc"], "final_acc": best.acc,
-        "drop": best.drop, "grid_acc": best.grid_acc, "deployed_acc": best.deployed_acc, **whole_split(hits),
-        "mode": c.finetune.mode, "scope": c.compress.scope, "cr": best.cr, "msr": best.msr,
-        "cr_unweighted": best.cr_unweighted, "whole_model_ratio": best.whole_model_ratio,
-        "fp32_bytes": model_bytes(run.model), "packed_bytes": best.packed_bytes, "sparsity": best.sparsity,
-        "compliance": best.compliance, "cr_met": best.cr >= 1 / c.search.target,
-        "drop_met": best.drop <= c.search.max_drop, "goal": goal, "target": c.search.target, "retained": best.retained,
-        "voted_retained": best.voted_retained, "voted_compliance": best.voted_compliance, "best_cycle": best.cycle,
+        **{key: getattr(best, key) for key in OF_BEST}, "best_cycle": best.cycle, **whole_split(hits),
+        "fp32_bytes": model_bytes(run.model), "mode": c.finetune.mode, "scope": c.compress.scope,
+        "target": c.search.target, "cr_met": best.cr >= 1 / c.search.target,
+        "drop_met": best.drop <= c.search.max_drop, "goal": goal,
         "cycles": [dataclasses.asdict(row) for row in outcome.rows],
         "strategies": {s: strategies.count(s) / len(strategies) for s in sorted(set(strategies))},
         "sensitivity": outcome.sensitivity, "surrogate_mae": sum(errors) / len(errors) if errors else None,

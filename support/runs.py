@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import pickle
 import platform
@@ -29,14 +30,9 @@ import torch
 import torchvision
 
 from config import Config, InputError, flatten, read_settings
-from support.files import read_json, replace_file, shown, write_json
+from support.files import one_line, read_json, replace_file, shown, write_json
 from support.log import Log
 from support.ranks import Ranks
-
-try:
-    import fcntl
-except ImportError:  # not on Windows, where nothing then keeps a second process off a run
-    fcntl = None
 
 # where things lie, and how they are read, does not change the result
 PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
@@ -74,7 +70,6 @@ def stop_at_once():
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # Phases
 
 
@@ -114,7 +109,7 @@ class Phases:
         try:
             differing = _differing(dict(read_json(path)[0]), self.identity)
         except UNREADABLE as error:
-            raise self._damaged(path, error) from None
+            raise _damaged(path, error) from None
         if differing:
             raise InputError(f"{self.folder}: a state with other settings or versions: {differing}; give those, or "
                              "start anew with --restart")
@@ -185,18 +180,18 @@ class Phases:
                 with torch.serialization.safe_globals(self.classes):
                     value = torch.load(path, map_location="cpu", weights_only=True)
             except UNREADABLE as caught:
-                error = self._damaged(path, caught)
+                error = _damaged(path, caught)
         self.ranks.agree(error)
         return self.ranks.same(value)
-
-    def _damaged(self, path, error) -> InputError:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        return InputError(f"{path}: damaged, or not a state of this program ({reason}); start anew with --restart")
 
     def remove(self) -> None:
         """Delete the state of a run that has ended."""
         if self.folder is not None and self.ranks.first:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _damaged(path, error) -> InputError:
+    return InputError(f"{path}: damaged, or not a state of this program ({one_line(error)}); start anew with --restart")
 
 
 def random_states() -> dict:
@@ -215,7 +210,6 @@ def set_random_states(states: dict) -> None:
     random.setstate(states["python"])
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # The directory
 
 
@@ -228,16 +222,16 @@ def run_directory(config: Config) -> Path:
 def check_directory(path: Path, config: Config) -> Path:
     """Return a run directory. Raises InputError where it holds a run with other settings."""
     old = path / "config.json"
-    if old.exists():
-        try:
-            before = flatten(read_settings(read_json(old)[0]["settings"])[0])
-        except UNREADABLE as error:
-            raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away "
-                             "or choose another --out or --name") from None
-        differing = _differing(*({k: v for k, v in s.items() if k not in PLACES} for s in (before, flatten(config))))
-        if differing:
-            raise InputError(f"{path} holds a run with other settings: {differing}; give the variant a --name or "
-                             "choose another --out")
+    if not old.exists():
+        return path
+    try:
+        before = read_settings(read_json(old)[0]["settings"])[0]
+    except UNREADABLE as error:
+        raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away or "
+                         "choose another --out or --name") from None
+    if differing := _differing(identity(before), identity(config)):
+        raise InputError(f"{path} holds a run with other settings: {differing}; give the variant a --name or choose "
+                         "another --out")
     return path
 
 
@@ -256,8 +250,7 @@ def locked(path: Path):
     except OSError as error:
         raise InputError(f"{path}: cannot be the folder of a run ({error.strerror}); choose another --out") from None
     try:
-        if fcntl:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise InputError(f"{path}: another process works on this run; wait for it, or give this one another --name or "
@@ -287,22 +280,23 @@ def write(path: Path, fill) -> None:
 
 def finished(path: Path) -> dict | None:
     """Return the result of a run that has ended, as far as the results table needs it; None where there is none."""
-    file = path / "result.json"
-    if not file.exists():
+    if not (path / "result.json").exists():
         return None
     try:
-        result = dict(read_json(file)[0])
+        result = dict(read_json(path / "result.json")[0])
     except UNREADABLE:
-        raise InputError(f"{file}: not a result of this program; begin anew with --restart") from None
+        raise InputError(f"{path}/result.json: no result of this program; begin anew with --restart") from None
     shutil.rmtree(path / "state", ignore_errors=True)  # the process before may have ended between the two
     return result
 
 
 def open_directory(path: Path, config: Config, run, resume: bool) -> None:
-    """Write config.json and begin the log; on resuming, note what is different about this machine.
+    """Clear the directory, begin the log and write config.json; on resuming, note what is different about this machine.
 
     ``run``: hirelc.Run, whose config holds what a goal has been resolved to.
     """
+    if not resume:
+        clear(path)
     run.log.open(path / "run.log", resume)
     if resume:
         for note in moved(path, run.device, run.ranks.size):
@@ -313,7 +307,6 @@ def open_directory(path: Path, config: Config, run, resume: bool) -> None:
                                       **provenance(run.device, run.ranks.size)})
 
 
-# ---------------------------------------------------------------------------------------------------------------
 # The machine
 
 
@@ -327,13 +320,12 @@ def identity(config: Config) -> dict:
 
 def provenance(device, processes: int) -> dict:
     """Return what config.json holds beside the settings: command, time, git commit, versions, hardware."""
-    here = Path(__file__).resolve().parents[1]
-    git = None
+    here, commit = Path(__file__).resolve().parents[1], ""
     if (here / ".git").exists() and shutil.which("git"):
-        git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-                             capture_output=True, text=True)
+        commit = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
+                                capture_output=True, text=True).stdout.strip()
     return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": processes,
-            "git": git.stdout.strip() if git and git.returncode == 0 else None,
+            "git": commit or None,
             "versions": {"python": platform.python_version(), **VERSIONS},
             "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
                          "threads": torch.get_num_threads()}}
