@@ -102,7 +102,7 @@ def copy_network(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
-        raise InputError(f"{type(model).__name__} cannot be copied ({_said(error)}); it is compressed as a copy, so "
+        raise InputError(f"{type(model).__name__} cannot be copied ({said(error)}); it is compressed as a copy, so "
                          "that the given network stays as it is") from error
 
 

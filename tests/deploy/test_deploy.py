@@ -40,7 +40,7 @@ def small_run(**settings):
     (train, test), log = data.synthetic(3, 48, 40, 16, 0), Log(open(os.devnull, "w"))
     run = hirelc.Run(*networks.prepare(small_network(), train, test, log, config), train, test, config, log)
     out = hirelc.algorithm_1(run)
-    result = summary.summarise(run, out, summary.score_networks(run, out))
+    result = summary.summarise(run, out)
     return result, pack.state(pack.read(out.best.packed)), out, run
 
 

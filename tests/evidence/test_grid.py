@@ -1,4 +1,4 @@
-"""The grid of methods: its commands, and its table from cells made by hand; the commands of the script for a GPU."""
+"""The grid of methods: its commands, and its table from cells made by hand"""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from config import flatten
-from evidence import gpu, grid
+from evidence import grid
 from support.cli import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,9 +50,3 @@ def test_a_cell_that_is_stopped_is_repeated_the_next_time(tmp_path, monkeypatch,
         assert calls == ["base", "plus", "base", "random"]
     else:
         assert calls == ["base", "plus"] * 2 and "plus seed 45 ended with 3" in capsys.readouterr().err
-
-
-def test_what_the_gpu_script_asks_for_can_be_run():
-    assert all("cuda.is_available" in Path(file).read_text() for file in gpu.commands("tests")[0][3:])
-    found = [arguments(command[1:]) for command in gpu.commands("run")]
-    assert [config.name for _, (config,) in found] == ["first", "second", ""] and found[2][0].load
