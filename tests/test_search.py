@@ -12,11 +12,7 @@ from torch import nn
 
 import search
 from compress import BlockConfig, KernelConfig, KernelShape, LayerBudget, NetworkConfig
-from config import HLA as HLASettings
-from config import LLA as LLASettings
-from config import Compress, Config, override
-from config import Search as SearchSettings
-from estimate import DropEstimator, Proxy, Surrogate
+from config import HLA, LLA, Compress, Config, Search, override
 from search import HLAEnsemble, HLAEnv, LLAEnsemble, LLAEnv
 
 LIMITS = Compress(qtype="any", granularity="any")
@@ -40,19 +36,13 @@ def budget(**changes):
 
 def saved(state):
     """A state through a file, read as plain data only."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
+    torch.save(state, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 def weights_of(*ensembles):
     """All weights of the agents as bytes: equal only where every bit is."""
     return [p.detach().numpy().tobytes() for e in ensembles for agent in e.agents for p in agent.parameters]
-
-
-def test_action_sizes():
-    assert search.lla_nvec(2) == [15, 15, 2, 4, 15, 15, 2, 4] and search.hla_nvec(2) == [5, 3, 5, 3]
 
 
 @pytest.mark.parametrize("min_bits, expected", [
@@ -63,11 +53,8 @@ def test_action_sizes():
     (9, [8] * 15)])  # never above b_max
 def test_bits_of_every_index(min_bits, expected):
     assert [decoded([a, 0, 0, 0], budget(min_bits=min_bits))[0].bits for a in range(15)] == expected
-
-
-@pytest.mark.parametrize("least, bounds, expected", [(3, (5, 6), [5, 5, 6]), (6, (3, 4), [4, 4, 4])])
-def test_bits_under_other_global_bounds(least, bounds, expected):
-    assert [decoded([a, 0, 0, 0], budget(min_bits=least), Compress(*bounds))[0].bits for a in (0, 13, 14)] == expected
+    for least, bounds, bits in ((3, (5, 6), [5, 5, 6]), (6, (3, 4), [4, 4, 4])):  # the global bounds win
+        assert [decoded([a, 0, 0, 0], budget(min_bits=least), Compress(*bounds))[0].bits for a in (0, 13, 14)] == bits
 
 
 @pytest.mark.parametrize("allowed, global_bound, middle, end", [
@@ -93,23 +80,20 @@ def test_type_and_granularity_by_index_and_overridden():
 def test_kernels_are_decoded_in_order_four_numbers_each():
     first, second = decoded([14, 0, 0, 3, 0, 14, 1, 0], shapes=TWO)
     assert first == KernelConfig(8, 1.0, "INT", "learned")
-    assert (second.bits, second.qtype, second.granularity) == (3, "FLOAT", "uniform")
-    assert second.keep == pytest.approx(0.4)
+    assert second == KernelConfig(3, 0.4, "FLOAT", "uniform")
     shapes = (KernelShape(10, 100), KernelShape(10, 100, prunable=False))  # one keeps every channel
     assert [k.keep for k in decoded([14, 14, 0, 0] * 2, shapes=shapes)] == pytest.approx([0.4, 1.0])
     drawn = search.random_config([shapes], Compress(), np.random.default_rng(0)).blocks[0].kernels
     assert drawn[0].keep < 1.0 == drawn[1].keep
 
 
-@pytest.mark.parametrize("action", [
-    [15, 0, 0, 0], [-1, 0, 0, 0], [0, 15, 0, 0], [0, -1, 0, 0], [0, 0, 2, 0], [0, 0, -1, 0], [0, 0, 0, 4],
-    [0, 0, 0, -1], [0, 0, 0, 0] * 2])
-def test_actions_out_of_range_raise(action):
-    with pytest.raises(ValueError, match="outside"):
-        decoded(action)
-    for wrong in ([5, 0, 0, 0], [0, 0, -1, 0], [0, 0, 4, 3], [0, -1, 0, 0], [0, 0], [0, 0] * 3):
+def test_actions_out_of_range_raise():
+    for action in ([15, 0, 0, 0], [-1, 0, 0, 0], [0, 15, 0, 0], [0, 0, 2, 0], [0, 0, 0, 4], [0, 0, 0, -1], [0] * 8):
         with pytest.raises(ValueError, match="outside"):
-            search.decode_hla(wrong, [0.5, 0.5], LIMITS)
+            decoded(action)
+    for action in ([5, 0, 0, 0], [0, 0, -1, 0], [0, 0, 4, 3], [0, -1, 0, 0], [0, 0], [0, 0] * 3):
+        with pytest.raises(ValueError, match="outside"):
+            search.decode_hla(action, [0.5, 0.5], LIMITS)
 
 
 # By corrected tier: rho*, max_pruning (0.8 is capped at 0.6), min_bits.
@@ -122,10 +106,8 @@ ROWS = [(0.35, 0.2, 6), (0.30, 0.3, 6), (0.25, 0.4, 5), (0.20, 0.6, 4), (0.15, 0
 def test_budget_of_every_tier_band_and_strategy(sensitivity, rows, max_drop):
     for index, strategy in enumerate(["quantization", "pruning", "auto"]):
         for tier, row in enumerate(rows):
-            assert search.layer_budget(tier, index, sensitivity, LIMITS) == LayerBudget(*ROWS[row], max_drop, strategy)
-            decoded = search.decode_hla([2, 0, tier, index], [0.5, sensitivity], LIMITS)
-            assert decoded == (LayerBudget(0.25, 0.4, 5, 2.0, "quantization"),
-                               LayerBudget(*ROWS[row], max_drop, strategy))
+            assert search.decode_hla([2, 0, tier, index], [0.5, sensitivity], LIMITS) == (
+                LayerBudget(0.25, 0.4, 5, 2.0, "quantization"), LayerBudget(*ROWS[row], max_drop, strategy))
 
 
 def test_budgets_keep_the_global_bounds():
@@ -133,21 +115,16 @@ def test_budgets_keep_the_global_bounds():
     budgets = search.decode_hla([0, 2, 1, 2, 2, 2, 3, 2, 4, 2], [0.5] * 5, limits)
     assert [b.max_pruning for b in budgets] == [0.2, 0.3, 0.35, 0.35, 0.35]
     assert [b.min_bits for b in budgets] == [6, 6, 5, 5, 5]
-    uniform = search.uniform_budgets(3, SearchSettings(target=0.2, max_drop=1.5), limits)
-    assert uniform == (LayerBudget(0.2, 0.35, 5, 1.5, "auto"),) * 3
+    assert search.uniform_budgets(3, Search(target=0.2, max_drop=1.5), limits) == (
+        LayerBudget(0.2, 0.35, 5, 1.5, "auto"),) * 3
 
 
 def test_vote_rounds_the_mean():
     # Means 5, 14/3 = 4.67, 1/3, 2/3, 13/3 = 4.33, 3: rounding down or taking the majority gives other numbers.
     actions = [[5, 14, 0, 1, 4, 0], [5, 0, 0, 1, 4, 3], [5, 0, 1, 0, 5, 6]]
-    vote = search.vote_actions(np.array(actions))
-    assert vote.tolist() == [5, 5, 0, 1, 4, 3] and vote.dtype == np.int64
-
-
-def test_vote_with_weights():
-    # 0.5 * 14 + 0.3 * 4 + 0.2 * 0 = 8.2, 0.5 * 0 + 0.3 * 1 + 0.2 * 1 = 0.5 - within half, 0.3 * 2 + 0.2 * 3 = 1.2
+    assert search.vote_actions(np.array(actions)).tolist() == [5, 5, 0, 1, 4, 3]
+    # 0.5 * 14 + 0.3 * 4 + 0.2 * 0 = 8.2, 0.5 * 0 + 0.3 * 2 + 0.2 * 3 = 1.2
     assert search.vote_actions([[14, 0], [4, 2], [0, 3]], weights=[0.5, 0.3, 0.2]).tolist() == [8, 1]
-    assert search.vote_actions([[14, 0], [4, 2], [0, 3]], weights=[0.0, 0.0, 1.0]).tolist() == [0, 3]
 
 
 def test_budget_vote_means_and_majority():
@@ -156,10 +133,9 @@ def test_budget_vote_means_and_majority():
                  (LayerBudget(0.20, 0.4, 4, 0.5, "auto"), LayerBudget(0.25, 0.3, 6, 2.0, "pruning"))]
     first, second = search.vote_budgets(proposals)
     assert (first.target, first.max_pruning, first.max_drop) == pytest.approx((0.25, 0.4, 2 / 3))
-    assert (first.min_bits, first.strategy) == (5, "auto")  # 14/3 rounds up; two of three
     assert (second.target, second.max_pruning, second.max_drop) == pytest.approx((0.2, 0.5, 2.0))
+    assert (first.min_bits, first.strategy) == (5, "auto") and type(first.min_bits) is int  # 14/3 rounds up
     assert (second.min_bits, second.strategy) == (5, "auto")  # all differ: the first agent's
-    assert type(first.min_bits) is int
     for strategies in (("auto", "pruning", "pruning"), ("pruning", "auto", "auto", "pruning")):
         assert search.vote_budgets([(budget(strategy=s),) for s in strategies])[0].strategy == "pruning"
 
@@ -171,17 +147,16 @@ def test_confidence_weights_by_hand():
     # the means 1 and 3 become -0.7071 and 0.7071; 1 / (1 + e^(-1.41421)) = 0.804430.
     assert search.confidence_weights([[0.0, 2.0], [2.0, 4.0]]) == pytest.approx([0.195570, 0.804430], abs=1e-5)
     # T = 2 halves the exponent: e^(-1.06066) = 0.346227, 1 / 1.692454 = 0.590858.
-    weights = search.confidence_weights([[1.0], [1.0], [4.0]], temperature=2.0)
-    assert weights == pytest.approx([0.204571, 0.204571, 0.590858], abs=1e-5)
+    assert search.confidence_weights([[1.0], [1.0], [4.0]], temperature=2.0) == pytest.approx(
+        [0.204571, 0.204571, 0.590858], abs=1e-5)
     for rewards in ([[3000.0] * 5] * 3, [[1.0, 3.0], [3.0, 1.0], [2.0]]):
         assert search.confidence_weights(rewards) == pytest.approx([1 / 3] * 3)
 
 
-@pytest.mark.parametrize("drop, reward", [
-    (-4.0, 100), (0.0, 100), (1 - 1e-9, 100), (1.0, 95), (1.5, 92.5), (2 - 1e-9, 90), (2.0, 85), (2.5, 80),
-    (3 - 1e-9, 75), (3.0, 70), (5.0, 50), (9.5, 5), (10.0, 0), (10.5, 0), (50.0, 0)])
-def test_accuracy_reward(drop, reward):
-    assert search.accuracy_reward(drop) == pytest.approx(reward, abs=1e-6)
+def test_accuracy_reward():
+    drops = [-4.0, 0.0, 1 - 1e-9, 1.0, 1.5, 2 - 1e-9, 2.0, 2.5, 3 - 1e-9, 3.0, 5.0, 9.5, 10.0, 10.5, 50.0]
+    rewards = [100, 100, 100, 95, 92.5, 90, 85, 80, 75, 70, 50, 5, 0, 0, 0]
+    assert [float(search.accuracy_reward(drop)) for drop in drops] == pytest.approx(rewards, abs=1e-6)
 
 
 RISING = [10.0, 20.0, 30.0, 40.0, 50.0]  # std sqrt(200)
@@ -240,7 +215,7 @@ HARD = [14, 0, 0, 0, 0, 14, 0, 0]  # 0.25, and 4 bits with 1 of 4 channels: 0.03
 
 
 def lla_env(estimator, budget=FREE, sensitivity=0.6, weights=(30.0, 5.0, 1.0), envs=2, episode=20, **more):
-    env = LLAEnv(1, TWO, sensitivity, estimator, LIMITS, LLASettings(envs=envs, episode=episode), weights, blocks=4,
+    env = LLAEnv(1, TWO, sensitivity, estimator, LIMITS, LLA(envs=envs, episode=episode), weights, blocks=4,
                  **more)
     env.budget = budget
     return env
@@ -249,22 +224,23 @@ def lla_env(estimator, budget=FREE, sensitivity=0.6, weights=(30.0, 5.0, 1.0), e
 def test_lla_observation_at_reset_and_after_a_step():
     allowed = LayerBudget(0.25, 0.6, 4, 2.0, "pruning")
     env = lla_env(Scripted([1.5, 40.0]), allowed)
-    obs = env.reset()
-    assert obs.shape == (2, 14) and obs.dtype == np.float32 and env.obs_dim == 14 and env.num_envs == 2
-    for row in obs:
+    assert env.obs_dim == 14 and env.num_envs == 2
+    for row in env.reset():
         assert row == pytest.approx([0.25, 0.6, 1.0, 0.0, 0.0, 1.0, 0.25, 0.5, 0.2, 1.0, 0.0, 0.0, 0.5, 0.5], abs=1e-7)
     obs, rewards, dones, _ = env.step(np.array([HARD, FULL]))
-    assert obs.dtype == np.float32 and rewards.shape == dones.shape == (2,) and dones.dtype == bool and not dones.any()
+    assert obs.dtype == np.float32 and rewards.shape == dones.shape == (2,) and dones.dtype == bool
     # 30 * 92.5 + 5 * 54.84375 + 20 e^(-1.640625) - 12 * 0.6 * 0.9140625; and 0 + 5 * 45 + 20 - 5.4
     assert rewards == pytest.approx([3046.5146769, 239.6], abs=1e-5)
+    without = lla_env(Scripted([1.5, 40.0]), allowed, penalty_scale=0.0).step(np.array([HARD, FULL]))[1]
+    assert without - rewards == pytest.approx([6.58125, 5.4])
     assert obs[0] == pytest.approx(
         [0.25, 0.6, 0.0859375, 0.1640625, 0.15, 1.0, 0.25, 0.5, 0.2, 1.0, 0.0, 30.465147, 0.25, 0.03125], abs=1e-5)
     assert obs[1] == pytest.approx([0.25, 0.6, 0.25, 0.0, 4.0, 1.0, 0.25, 0.5, 0.2, 1.0, 0.0, 2.396, 0.25, 0.25],
                                    abs=1e-5)
 
 
-@pytest.mark.parametrize("strategy, code", [("quantization", 0.0), ("pruning", 0.5), ("auto", 1.0)])
-@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("strategy, code, active", [
+    ("quantization", 0.0, False), ("pruning", 0.5, True), ("auto", 1.0, False)])
 def test_reset_and_step_fill_the_same_slots(strategy, code, active):
     """What an action does not change reads the same before and after it, and each slot has its own source."""
     env = lla_env(Scripted([0.0, 0.0], active=active), LayerBudget(0.15, 0.4, 4, 0.5, strategy), sensitivity=0.9)
@@ -289,19 +265,13 @@ def test_rewards_of_an_episode_and_separate_histories():
 
 
 def test_a_step_asks_the_estimator_once_with_one_configuration_each():
-    estimator = Scripted([1.5, 40.0, 0.0])
-    env = lla_env(estimator, envs=3)
+    env, actions = lla_env(Scripted([1.5, 40.0, 0.0]), envs=3), np.array([FULL, HARD, [7, 7, 1, 2] * 2])
     env.reset()
-    assert estimator.calls == []
-    actions = np.array([FULL, HARD, [7, 7, 1, 2] * 2])
-    env.step(actions)
-    assert len(estimator.calls) == 1
-    index, configs = estimator.calls[0]
-    assert index == 1 and len(configs) == 3
+    info = env.step(actions)[3]
+    (index, configs), = env.estimator.calls
+    assert index == 1 and len(configs) == 3 and configs == info["configs"]
     assert [k.bits for k in configs[0].kernels] == [8, 8] and [k.bits for k in configs[1].kernels] == [8, 3]
     assert configs[2].kernels[1] == KernelConfig(5, 0.7, "FLOAT", "per-channel") and configs[2].shapes == TWO
-    info = env.step(actions)[3]
-    assert [len(configs) for _, configs in estimator.calls] == [3, 3] and info["configs"] == configs
     assert info["drops"] == [1.5, 40.0, 0.0] and info["retained"][:2] == pytest.approx([0.25, 0.080078125])
 
 
@@ -316,17 +286,12 @@ def test_a_drop_that_is_not_finite_costs_ten_and_enters_the_history(bad):
     later = np.array([env.step(np.array([FULL, FULL]))[1] for _ in range(5)])
     # (-10, 165, 165, 165, 165): mean 130, variance (140^2 + 4 * 35^2) / 5 = 4900, std 70.
     assert later[-1] == pytest.approx([165 - 140, 165.0]) and env.bad_rewards == 1
-
-
-def test_a_reward_that_is_not_finite_costs_ten_and_is_counted_over_the_run():
-    env = lla_env(Scripted([0.0, 0.0]), sensitivity=math.nan)
-    for n in (1, 2):
-        env.reset()
-        assert env.step(np.array([FULL, FULL]))[1].tolist() == [-10.0, -10.0] and env.bad_rewards == 2 * n
+    env.sensitivity = math.nan  # neither is a reward, where the drop is
+    assert env.step(np.array([FULL, FULL]))[1].tolist() == [-10.0, -10.0] and env.bad_rewards == 3
 
 
 def hla_env(weights=(60.0, 18.0, 5.0), **more):
-    return HLAEnv([100, 300], [0.8, 0.1], LIMITS, SearchSettings(**more), HLASettings(), weights)
+    return HLAEnv([100, 300], [0.8, 0.1], LIMITS, Search(**more), HLA(), weights)
 
 
 LIGHT_HARD = np.array([[1, 0, 3, 1]])  # corrected to tiers 0 and 4: 0.35 and 0.15, weighted mean 0.2
@@ -335,13 +300,11 @@ LIGHT_HARD = np.array([[1, 0, 3, 1]])  # corrected to tiers 0 and 4: 0.35 and 0.
 def test_hla_observation_at_reset_and_after_a_step():
     env = hla_env(max_drop=2.0)
     assert env.obs_dim == 9 and env.num_envs == 1
-    obs = env.reset()
-    assert obs.shape == (1, 9) and obs.dtype == np.float32
-    assert obs[0] == pytest.approx([0.0, 1.0, 0.0, 0.25, 0.2, 0.8, 0.5, 0.1, 0.5])  # nothing measured yet
+    assert env.reset()[0] == pytest.approx([0.0, 1.0, 0.0, 0.25, 0.2, 0.8, 0.5, 0.1, 0.5])  # nothing measured yet
     env.feedback(3.0, 0.28, 2)
     assert env.reset()[0] == pytest.approx([0.3, 0.28, 0.25, 0.25, 0.2, 0.8, 0.5, 0.1, 0.5])
     obs, rewards, dones, _ = env.step(LIGHT_HARD)
-    assert obs.shape == (1, 9) and obs.dtype == np.float32 and np.shape(rewards) == (1,) and dones.tolist() == [False]
+    assert obs.shape == (1, 9) and obs.dtype == np.float32 and np.shape(rewards) == np.shape(dones) == (1,)
     # R_bal -0.1, R_sens 0.5 + 0.25, R_dyn -50 * (3 - 2): (-0.1 + 0.75 - 50) / 20 = -2.4675, unscaled by the agent
     assert obs[0] == pytest.approx([0.3, 0.28, 0.25, 0.05, -2.4675, 0.8, 0.35, 0.1, 0.15], abs=1e-6)
 
@@ -363,40 +326,38 @@ def test_an_episode_ends_by_its_limit_with_the_reset_observation(env, actions, l
     env.reset()
     env.step(actions)
     first = env.reset()  # the episode starts anew
-    for episode in range(2):
-        for step in range(1, length + 1):
-            obs, rewards, dones, _ = env.step(actions)
-            assert dones.tolist() == [step == length] * env.num_envs
-            assert np.array_equal(obs, first) == (step == length)
-            assert (rewards != 0).all()  # the last reward is that of the last action
+    for step in range(1, 2 * length + 1):
+        obs, rewards, dones, _ = env.step(actions)
+        assert dones.tolist() == [step % length == 0] * env.num_envs
+        assert np.array_equal(obs, first) == (step % length == 0)
+        assert (rewards != 0).all()  # the last reward is that of the last action
 
 
 BLOCKS = [SimpleNamespace(kernels={str(n): nn.Linear(8, 6 + n) for n in range(4)}),
           SimpleNamespace(kernels={"0": nn.Linear(10, 8)})]
 
 
-def lla_ensemble(config=None, index=0, sensitivity=0.4):
-    estimator = Scripted([1.0, 2.5, 0.5, 7.0, 1.0])
-    return LLAEnsemble(index, BLOCKS[index], sensitivity, estimator, config or settings(), len(BLOCKS))
+def lla_ensemble(config=settings(), index=0):
+    return LLAEnsemble(index, BLOCKS[index], 0.4, Scripted([1.0, 2.5, 0.5, 7.0, 1.0]), config, len(BLOCKS))
 
 
-def hla_ensemble(config=None, sensitivity=(1.0, 0.1, 0.5)):
-    return HLAEnsemble([100, 300, 200], list(sensitivity), config or settings())
+def hla_ensemble(config=settings()):
+    return HLAEnsemble([100, 300, 200], [1.0, 0.1, 0.5], config)
 
 
 def test_ensembles_follow_the_settings():
     low, high = lla_ensemble(), hla_ensemble()
     other = lla_ensemble(settings(lla__algorithms="A2C,PPO,A2C,A2C", lla__alpha="1,2,3,4", lla__beta="5,6,7,8",
-                                  lla__gamma_s="9,10,11,12"), index=1)
-    kinds = [[type(agent).__name__ for agent in ensemble.agents] for ensemble in (low, high, other)]
-    assert kinds == [["PPO", "A2C", "PPO"]] * 2 + [["A2C", "PPO", "A2C", "A2C"]]
-    assert [env.weights for env in low.envs] == [(30, 1.5, 1), (30, 5, 1), (30, 8, 1)]
-    assert [env.weights for env in high.envs] == [(30, 6, 1), (30, 10, 1), (30, 4, 1)]
-    assert [env.weights for env in other.envs] == [(1, 5, 9), (2, 6, 10), (3, 7, 11), (4, 8, 12)]
-    assert [(a.hyper["lr"], a.hyper["n_steps"]) for a in low.agents] == [(3e-4, 128), (7e-4, 64), (3e-4, 128)]
-    assert [(a.hyper["lr"], a.hyper["n_steps"]) for a in high.agents] == [(1e-4, 64), (3e-4, 64), (1e-4, 64)]
-    assert [len(ensemble.agents[0].nvec) for ensemble in (low, high, other)] == [16, 6, 4]
+                                  lla__gamma_s="9,10,11,12", sensitivity__method="none"), index=1)
+    assert [[env.weights for env in ensemble.envs] for ensemble in (low, high, other)] == [
+        [(30, 1.5, 1), (30, 5, 1), (30, 8, 1)], [(30, 6, 1), (30, 10, 1), (30, 4, 1)],
+        [(1, 5, 9), (2, 6, 10), (3, 7, 11), (4, 8, 12)]]
+    assert [[(a.identity["algorithm"], a.hyper["lr"], a.hyper["n_steps"]) for a in e.agents] for e in (low, high)] == [
+        [("PPO", 3e-4, 128), ("A2C", 7e-4, 64), ("PPO", 3e-4, 128)],
+        [("PPO", 1e-4, 64), ("A2C", 3e-4, 64), ("PPO", 1e-4, 64)]]
+    assert [agent.name for agent in other.agents[:2]] == ["A2C (block 1, agent 0)", "PPO (block 1, agent 1)"]
     assert [env.num_envs for env in low.envs] == [2] * 3 and [env.index / env.blocks for env in other.envs] == [0.5] * 4
+    assert (low.envs[0].penalty_scale, other.envs[0].penalty_scale) == (1.0, 0.0)
     # No two agents draw the same numbers, in other blocks and runs neither.
     ensembles = [low, lla_ensemble(index=1), lla_ensemble(settings(seed=43)), high]
     assert len({agent.generator.initial_seed() for ensemble in ensembles for agent in ensemble.agents}) == 12
@@ -406,31 +367,15 @@ def test_a_search_trains_votes_and_reports():
     ensemble = lla_ensemble()
     start = weights_of(ensemble)
     found = ensemble.search(FREE)
-    assert [(r["level"], r["block"], r["agent"], r["algorithm"]) for r in found.updates] == [
-        ("LLA", 0, 0, "PPO"), ("LLA", 0, 1, "A2C"), ("LLA", 0, 2, "PPO")]
-    assert [r["timesteps"] for r in found.updates] == [8, 8, 8]
-    assert all(math.isfinite(r["policy_loss"]) and math.isfinite(r["entropy"]) for r in found.updates)
+    assert [(r["level"], r["block"], r["agent"], r["algorithm"], r["timesteps"]) for r in found.updates] == [
+        ("LLA", 0, 0, "PPO", 8), ("LLA", 0, 1, "A2C", 8), ("LLA", 0, 2, "PPO", 8)]
     assert found.evaluations == 24 == ensemble.estimator.evaluations  # the five that are compared do not count
     assert [len(configs) for _, configs in ensemble.estimator.calls] == [2] * 12 + [5]
     assert found.config == ensemble.consensus() and found.entropy[0] == pytest.approx(1.0, abs=1e-3)
     assert not set(start[::12]) & set(weights_of(ensemble)[::12])
     # Agents go on in the next cycle, under the budget of that cycle.
-    harder = budget(target=0.15, min_bits=4)
-    assert [r["timesteps"] for r in ensemble.search(harder).updates] == [16, 16, 16]
-    assert all(env.budget == harder for env in ensemble.envs)
-
-
-def test_a_search_leaves_the_network_bit_identical():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 3))
-    block = SimpleNamespace(kernels={"1": model[1]}, replaced=lambda weights: {"1.weight": next(iter(weights))})
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    proxy = Proxy(model, [block], [torch.randn(4, 3, 2, 2)])
-    estimator = DropEstimator(proxy, Surrogate(5, Config().surrogate, 0), 80.0)
-    found = LLAEnsemble(0, block, 0.4, estimator, settings(), 1).search(FREE)
-    assert found.evaluations == 24 and found.compared["random_drop"] > 0
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.training
-    assert all(p.grad is None for p in model.parameters())
+    assert [r["timesteps"] for r in ensemble.search(budget(target=0.15)).updates] == [16, 16, 16]
+    assert all(env.budget == budget(target=0.15) for env in ensemble.envs)
 
 
 def scripted_agents(ensemble, actions):
@@ -443,18 +388,14 @@ def scripted_agents(ensemble, actions):
 
 def test_lla_consensus_is_the_vote_on_greedy_actions_from_the_reset_observation():
     ensemble = lla_ensemble(settings(compress__qtype="any", compress__granularity="any"), index=1)
-    allowed = budget(min_bits=4)
     for env in ensemble.envs:
-        env.budget = allowed
+        env.budget = budget(min_bits=4)
     tape = scripted_agents(ensemble, [[14, 0, 1, 3], [14, 14, 1, 3], [4, 7, 0, 2]])
     config = ensemble.consensus()
     # Mean 10.67 -> 11 -> 7 bits; 7 -> keep 0.7; 0.67 -> FLOAT; 2.67 -> learned.
-    assert (config.kernels[0].bits, config.kernels[0].qtype, config.kernels[0].granularity) == (7, "FLOAT", "learned")
-    assert config.kernels[0].keep == pytest.approx(0.7)
-    assert config.shapes == (KernelShape(8, 80),)
-    assert [deterministic for _, deterministic in tape] == [True] * 3
-    for obs, _ in tape:
-        assert obs[0] == pytest.approx([0.5, 0.4, 1, 0, 0, 1, 0.25, 1.0, 0.2, 1, 0, 0, 0.5])
+    assert config == BlockConfig((KernelConfig(7, 0.7, "FLOAT", "learned"),), (KernelShape(8, 80),))
+    for obs, deterministic in tape:
+        assert deterministic and obs[0] == pytest.approx([0.5, 0.4, 1, 0, 0, 1, 0.25, 1.0, 0.2, 1, 0, 0, 0.5])
     ensemble.config = settings(vote="confidence")
     for agent, reward in zip(ensemble.agents, (1.0, 1.0, 4.0)):
         agent.recent_rewards.append(reward)
@@ -463,19 +404,17 @@ def test_lla_consensus_is_the_vote_on_greedy_actions_from_the_reset_observation(
 
 
 def test_hla_budgets_are_the_vote_of_the_proposals():
-    ensemble = hla_ensemble(sensitivity=(1.0, 0.1, 0.5))
+    ensemble = hla_ensemble()
     tape = scripted_agents(ensemble, [[1, 0, 0, 0, 0, 2], [2, 1, 3, 2, 0, 1], [4, 1, 4, 1, 2, 0]])
     # Corrected tiers: 0, 1, 3 for the first block; 1, 4, 4; 0, 0, 2.
     budgets = ensemble.budgets(deterministic=False)
     assert [b.target for b in budgets] == pytest.approx([0.85 / 3, 0.2, 0.95 / 3])
     assert [b.max_pruning for b in budgets] == pytest.approx([1.1 / 3, 0.5, 0.8 / 3])
-    assert [b.min_bits for b in budgets] == [5, 5, 6]
-    assert [b.max_drop for b in budgets] == [0.5, 2.0, 2.0]
-    assert [b.strategy for b in budgets] == ["pruning", "quantization", "auto"]
-    assert [deterministic for _, deterministic in tape] == [False] * 3
+    assert [(b.min_bits, b.max_drop, b.strategy) for b in budgets] == [
+        (5, 0.5, "pruning"), (5, 2.0, "quantization"), (6, 2.0, "auto")]
     ensemble.feedback(2.0, 0.3, 2)
     ensemble.budgets(deterministic=True)
-    assert [deterministic for _, deterministic in tape[3:]] == [True] * 3
+    assert [deterministic for _, deterministic in tape] == [False] * 3 + [True] * 3
     for obs, _ in tape[3:]:
         assert obs[0] == pytest.approx([0.2, 0.3, 0.25, 0.25, 0.1, 1.0, 0.5, 0.1, 0.5, 0.5, 0.5])
 
@@ -492,16 +431,6 @@ def test_equal_seeds_give_equal_results():
     assert first == second and first[2] != other[2]
 
 
-def test_no_sensitivity_switches_the_penalty_off():
-    rewards = []
-    for method in ("fisher", "none"):
-        env = lla_ensemble(settings(sensitivity__method=method), index=1, sensitivity=0.5).envs[0]
-        env.budget = FREE
-        env.reset()
-        rewards.append(env.step(np.array([[14, 0, 0, 0]] * 2))[1])
-    assert rewards[1] - rewards[0] == pytest.approx([4.5, 4.5])  # 12 * 0.5 * 0.75
-
-
 def test_the_low_level_goes_on_bit_for_bit_after_a_file():
     first, second = lla_ensemble(), lla_ensemble()
     first.search(FREE)
@@ -509,29 +438,19 @@ def test_the_low_level_goes_on_bit_for_bit_after_a_file():
     second.load_state_dict(saved(first.state_dict()))
     assert first.bad_rewards == second.bad_rewards == 3
     first.estimator.calls.clear()  # the same drops again
-    for allowed in (budget(target=0.15, min_bits=4), FREE):
-        results = [str(ensemble.search(allowed)) for ensemble in (first, second)]  # as text: NaN is not equal to itself
-        assert results[0] == results[1]
-    assert weights_of(first) == weights_of(second)
+    found = [str(ensemble.search(budget(target=0.15))) for ensemble in (first, second)]  # as text, for NaN's sake
+    assert found[0] == found[1] and weights_of(first) == weights_of(second)
 
 
 def test_the_high_level_goes_on_bit_for_bit_after_a_file():
     first, second = hla_ensemble(), hla_ensemble()
     assert [(r["level"], r["agent"], r["algorithm"], r["timesteps"]) for r in first.train(70)] == [
         ("HLA", n, algorithm, steps) for n, algorithm in enumerate(("PPO", "A2C", "PPO")) for steps in (64, 70)]
-    first.budgets(deterministic=False)
     first.feedback(2.5, 0.22, 3)
     second.load_state_dict(saved(first.state_dict()))
     assert all(env.reset()[0, :3] == pytest.approx([0.25, 0.22, 0.5]) for env in second.envs)
-    outcomes = [(str(e.train(6)), [e.budgets(deterministic=False) for _ in range(3)]) for e in (first, second)]
-    assert outcomes[0] == outcomes[1]
-
-
-def test_an_agent_whose_numbers_are_not_finite_is_named_with_its_block():
-    low = lla_ensemble(index=1)
-    low.agents[1].critic[-1].bias.data.fill_(1e30)
-    with pytest.raises(FloatingPointError, match=r"^A2C \(block 1, agent 1\): the loss is not finite"):
-        low.search(FREE)
+    found = [(str(e.train(6)), [e.budgets(deterministic=False) for _ in range(3)]) for e in (first, second)]
+    assert found[0] == found[1]
 
 
 def test_entropy_is_one_for_uniform_policies_and_falls():
@@ -539,9 +458,8 @@ def test_entropy_is_one_for_uniform_policies_and_falls():
     assert ensemble.entropy() == pytest.approx(1.0, abs=1e-3)
     for agent in ensemble.agents:
         agent.actor[-1].weight.data.zero_()
-        agent.actor[-1].bias.data.copy_(torch.tensor([50.0] + [0.0] * 23)[:sum(agent.nvec)])  # one head is certain
-    heads = ensemble.agents[0].nvec
-    assert ensemble.entropy() == pytest.approx(1 - math.log(heads[0]) / sum(map(math.log, heads)), abs=1e-6)
+        agent.actor[-1].bias.data[0] = 50.0  # one head of 5 options is certain; of the six, three have 5 and three 3
+    assert ensemble.entropy() == pytest.approx(1 - math.log(5) / math.log(15 ** 3), abs=1e-6)
 
 
 def test_the_consensus_is_compared_with_random_actions():
@@ -563,23 +481,20 @@ def test_compliance_by_hand():
     config = NetworkConfig((BlockConfig((KernelConfig(8, 1.0),), shapes), BlockConfig((KernelConfig(8, 0.5),), shapes)))
     # Retained 0.25 for 0.20: 1 - 0.25; retained 0.125 for 0.25: 1 - 0.5.
     assert search.compliance(config, [budget(target=0.2), budget(target=0.25)]) == pytest.approx(62.5)
-    assert search.compliance(config, [budget(target=0.25), budget(target=0.125)]) == pytest.approx(100.0)
 
 
-@pytest.mark.parametrize("limits, bits, types, granularities", [
-    (Compress(bits_min=6, bits_max=7), {6, 7}, {"INT"}, {"uniform"}),
-    (LIMITS, {4, 5, 6, 7, 8}, {"INT", "FLOAT"}, {"uniform", "log", "per-channel", "learned"})])
-def test_random_configurations_stay_in_their_ranges(limits, bits, types, granularities):
+@pytest.mark.parametrize("limits, drawn", [
+    (Compress(bits_min=6, bits_max=7), [{6, 7}, {"INT"}, {"uniform"}]),
+    (LIMITS, [{4, 5, 6, 7, 8}, set(search.QTYPES), set(search.GRANULARITIES)])])
+def test_random_configurations_stay_in_their_ranges(limits, drawn):
     rng = np.random.default_rng(0)
     kernels = [k for _ in range(40) for b in search.random_config([TWO, ONE], limits, rng).blocks for k in b.kernels]
-    assert {k.bits for k in kernels} == bits
-    assert ({k.qtype for k in kernels}, {k.granularity for k in kernels}) == (types, granularities)
+    assert [{getattr(k, name) for k in kernels} for name in ("bits", "qtype", "granularity")] == drawn
     keeps = np.array([k.keep for k in kernels])
     assert 0.6 <= keeps.min() < 0.62 and 0.98 < keeps.max() <= 1.0 and keeps.mean() == pytest.approx(0.8, abs=0.04)
 
 
 def test_seeds_are_stable_and_differ_by_path():
     assert search.derive_seed(42, "warmup") == 1744266471 and search.derive_seed(42, "lla", 1, 11) == 1045329994
-    paths = [(), ("warm",), ("up",), ("warmup",), ("warm", "up"), ("lla", 1, 11), ("lla", 11, 1), ("lla", 111)]
-    seeds = [search.derive_seed(seed, *path) for seed in (0, 42, 43) for path in paths]
-    assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**31 for s in seeds)
+    paths = [(), ("warm", "up"), ("warmup",), ("lla", 1, 11), ("lla", 11, 1), ("lla", 111)]
+    assert len({search.derive_seed(seed, *path) for seed in (0, 42, 43) for path in paths}) == 18
