@@ -34,16 +34,14 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float,
     """Move a configuration into [0.99 budget, budget] by single steps, the least damage per unit of cost first; return
     it and "", or one line that says why it ends below.
 
-    blocks: holders with theta_0, never modified; ``sensitivity``: s_i per block; ``limits``: config.Compress;
-    ``cost(kernel_config, kernel_shape)``: what a kernel takes, in the budget's unit: :func:`retained_weights` with
-    rho_target * P, or compress.kernel_bytes with bytes. A configuration within the budget stays as it is.
+    blocks: with theta_0, never modified; ``sensitivity``: s_i per block; ``limits``: config.Compress; ``cost``: what a
+    kernel takes, in the budget's unit: :func:`retained_weights` with rho_target * P, or compress.kernel_bytes.
 
     A step is one bit within [bits_min, bits_max], or one value of the agents' keep grid, 1 - j/14 max_pruning, that
-    changes the number of channels; ``qtype`` and granularity stay. Above the budget: the steps down whose damage per
-    cost saved is least, until it fits. Then, below 0.99 of it: the steps up that fit and undo most damage per cost;
-    after those single channels; and at last the choice of least damage among all. Kernels above bits_max (FP32) are
-    left alone while another kernel has a step. Ties: the smaller change of the error, then the order of kernels.
-    Raises InputError when even the smallest configuration is above the budget.
+    changes the number of channels; type and granularity stay. First come steps down, until the budget holds; then,
+    below 0.99 of it, steps up that fit and undo most damage per cost; then single channels up; and at last the choice
+    of least damage among all. Kernels above bits_max (FP32) are left alone while another has a step. Ties: the smaller
+    change of the error, then the order of kernels. Raises InputError when the smallest configuration is too large.
     """
     kernels = [_Kernel(holder.weight, kernel, shape, s / chosen.params, limits, cost)
                for block, chosen, s in zip(blocks, config.blocks, sensitivity, strict=True)
@@ -65,8 +63,7 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float,
                          f"raise compress.max_pruning={limits.max_pruning:g}")
     if total >= CLOSENESS * budget:
         return moved, ""
-    why = (f"compress.bits_max={limits.bits_max} allows no more" if largest else
-           "no choice of bits and channels lies within 1 % below it")
+    why = f"compress.bits_max={limits.bits_max} allows no more" if largest else "no choice lies within 1 % below it"
     return moved, f"the target of {budget:,.6g} is not met: {why}, the configuration takes {total:,.6g}"
 
 
@@ -74,8 +71,8 @@ def allocations(blocks, shapes, sensitivity, limits, target: float) -> list[tupl
     """Everything at its largest, then the steps down of least damage per weight saved, until at most ``target`` is
     retained: with bits alone, as HAWQ-V2 allocates, where that can meet it, and with bits and keep.
 
-    shapes: per block the kernels' KernelShape. Where types and granularities are free, each kernel has those of the
-    least error at the bits that the target means. Raises InputError where the target is out of reach.
+    Where types and granularities are free, each kernel has those of the least error at the bits that the target means.
+    shapes: per block the kernels' KernelShape. Raises InputError where the target is out of reach.
     """
     middle = min(max(round(FULL_BITS * target), limits.bits_min), limits.bits_max)
     types = QTYPES if limits.qtype == "any" else (limits.qtype,)
@@ -97,8 +94,8 @@ def allocations(blocks, shapes, sensitivity, limits, target: float) -> list[tupl
 def least_sum(options, budget: float, at_least: float = 0.0) -> list[int] | None:
     """Indices of one option per group whose costs sum to [at_least, budget] and whose damages have the least sum.
 
-    options: per group a list of (cost, damage). By dynamic programming over the total cost so far in SLOTS parts of the
-    budget, of which each keeps the least damage; None where no sum is within the bounds.
+    options: per group a list of (cost, damage). By dynamic programming over the total cost so far, in SLOTS parts of
+    the budget; None where no sum is within the bounds.
     """
     groups = [np.array(group, dtype=np.float64).T for group in options]
     least, most = sum(cost.min() for cost, _ in groups), sum(cost.max() for cost, _ in groups)
@@ -182,14 +179,13 @@ def _move(kernels, budget, sign, fine=False) -> None:
         fitting = [step for own in steps.values() for step in own if sign < 0 or step[-1] <= top - total]
         if not fitting:
             return
-        *_, index, choice, _ = min(fitting)
-        kernels[index].now = choice
+        *_, index, kernels[index].now, _ = min(fitting)
         del steps[index]
 
 
 def _combine(kernels, budget) -> None:
     """Take the least damage over all choices of the kernels that are not FP32, where some meet the budget. Only
-    networks of a few small kernels come here: with more, single steps suffice."""
+    networks of a few small kernels come here."""
     choices = [[kernel.now] if kernel.now[0] > kernel.limits.bits_max else
                list(product(kernel.bits, kernel.fine[::1 + len(kernel.fine) // COUNTS])) for kernel in kernels]
     indices = least_sum([[(kernel.cost(c), kernel.sensitivity * kernel.error(c)) for c in own]

@@ -5,12 +5,11 @@ A packed file is one ``torch.save`` of three uint8 tensors, so that ``torch.load
 ``header``  magic, version (uint32), SHA-256 of version, index and blob
 ``index``   zlib-compressed JSON: the network, its blocks and kernels, the tensors that are no kernels
 ``blob``    for each kernel in the index's order: bitmap of kept channels (absent when all stay), scales (float32),
-            zero-points (ceil(b/8) bytes each), codes of the kept rows (``storage_bits`` each, from the lowest bit up);
-            a kernel of 32 bits has its kept rows in its own type in place of scales and codes; then the other tensors
+            zero-points (ceil(b/8) bytes each), codes of the kept rows (``storage_bits`` each, from the lowest bit up),
+            or of a kernel of 32 bits the kept rows in its own type; then the other tensors
 
-Sizes follow from shapes and bits, and must add up to the blob's length. All numbers are little-endian. A file is taken
-for hostile, also when its digest is right: it is read as a zip archive of three byte strings, its pickle is not run,
-and shapes are checked before memory is taken for them. What it then holds may be wrong, but is nothing but numbers.
+Numbers are little-endian; sizes follow from shapes and bits, and must add up to the blob's length. A file is taken for
+hostile, also when its digest is right: its pickle is not run, and shapes are checked before memory is taken for them.
 
     python -m deploy.pack info FILE   # what is in it: per block and kernel bits, channels, bytes
     python -m deploy.pack export FILE OUT.pt2 [--model file.py:function]   # the narrow network through torch.export
@@ -42,15 +41,15 @@ from support.own import own_network
 
 MAGIC, VERSION = b"HiReLC packed\n", 1
 HEAD = MAGIC + VERSION.to_bytes(4, "little")
-MAX_BITS = 16  # of a code; beyond there are only raw rows
+MAX_BITS, MAX_SIDES = 16, 64  # of a code, beyond there are only raw rows; of a tensor, as torch has it
 MAX_INDEX = 4 << 20  # bytes of JSON, some 30,000 tensors: zlib and JSON both make much of little
-MAX_SIDES = 64  # of a tensor, torch's and numpy's own limit
 # Weights of the kernels per byte of the blob, beyond the first million; 2 bits and a pruning of 0.99 come to 796.
 EXPANSION, FREE_WEIGHTS = 1024, 1 << 20
 DTYPES = {name: getattr(torch, name) for name in (
     "float32 float16 bfloat16 float64 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128"
 ).split()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ZERO_TYPES = torch.uint8, torch.uint16  # of a zero-point: up to 8 bits, and more
 
 
 @dataclass(frozen=True)
@@ -125,13 +124,11 @@ def pack(model: nn.Module, blocks, config: NetworkConfig, masks: dict[str, Tenso
          network: dict, rest: str = "float32", notes: list[str] | None = None) -> bytes:
     """Return the packed file of a compressed network, as bytes for :func:`write`.
 
-    model: holds weights on their grids with pruned rows at zero, as :func:`compress.snap_to_grid` leaves them and its
-    ``grids``. masks: kernel → bool [n_out]. network: plain data that says how to rebuild the network: ``name``,
-    ``num_classes``, ``image_size``, ``width``, ``patch_size``, ``quick_gelu`` for this project's, ``name`` "" for any
-    other; further keys are kept. rest: ``float32`` stores the tensors that are no kernels as they are; ``float16`` puts
-    float32 and float64 in half precision, except where a value would overflow: ``notes`` gets a sentence for each.
-    Raises ValueError naming the kernel whose weights are not exactly what the file would give back; InputError for a
-    state dict that cannot be stored.
+    model: as :func:`compress.snap_to_grid`, which returns ``grids``, leaves it. masks: kernel → bool [n_out]. network:
+    how to rebuild it: ``name`` ("" for a network of one's own), ``num_classes``, ``image_size``, ``width``,
+    ``patch_size``, ``quick_gelu``; further keys are kept. rest: ``float16`` puts the tensors that are no kernels in
+    half precision, except where a value would overflow: ``notes`` gets a sentence for each. Raises ValueError naming a
+    kernel that the file would not give back bit for bit; InputError for a state dict that cannot be stored.
     """
     notes = [] if notes is None else notes
     state, shared = model.state_dict(keep_vars=True), {}  # the parameters themselves: a tied one is the same object
@@ -174,9 +171,8 @@ def _digest(index, blob) -> bytes:
 
 def _channels_last(model) -> bool:
     """Say whether the network's 4-d parameters have channels last. The last bits of a convolution depend on it."""
-    weights = [p for p in model.parameters() if p.dim() == 4]
-    return all(p.is_contiguous(memory_format=torch.channels_last) for p in weights) \
-        and not all(p.is_contiguous() for p in weights)
+    weights, last = [p for p in model.parameters() if p.dim() == 4], torch.channels_last
+    return all(p.is_contiguous(memory_format=last) for p in weights) and not all(p.is_contiguous() for p in weights)
 
 
 def _pack_kernel(kernel, weight, mask, grid) -> np.ndarray:
@@ -190,7 +186,7 @@ def _pack_kernel(kernel, weight, mask, grid) -> np.ndarray:
         grid = Grid(grid.bits, grid.qtype, grid.granularity, scale, zero, high)
         parts.append(_raw(scale))
         if zero is not None:
-            parts.append(_raw(zero.to(_zero_type(grid.bits))))
+            parts.append(_raw(zero.to(ZERO_TYPES[grid.bits > 8])))
         codes = encode(rows.float(), grid).reshape(-1) - grid.code_range[0]
         parts.append(pack_bits(codes.to(torch.int32).numpy(), kernel.config.storage_bits))
     data = np.concatenate(parts)
@@ -203,10 +199,6 @@ def _pack_kernel(kernel, weight, mask, grid) -> np.ndarray:
 def _raw(tensor) -> np.ndarray:
     """Return the bytes of a tensor in the order of its indices, uint8 [n]; -0 differs from +0, a NaN is itself."""
     return tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
-
-
-def _zero_type(bits) -> torch.dtype:
-    return torch.uint8 if bits <= 8 else torch.uint16
 
 
 def write(path, data: bytes) -> None:
@@ -253,16 +245,15 @@ def _told(where):
 
 
 def _layout(index, size):
-    """Check an index against the blob's ``size`` in bytes → network, channels_last, blocks, rest; any exception where
-    it makes no sense. What passes takes no more memory than size · (EXPANSION weights, or 16 times itself)."""
+    """Check an index against the blob's ``size`` in bytes, so that what passes takes no more memory than EXPANSION
+    weights per byte → network, channels_last, blocks, rest; any exception where it makes no sense."""
     blocks = {name: tuple(map(_kernel, kernels)) for name, kernels in index["blocks"]}
     rest = tuple(_tensor(*entry) for entry in index["rest"])
-    if not blocks or not all(blocks.values()):
-        raise ValueError("a block without kernels, or no blocks")
     kernels = [kernel for block in blocks.values() for kernel in block]
     total, weights = sum(entry.bytes for entry in (*kernels, *rest)), sum(math.prod(k.shape) for k in kernels)
-    if total != size or weights > FREE_WEIGHTS + EXPANSION * size:
-        raise ValueError(f"kernels of {weights} weights, and tensors of {total} bytes in all, where there are {size}")
+    if not kernels or not all(blocks.values()) or total != size or weights > FREE_WEIGHTS + EXPANSION * size:
+        raise ValueError(f"kernels of {weights} weights, and tensors of {total} bytes in all, where there are {size}; "
+                         "or a block without kernels")
     return dict(index["network"]), index["channels_last"], blocks, rest
 
 
@@ -290,7 +281,7 @@ def state(packed: Packed) -> dict[str, Tensor]:
         for entry in (*packed.kernels, *packed.rest):
             data, at = packed.blob[at:at + entry.bytes], at + entry.bytes
             tensor = _unpack_kernel(entry, data) if entry.config else _typed(data, entry.stored).to(entry.dtype)
-            tensors.update(dict.fromkeys(entry.tensors, tensor.reshape(entry.shape)))
+            tensors |= dict.fromkeys(entry.tensors, tensor.reshape(entry.shape))
     return tensors
 
 
@@ -308,10 +299,12 @@ def _unpack_kernel(kernel, data) -> Tensor:
         rows = _typed(codes, kernel.dtype).reshape(shape)
     else:
         scale = _typed(scales, torch.float32).reshape(2 if config.granularity in LOG else [-1, *[1] * (len(shape) - 1)])
-        zero = _typed(zeros, _zero_type(config.bits)).float().reshape(scale.shape) if len(zeros) else None
+        zero = _typed(zeros, ZERO_TYPES[config.bits > 8]).float().reshape(scale.shape) if len(zeros) else None
         grid = Grid(config.bits, config.qtype, config.granularity, scale, zero)
         codes = unpack_bits(codes, config.storage_bits, math.prod(shape)) + grid.code_range[0]
         rows = decode(torch.from_numpy(codes).float().reshape(shape), grid).to(kernel.dtype)
+    if not rows.isfinite().all():
+        raise ValueError(f"kernel {kernel.name}: scales or weights that are not finite")
     weight = torch.zeros(kernel.shape, dtype=kernel.dtype)
     mask = np.unpackbits(bitmap, count=len(weight), bitorder="little") if len(bitmap) else np.ones(len(weight))
     weight[torch.from_numpy(mask != 0)] = rows
@@ -321,9 +314,9 @@ def _unpack_kernel(kernel, data) -> Tensor:
 def load(file, model: nn.Module | None = None) -> nn.Module:
     """Return the network of a packed file (a path, or its bytes), in eval mode and in the memory format that it ran in.
 
-    Without ``model`` one of this project's is rebuilt, on the CPU, without drawing random numbers; a network of one's
-    own is given as ``model``, of which everything is filled, in place, or nothing. Values and types are those that were
-    packed. Raises InputError as :func:`read`, and naming all that is missing, unexpected, or of another shape or type.
+    Without ``model`` one of this project's is rebuilt, on the CPU, without drawing random numbers; of a network of
+    one's own, given as ``model``, everything is filled, in place, or nothing. Raises InputError as :func:`read`, and
+    naming all that is missing, unexpected, or of another shape or type.
     """
     packed, built = read(file), model is None
     network = packed.network
@@ -337,14 +330,11 @@ def load(file, model: nn.Module | None = None) -> nn.Module:
                 models.set_quick_gelu(model, True)
     _check_fit(packed, model.state_dict(), built)
     model.load_state_dict(state(packed), assign=built)
-    if packed.channels_last:
-        model.to(memory_format=torch.channels_last)
-    return model.eval()
+    return model.to(memory_format=torch.channels_last if packed.channels_last else torch.preserve_format).eval()
 
 
 def _check_fit(packed, target, built) -> None:
-    """InputError unless the file's tensors are those of the state dict ``target``. A network just built takes over
-    their types, as long as floats stay floats."""
+    """InputError unless the file's tensors are those of the state dict ``target``, but floats if ``built``."""
     held = {name: entry for entry in (*packed.kernels, *packed.rest) for name in entry.tensors}
     problems = [f"missing: {shown(name)}" for name in target if name not in held]
     for name, entry in held.items():
@@ -363,18 +353,19 @@ def info(packed: Packed) -> str:
     """Return what is in a packed file: a table of blocks and kernels, the totals, and how to load it."""
     width = max(12, *(2 + len(shown(name)) for name in (*packed.blocks, *(k.name for k in packed.kernels))))
     row = f"{{:<{width}}}  {{:>5}}  {{:>11}}  {{:<5}}  {{:<11}}  {{:>13}}".format
-    lines = [row("block, kernel", "bits", "channels", "type", "granularity", "bytes")]
+    mine = "" if packed.network.get("name") else ", model=mine"
+    lines = [f"{shown(packed.where)}: packed file, version {VERSION}; to load it: pack.load(FILE{mine})",
+             f"network: {json.dumps(packed.network)[:2000]}", "",
+             row("block, kernel", "bits", "channels", "type", "granularity", "bytes")]
     for (name, kernels), config in zip(packed.blocks.items(), packed.config.blocks):
         lines.append(row(shown(name), f"{config.average_bits:.2f}", f"{100 * config.average_keep:.1f} %", "", "",
                          f"{sum(k.bytes for k in kernels):,}"))
         lines += [row(f"  {shown(k.name)}", k.config.bits, f"{k.kept}/{k.shape[0]}", k.config.qtype,
                       k.config.granularity, f"{k.bytes:,}") for k in kernels]
-    kernels, rest = sum(k.bytes for k in packed.kernels), sum(t.bytes for t in packed.rest)
+    kernels, rest = (sum(t.bytes for t in tensors) for tensors in (packed.kernels, packed.rest))
     unpacked = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*packed.kernels, *packed.rest))
-    mine = "" if packed.network.get("name") else ", model=mine"
     return "\n".join([
-        f"{shown(packed.where)}: packed file, version {VERSION}; to load it: pack.load(FILE{mine})",
-        f"network: {json.dumps(packed.network)[:2000]}", "", *lines, "",
+        *lines, "",
         f"kernels  {kernels:>13,} bytes, FP32 {4 * packed.config.params:,}; CR {packed.config.cr:.2f} (Eq. 22)",
         f"rest     {rest:>13,} bytes, {sum(t.stored != t.dtype for t in packed.rest)} of {len(packed.rest)} in float16",
         f"file     {packed.file_bytes:>13,} bytes; as it was {unpacked:,}: ratio {unpacked / packed.file_bytes:.2f}"])
@@ -386,7 +377,7 @@ def export(file, out, source: str = "") -> str:
     network = read(file).network
     size = network.get("image_size")
     shape = [2, network.get("channels", 3), *(size if type(size) is list else [size, size])]
-    if len(shape) != 4 or not all(type(n) is int and 1 <= n <= 1024 for n in shape):
+    if len(shape) != 4 or any(type(n) is not int or not 1 <= n <= 1024 for n in shape):
         raise InputError(f"{file}: for images of shape {shown(shape[1:])}, expected 1 to 1024 channels and pixels to a "
                          "side; pack the network again")
     model = load(file, own_network(source, network.get("num_classes")) if source else None)
@@ -408,10 +399,8 @@ def main(argv=None) -> int:
                 print(usage)
             case ["info", file]:
                 print(info(read(file)))
-            case ["export", file, out]:
-                print(export(file, out))
-            case ["export", file, out, "--model", source]:
-                print(export(file, out, source))
+            case ["export", file, out, *model] if not model or model[0] == "--model" and len(model) == 2:
+                print(export(file, out, *model[1:]))
             case _:
                 raise InputError(usage)
     except (InputError, OSError) as error:

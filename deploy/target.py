@@ -42,8 +42,7 @@ def parse_goal(text: str) -> Goal | None:
     MB is 10^6 bytes, kB 10^3; a size is cut to whole bytes. Raises InputError for a condition that is unknown or
     repeated, and a number that is not finite or not positive (a drop may be 0).
     """
-    joined = "".join(text.split()).lower()
-    values = {}
+    joined, values = "".join(text.split()).lower(), {}
     for part in joined.split(",") if joined else ():
         match = CONDITION.fullmatch(part)
         size, cr, drop, number, unit = match.groups() if match else (None,) * 5
@@ -52,45 +51,40 @@ def parse_goal(text: str) -> Goal | None:
             value = int(Decimal(number) * UNITS[unit])
         if (not match or bool(size) != bool(unit) or name in values or not math.isfinite(value)
                 or (value <= 0 and not drop)):
-            raise InputError(f"goal={' '.join(text.split())}: '{part}' is not a condition or comes twice; expected one "
-                             "or more of size:1.5MB (or kB, B; also size<=1.5MB), cr:8 (cr>=8), drop:1 (drop<=1), "
-                             "separated by commas")
+            raise InputError(f"goal={' '.join(text.split())}: '{part}' is unknown or comes twice; expected, with "
+                             "commas between, size:1.5MB (or kB, B; also size<=1.5MB), cr:8 (cr>=8), drop:1 (drop<=1)")
         values[name] = value
     return Goal(values.get("size"), values.get("cr"), values.get("drop")) if values else None
 
 
 def give_back(config: NetworkConfig, sensitivity, count: int, limits) -> NetworkConfig:
-    """The configuration with its ``count`` most sensitive blocks uncompressed as far as the bounds allow.
-
-    They get limits.bits_max bits, or what they have where that is more, and keep 1; type and granularity stay. Once
-    every block of B has that, the most sensitive ``count`` - B go back to FP32, all where ``count`` is 2 B. Ties: the
-    earlier block.
-    """
-    blocks = len(config.blocks)
-    order = sorted(range(blocks), key=lambda i: -sensitivity[i])
-    bits = {i: FULL_BITS if rank < count - blocks else limits.bits_max for rank, i in enumerate(order[:count])}
-    return NetworkConfig(tuple(
-        replace(block, kernels=tuple(replace(k, bits=max(k.bits, bits[i]), keep=1.0) for k in block.kernels))
-        if i in bits else block for i, block in enumerate(config.blocks)))
+    """The configuration with its ``count`` most sensitive blocks (ties: the earlier) at keep 1 and limits.bits_max, or
+    the bits that they have where that is more. Of B blocks the most sensitive ``count`` - B go back to FP32."""
+    blocks = list(config.blocks)
+    for rank, i in enumerate(sorted(range(len(blocks)), key=lambda i: -sensitivity[i])[:count]):
+        bits = FULL_BITS if rank < count - len(blocks) else limits.bits_max
+        blocks[i] = replace(blocks[i], kernels=tuple(
+            replace(k, bits=max(k.bits, bits), keep=1.0) for k in blocks[i].kernels))
+    return NetworkConfig(tuple(blocks))
 
 
 # --- What a run does about them --------------------------------------------------------------------------------
 
 
 def resolved(config: Config, params: int, model_bytes: int) -> Config:
-    """The settings with rho_target and delta_max as the goal has them; as they are without a goal.
+    """The settings with rho_target and delta_max as the goal has them; as they are without a goal. Of a file's size the
+    target is what the kernels may take, as if it had no index.
 
-    params: FP32 parameters of all kernels; ``model_bytes``: of every parameter and buffer. The target of a file's size
-    is what the kernels may take of it, as if the file had no index.
+    params: FP32 parameters of all kernels; ``model_bytes``: of every parameter and buffer.
     """
     goal = parse_goal(config.goal)
     if goal is None:
         return config
+    settings = {} if goal.max_drop is None else {"search.max_drop": goal.max_drop}
     targets = [] if goal.min_cr is None else [1 / goal.min_cr]
     if goal.max_bytes is not None:
         targets.append((goal.max_bytes - _rest_bytes(config, params, model_bytes)) / (4 * params))
-    settings = {"search.target": min(max(min(targets), 0.01), 1.0)} if targets else {}
-    return override(config, settings if goal.max_drop is None else {**settings, "search.max_drop": goal.max_drop})
+    return override(config, settings | ({"search.target": min(max(min(targets), 0.01), 1.0)} if targets else {}))
 
 
 def check_sizes(config: Config, shapes, model_bytes: int) -> None:
@@ -161,11 +155,8 @@ class Demands:
         return allowed is None or self.baseline_acc - row.deployed_acc <= allowed
 
     def relaxed(self, row, config: NetworkConfig, rounds: int) -> NetworkConfig | None:
-        """The best configuration with its 1, 2, 4, … most sensitive blocks given back; None where none is to be.
-
-        row, config: the best cycle's, or those of the last round; ``rounds``: how many went before. Blocks are given
-        back where the drop is missed, and no size is held against it.
-        """
+        """The best configuration with its 1, 2, 4, … most sensitive blocks given back; None where the drop holds, or a
+        size is held against it. row, config: of the best cycle or the last round; ``rounds``: how many went before."""
         allowed = self.goal is not None and (self.config.relax or not self.goal.has_size)
         blocks, count = len(config.blocks), 2 ** rounds
         if not allowed or count // 2 >= 2 * blocks or self.holds(row):
@@ -176,9 +167,9 @@ class Demands:
 
     def result(self, row) -> dict | None:
         """Which of the goal's conditions the packed file of the best cycle meets, for result.json; None without one."""
-        if self.goal is None:
-            return None
         goal = self.goal
+        if goal is None:
+            return None
         met = {"size": goal.max_bytes is None or row.packed_bytes <= goal.max_bytes,
                "cr": goal.min_cr is None or row.cr >= goal.min_cr, "drop": self.holds(row)}
         return {"asked": self.config.goal, "met": all(met.values()), "missed": [k for k, v in met.items() if not v],

@@ -3,10 +3,9 @@
     python -m evidence.grid --data-dir DIR     # what is not there yet; Ctrl-C and the same again goes on
     python -m evidence.grid --table plus       # results/grid-*.json as Markdown, each method compared with plus
 
-CIFAR-10 at 32 px (a folder ``DIR/cifar10/{train,test}/<class>``, or its download). A cell is a run of hirelc.py on one
-thread, from the same trained network, with the same fine-tuning, below ``--out``; when it is done, a small file in
-``results/`` holds what was measured and for every test image whether the packed file's network, read back here, is
-right, as hexadecimal digits, the first image in the highest bit.
+CIFAR-10 at 32 px. A cell is a run of hirelc.py on one thread, from the same trained network, with the same fine-tuning,
+below ``--out``; when it is done, a small file in ``results/`` holds what was measured and, as hexadecimal digits, for
+every test image whether the packed file's network, read back here, is right, the first in the highest bit.
 """
 
 import argparse
@@ -35,9 +34,9 @@ DATA = "threads=1 data.name=cifar10 data.image_size=32 baseline.epochs=0"
 CELL = f"{DATA} data.train_images=3000 search.proxy_batches=1 finetune.epochs=1 eval.full=false"
 # As the paper has it: sizes are what the votes give, and after a warm-up the surrogate takes over from the proxy.
 PAPER = "search.cycles=4 surrogate.warmup=3"
-# At one size, with as many evaluations of the proxy, fine-tuned on the grid.
+# At one size, with as many evaluations, fine-tuned on the grid.
 MATCHED = "surrogate=off lla.timesteps=32 search.target=0.10 enforce_target=true finetune.mode=qat search.cycles="
-# Parts of the paper's method, one left out or replaced each: with the proxy, at the votes' sizes (CHANGED) or at one.
+# One part of the method left out or replaced, with the proxy, at the votes' sizes (CHANGED) or at one.
 PARTS = {"no-hla": "search=no-hla", "none": "sensitivity=none", "a2c": "lla.algorithms=A2C,A2C,A2C"}
 CHANGED = "surrogate=off lla.timesteps=32 search.cycles="
 METHODS = {
@@ -59,10 +58,10 @@ KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "final_acc", 
 
 def run(args, exp: int, name: str, seed: int, settings: str) -> int:
     """Run hirelc.py, which goes on with what was stopped; return its exit code. Ctrl-C reaches it as well."""
-    command = ["--exp", str(exp), "--seed", str(seed), "--name", name, "--out", args.out, "--data-dir", args.data_dir,
-               "--no-table", "--resume", "--set", *settings.split()]
+    command = f"--exp {exp} --seed {seed} --name {name} --no-table --resume --set {settings}".split()
+    folders = f"out={args.out}", f"data.dir={args.data_dir}"
     try:
-        return subprocess.run([sys.executable, str(ROOT / "hirelc.py"), *command]).returncode
+        return subprocess.call([sys.executable, str(ROOT / "hirelc.py"), *command, *folders])
     except KeyboardInterrupt:
         return 130
 
@@ -75,11 +74,6 @@ def base(args, network: str) -> Path | None:
     return None if not path.exists() and run(args, exp, "base", 42, settings) else path
 
 
-def read_digits(text: str, count: int) -> np.ndarray:
-    """Return bool [count] from its hexadecimal digits."""
-    return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:count].astype(bool)
-
-
 def keep(args, network: str, method: str, seed: int) -> None:
     """Score a finished cell and write its file."""
     exp = NETWORKS[network][0]
@@ -89,8 +83,8 @@ def keep(args, network: str, method: str, seed: int) -> None:
     where = override(Config(), [*DATA.split(), f"data.dir={args.data_dir}"])
     test = data.load(where.data, lambda *_: None, models.PRETRAINED_STATS[EXPERIMENTS[exp].settings["model.name"]]).test
     hit = correct(pack.load(folder / "packed.pt").to(memory_format=torch.channels_last), test)
-    kept = {key: result[key] for key in KEPT} | {key: config[key] for key in ("started", "versions", "hardware")}
-    write_json(cell_file(args, network, method, seed), kept | {
+    write_json(cell_file(args, network, method, seed), {
+        **{key: result[key] for key in KEPT}, **{key: config[key] for key in ("started", "versions", "hardware")},
         "network": network, "method": method, "settings": METHODS[method], "test_images": len(test),
         "deployed_hits": np.packbits(hit.numpy()).tobytes().hex()})
 
@@ -104,16 +98,16 @@ def table(cells: list[dict], network: str, reference: str) -> str:
     """Return Markdown with a row per method that has cells of a network: the deployed network's accuracy in percent,
     and how far it is from that of ``reference``, paired by seed and image over the seeds that both have."""
     rows = [f"| {network} | seeds | CR | deployed | deployed - {reference}'s [95 %] |", "|---" * 5 + "|"]
-    hits = {method: {cell["seed"]: read_digits(cell["deployed_hits"], cell["test_images"]) for cell in cells
-                     if (cell["network"], cell["method"]) == (network, method)} for method in METHODS}
-    for method, own in ((method, own) for method, own in hits.items() if own):
-        cr = np.mean([cell["cr"] for cell in cells if (cell["network"], cell["method"]) == (network, method)])
-        both, difference = sorted(own.keys() & hits[reference]), ""
-        if both and method != reference:
-            before, after = ([side[seed] for seed in both] for side in (hits[reference], own))
+    of = {name: [cell for cell in cells if (cell["network"], cell["method"]) == (network, name)] for name in METHODS}
+    hits = {name: {cell["seed"]: np.unpackbits(np.frombuffer(bytes.fromhex(cell["deployed_hits"]), np.uint8))[
+        :cell["test_images"]] for cell in own} for name, own in of.items()}
+    for name in (name for name in METHODS if of[name]):
+        both, difference = sorted(hits[name].keys() & hits[reference]), ""
+        if both and name != reference:
+            before, after = ([hits[side][seed] for seed in both] for side in (reference, name))
             difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*crossed_interval(before, after))
-        rows.append(f"| {method} | {' '.join(map(str, sorted(own)))} | {cr:.2f} | "
-                    f"{100 * np.mean(list(own.values())):.2f} | {difference} |")
+        rows.append(f"| {name} | {' '.join(map(str, sorted(hits[name])))} | {np.mean([c['cr'] for c in of[name]]):.2f} "
+                    f"| {100 * np.mean(list(hits[name].values())):.2f} | {difference} |")
     return "\n".join(rows)
 
 
