@@ -1,16 +1,15 @@
 """The tables of the report: the verdict, all runs, the paper beside the runs, the whole test split, the variants.
 
-A run is what its directory holds (:class:`Run`). Runs that differ in the seed alone form a group, and tables give the
-mean and the standard deviation over its seeds. Every drop compares like with like: the fine-tuned network and the
-network on the grid with the baseline, the packed network, whose BatchNorm statistics were estimated again, with a
-baseline treated in the same way. Results of older code lack that last one; their drop carries a dagger.
+Runs that differ in the seed alone form a group; tables give the mean and the standard deviation over its seeds. Every
+drop compares like with like: the fine-tuned network and the network on the grid with the baseline, the packed network,
+whose BatchNorm statistics were estimated again, with a baseline treated in the same way (lacking that: a dagger).
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from config import EXPERIMENTS
@@ -23,6 +22,9 @@ PAPER_ABLATIONS = {
 NOT_METHOD = {"exp", "name", "seed", "out", "device", "threads", "data.dir", "data.cache", "data.workers",
               "model.weights_dir", "policy", "policy_sha256"}
 ABSENT, DAGGER = "–", " †"
+SEEDS_NOTE = "± is the standard deviation over the seeds (n − 1); [low, high] is the 95 % interval of a single run."
+DAGGER_NOTE = ("† The BatchNorm statistics of the packed network were estimated again, the baseline's were not (on the "
+               "first images, and in results of earlier code): part of the difference comes from that.")
 MINIATURE = ("miniature (--smoke): narrow networks on synthetic images with tiny budgets; only the code path is the "
              "paper's, not the numbers.")
 
@@ -61,17 +63,11 @@ class Group:
     runs: tuple[Run, ...]
 
     @property
-    def label(self) -> str:
-        return name_of(self.runs[0].result)
-
-    @property
-    def seeds(self) -> str:
-        return ", ".join(str(seed) for seed in self.by_seed())
-
-    @property
-    def title(self) -> str:
+    def head(self) -> list[str]:
+        """Return the first cells of a row: name, network and data, seeds."""
         r = self.runs[0].result
-        return f"{r['model']}, {r['data']}" + " (miniature)" * bool(r["smoke"])
+        return [name_of(r), f"{r['model']}, {r['data']}" + " (miniature)" * bool(r["smoke"]),
+                ", ".join(map(str, self.by_seed()))]
 
     def values(self, key) -> list:
         return [run.result.get(key) for run in self.runs]
@@ -85,16 +81,13 @@ class Group:
 
 
 def grouped(runs) -> dict[int, list[Group]]:
-    """Return the groups of each experiment (0: users' networks), in the order of the runs.
-
-    Runs belong together where network, data and all settings of the method are the same.
-    """
+    """Return the groups of each experiment (0: users' networks), in the order of the runs; runs belong together where
+    network, data and all settings of the method are the same."""
     members: dict[int, dict[str, list[Run]]] = {}
     for run in runs:
-        names = [run.result[key] for key in ("exp", "name", "model", "data", "smoke", "mode", "scope")]
-        method = {key: value for key, value in (run.settings or {}).items() if key not in NOT_METHOD}
-        key = json.dumps([names, method], sort_keys=True)
-        members.setdefault(run.result["exp"], {}).setdefault(key, []).append(run)
+        same = {key: run.result[key] for key in ("exp", "name", "model", "data", "smoke", "mode", "scope")}
+        same["method"] = {key: value for key, value in (run.settings or {}).items() if key not in NOT_METHOD}
+        members.setdefault(run.result["exp"], {}).setdefault(json.dumps(same, sort_keys=True), []).append(run)
     return {exp: [Group(tuple(same)) for same in parts.values()] for exp, parts in members.items()}
 
 
@@ -111,8 +104,8 @@ def differing(settings: dict | None, reference: dict | None) -> dict:
 
 
 def shown_settings(values: dict) -> str:
-    shown = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in values.items()}
-    return " ".join(f"{key}={value}" for key, value in sorted(shown.items()))
+    return " ".join(f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
+                    for key, value in sorted(values.items()))
 
 
 def null_of(group: Group, groups: list[Group]) -> Group | None:
@@ -144,7 +137,12 @@ def spread(values, form="{:.2f}") -> str:
         return ABSENT
     text = form.format(statistics.fmean(measured))
     text += f" ± {form.replace('+', '').format(statistics.stdev(measured))}" if len(measured) > 1 else ""
-    return text if len(measured) == len(values) else f"{text} ({len(measured)} of {len(values)} runs)"
+    return text + f" ({len(measured)} of {len(values)} runs)" * (len(measured) < len(values))
+
+
+def spreads(group: Group, *keys: str) -> list[str]:
+    """Return the spread of each value over the runs of a group; of KB with one decimal."""
+    return [spread(group.values(key), "{:.1f}" if key.endswith("_kb") else "{:.2f}") for key in keys]
 
 
 def with_interval(group: Group, key: str) -> str:
@@ -158,10 +156,9 @@ def with_interval(group: Group, key: str) -> str:
 def packed_drop(group: Group) -> str:
     """Return the drop of the packed network against the baseline with BatchNorm statistics estimated again, on the
     whole split; with a dagger where the statistics of the baseline were left as they were."""
-    if group.has("deployed_bn_drop_full"):
-        return with_interval(group, "deployed_bn_drop_full")
-    if group.has("deployed_drop_full"):
-        return with_interval(group, "deployed_drop_full") + DAGGER
+    for key, mark in ("deployed_bn_drop_full", ""), ("deployed_drop_full", DAGGER):
+        if group.has(key):
+            return with_interval(group, key) + mark
     if group.has("deployed_acc"):
         return spread([r["baseline_acc"] - r["deployed_acc"] for r in group.by_seed().values()]) + DAGGER
     return ABSENT
@@ -174,10 +171,8 @@ def drawn(group: Group, key: str) -> str:
 
 
 def packed_gains(group: Group, other: Group | None) -> dict[int, float]:
-    """Return, by common seed, the accuracy of the packed network minus that of another group's, in points.
-
-    On the whole split, or where some run lacks that on the first images; empty where that lacks too.
-    """
+    """Return, by common seed, the accuracy of the packed network minus that of another group's, in points: on the
+    whole split, or where some run lacks that on the first images; empty where that lacks too."""
     mine, reference = group.by_seed(), other.by_seed() if other else {}
     pairs = {seed: (mine[seed], reference[seed]) for seed in mine if seed in reference}
     for key in ("deployed_acc_full", "deployed_acc"):
@@ -186,18 +181,9 @@ def packed_gains(group: Group, other: Group | None) -> dict[int, float]:
     return {}
 
 
-SEEDS_NOTE = ("± is the standard deviation over the seeds (n − 1); [low, high] is the 95 % interval of a single run. "
-              "Runs whose settings differ have separate rows.")
-DAGGER_NOTE = ("† The BatchNorm statistics of the packed network were estimated again, the baseline's were not (on the "
-               "first images, and in results of earlier code): part of the difference comes from that.")
-
-
 def against_null(group: Group, groups: list[Group]) -> str:
-    """Return how a group stands against the null controller: its runs on the same seeds where there are any, else the
-    compression ratio of its drawn configurations.
-
-    A difference in accuracy is shown where all of several seeds agree, or the 95 % intervals of a single one lie apart.
-    """
+    """Return how a group stands against the null controller's runs on the same seeds, else against its draws: a
+    difference in accuracy is shown where all of several seeds agree, or the 95 % intervals of one lie apart."""
     if group.runs[0].null:
         return "is the null controller"
     null = null_of(group, groups)
@@ -217,34 +203,30 @@ def against_null(group: Group, groups: list[Group]) -> str:
 def verdict_table(experiments: dict[int, list[Group]]) -> Table:
     """Return what came out, one row per experiment: accuracies, bytes, and the comparison with the null controller."""
     rows = []
-    for groups in experiments.values():
-        for g in subjects(groups):
-            full = "_full" if g.has("baseline_acc_full", "deployed_acc_full") else ""
-            accuracies = f"baseline_acc{full}", "baseline_bn_acc_full", f"deployed_acc{full}"
-            rows.append([
-                g.label, g.title, g.seeds, *(spread(g.values(key)) for key in accuracies), packed_drop(g),
-                spread(g.values("fp32_kb")[:1], "{:.1f}"), spread(g.values("packed_kb"), "{:.1f}"),
-                spread(g.values("ratio")), against_null(g, groups)])
+    for g, groups in ((g, groups) for groups in experiments.values() for g in subjects(groups)):
+        full = "_full" if g.has("baseline_acc_full", "deployed_acc_full") else ""
+        rows.append([
+            *g.head, *spreads(g, f"baseline_acc{full}", "baseline_bn_acc_full", f"deployed_acc{full}"), packed_drop(g),
+            spread(g.values("fp32_kb")[:1], "{:.1f}"), *spreads(g, "packed_kb", "ratio"), against_null(g, groups)])
     return Table("verdict", "Verdict", (
         "exp", "network, data", "seeds", "baseline", "BN again", "packed file", "drop", "FP32 KB", "packed KB", "ratio",
         "against the null controller"), rows, (
         "Accuracies in percent, on the whole test split where that was scored. BN again: the baseline with BatchNorm "
         "statistics estimated again like the packed file's; drop: of the packed file from there, in points. FP32 KB: "
-        "all parameters and buffers; packed KB: the packed file (1 KB = 1000 bytes). Null: the controller whose "
-        "actions are drawn uniformly; accuracies are of packed files on the same seeds.",))
+        "all parameters and buffers (1 KB = 1000 bytes). Null: the controller whose actions are drawn uniformly, on "
+        "the same seeds.",))
 
 
 def runs_table(results) -> Table:
     """Return one row per result, with the paper's drop and CR beside it."""
     rows = []
     for r in map(with_derived, results):
-        paper, null = EXPERIMENTS[r["exp"]].paper if r["exp"] in EXPERIMENTS else None, r["null_controller"]
+        paper, g = EXPERIMENTS[r["exp"]].paper if r["exp"] in EXPERIMENTS else None, Group((Run(Path(), r),))
         rows.append([
             f"exp {name_of(r)}: {r['model']}, {r['data']}, seed {r['seed']}, scope {r['scope']}, mode {r['mode']}"
             + ", protocol holdout" * (r.get("protocol") == "holdout") + ", miniature" * bool(r["smoke"]),
-            *(spread([r[key]]) for key in ("baseline_acc", "final_acc", "drop", "deployed_acc", "cr")),
-            f"{null['cr_mean']:.2f} ± {null['cr_std']:.2f}", spread([r["compliance"]], "{:.1f}"),
-            *(spread([r[key]], "{:.1f}") for key in ("fp32_kb", "packed_kb")), spread([r["ratio"]]),
+            *spreads(g, "baseline_acc", "final_acc", "drop", "deployed_acc", "cr"), drawn(g, "cr"),
+            spread([r["compliance"]], "{:.1f}"), *spreads(g, "fp32_kb", "packed_kb", "ratio"),
             "met" if r["cr_met"] and r["drop_met"] else "no",
             spread([paper and paper.drop]), spread([paper and paper.cr])])
     images = " or ".join(map(str, sorted({r["eval_images"] for r in results})))
@@ -255,48 +237,44 @@ def runs_table(results) -> Table:
         "cycle (protocol holdout: held-out training images).",
         "final: the best epoch of fine-tuning (mode paper: FP32 weights off the grid, as the paper scores them; mode "
         "qat: on the grid); packed: read back from packed.pt, with BatchNorm statistics estimated again.",
-        "CR: compressed kernels alone (Eq. 22); FP32 KB: every parameter and buffer; packed KB: packed.pt (1 KB = 1000 "
-        "bytes); ratio: FP32 KB / packed KB; compl.: budget compliance in percent.",
-        "Eq. 3: whether CR >= 1/rho_target and drop <= delta_max; null: every action drawn uniformly, same votes "
-        "(mean ± standard deviation, no training).", *([MINIATURE] if any(r["smoke"] for r in results) else ())))
+        "CR: compressed kernels alone (Eq. 22); KB: 1000 bytes, of every parameter and buffer and of packed.pt; "
+        "ratio: of these; compl.: budget compliance in percent; Eq. 3: whether CR >= 1/rho_target and drop <= "
+        "delta_max; null: every action drawn uniformly, same votes (mean ± standard deviation, no training).",
+        *([MINIATURE] if any(r["smoke"] for r in results) else ())))
 
 
 def paper_table(experiments: dict[int, list[Group]]) -> Table:
     """Return Tables 2 and 4 of the paper beside the runs, as the paper scores them."""
     rows = []
-    for exp, groups in experiments.items():
-        if exp not in EXPERIMENTS:
-            continue
+    for exp, groups in ((exp, groups) for exp, groups in experiments.items() if exp in EXPERIMENTS):
         p = EXPERIMENTS[exp].paper
-        rows.append([str(exp), "paper", EXPERIMENTS[exp].title, ABSENT, *(spread([value]) for value in (
+        rows.append([str(exp), EXPERIMENTS[exp].title, ABSENT, "paper", *(spread([value]) for value in (
             p.baseline, p.final, p.drop, p.cr, p.compliance, p.surrogate_mae))])
         for g in subjects(groups):
             for whose, part in ("here", g), ("null, run", null_of(g, groups)):
                 if part:
-                    rows.append([part.label, whose, part.title, part.seeds, *(spread(part.values(key)) for key in (
-                        "baseline_acc", "final_acc", "drop", "cr", "compliance", "surrogate_mae"))])
-            rows.append([g.label, "null, drawn", g.title, g.seeds, *[ABSENT] * 3, drawn(g, "cr"),
-                         drawn(g, "compliance"), ABSENT])
+                    rows.append([*part.head, whose, *spreads(
+                        part, "baseline_acc", "final_acc", "drop", "cr", "compliance", "surrogate_mae")])
+            rows.append([*g.head, "null, drawn", *[ABSENT] * 3, drawn(g, "cr"), drawn(g, "compliance"), ABSENT])
     return Table("paper", "The paper's Tables 2 and 4 beside the runs", (
-        "exp", "whose", "network, data", "seeds", "baseline", "final", "drop", "CR", "compliance %", "surrogate MAE"),
+        "exp", "network, data", "seeds", "whose", "baseline", "final", "drop", "CR", "compliance %", "surrogate MAE"),
         rows, ("The paper's Table 3 has 87.86 → 85.65 for three seeds of experiment 1. Compliance: 1 − |ρ − ρ*| / ρ*, "
                "mean over the blocks. Surrogate MAE: of its predictions before fine-tuning, in points. null, run: with "
-               "search=null; null, drawn: configurations of that controller, no training.", SEEDS_NOTE))
+               "search=null; null, drawn: what it draws, without training.", SEEDS_NOTE))
 
 
 def whole_table(experiments: dict[int, list[Group]]) -> Table:
     """Return what each step costs on the whole test split: fine-tuned, on the grid, packed."""
-    rows = [[g.label, g.title, g.seeds, str(g.runs[0].result["test_images"]), with_interval(g, "baseline_acc_full"),
-             spread(g.values("final_acc_full")), with_interval(g, "drop_full"), spread(g.values("grid_acc_full")),
-             with_interval(g, "grid_drop_full"), spread(g.values("baseline_bn_acc_full")),
-             spread(g.values("deployed_acc_full")), packed_drop(g)]
+    rows = [[*g.head, str(g.runs[0].result["test_images"]), with_interval(g, "baseline_acc_full"),
+             *spreads(g, "final_acc_full"), with_interval(g, "drop_full"), *spreads(g, "grid_acc_full"),
+             with_interval(g, "grid_drop_full"), *spreads(g, "baseline_bn_acc_full", "deployed_acc_full"),
+             packed_drop(g)]
             for groups in experiments.values() for g in groups if g.has("final_acc_full")]
     return Table("whole", "The whole test split: what each step costs", (
         "exp", "network, data", "seeds", "images", "baseline", "final", "drop", "on the grid", "grid drop", "BN again",
         "packed file", "packed drop"), rows, (
         "final and on the grid (weights rounded to what the file holds, BatchNorm as trained) are compared with the "
-        "baseline, the packed file with the baseline whose BatchNorm statistics were estimated again like the file's "
-        "(BN again), image by image.", SEEDS_NOTE))
+        "baseline, the packed file with BN again, the baseline treated like it, image by image.", SEEDS_NOTE))
 
 
 def variants_table(experiments: dict[int, list[Group]]) -> Table:
@@ -304,18 +282,18 @@ def variants_table(experiments: dict[int, list[Group]]) -> Table:
     rows = []
     for exp, groups in experiments.items():
         for g in groups if len(groups) > 1 else ():
-            plain = next((p for p in subjects(groups) if p.label == str(exp) and p.title == g.title), None)
+            plain = next((p for p in subjects(groups) if p.head[:2] == [str(exp), g.head[1]]), None)
             text = "the experiment itself" if g is plain else shown_settings(
                 differing(g.runs[0].settings, plain and plain.runs[0].settings)) or ABSENT
             first = [next((row for row in run.result.get("cycles") or () if row["cycle"] == 1), {}) for run in g.runs]
             gains = {} if g is plain else packed_gains(g, plain)
             rows.append([
-                g.label, g.title, text, g.seeds, spread(g.values("drop")), spread(g.values("cr")),
+                *g.head, text, *spreads(g, "drop", "cr"),
                 *(spread([row.get(key) for row in first]) for key in ("drop", "cr")),
-                spread(g.values("packed_kb"), "{:.1f}"), spread(g.values("evaluations"), "{:.0f}"),
+                *spreads(g, "packed_kb"), spread(g.values("evaluations"), "{:.0f}"),
                 spread(list(gains.values()), "{:+.2f}"), PAPER_ABLATIONS.get(text, ABSENT) if exp == 1 else ABSENT])
     return Table("variants", "Methods and ablations", (
-        "exp", "network, data", "what differs", "seeds", "drop", "CR", "cycle 1: drop", "cycle 1: CR", "packed KB",
+        "exp", "network, data", "seeds", "what differs", "drop", "CR", "cycle 1: drop", "cycle 1: CR", "packed KB",
         "evaluations", "accuracy minus the experiment's", "paper: drop"), rows, (
         "drop: of the fine-tuned network; evaluations: candidates that the search judged, over all cycles; accuracy: "
         "of the packed file, on the seeds that both have. ± as in the table of the paper.",))
@@ -326,5 +304,5 @@ def all_tables(runs) -> list[Table]:
     groups = grouped(runs)
     tables = (verdict_table(groups), runs_table([run.result for run in runs]), paper_table(groups), whole_table(groups),
               variants_table(groups))
-    return [Table(t.key, t.title, t.columns, t.rows, (*t.notes, DAGGER_NOTE) if any(
-        cell.endswith(DAGGER) for row in t.rows for cell in row) else t.notes) for t in tables if t.rows]
+    return [replace(t, notes=(*t.notes, DAGGER_NOTE)) if any(cell.endswith(DAGGER) for row in t.rows for cell in row)
+            else t for t in tables if t.rows]
