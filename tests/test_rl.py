@@ -49,7 +49,7 @@ def taped_rollouts(agent):
 
 
 def zeroed(agent_class, nvec=(2,), **hyper):
-    """An agent whose weights are all zero. Its hidden units are 0 and its logits the last layer's bias, only the two last
+    """An agent whose weights are all zero. Hidden units are 0 and its logits the last layer's bias; only the last two
     biases get a gradient, and each update can be followed on paper."""
     agent = agent_class(Taped(), nvec, **hyper)
     for p in agent.parameters:
