@@ -1,14 +1,12 @@
 """What the hierarchy is compared with: searches over the same configurations, the same estimates and the same budget.
 
 Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each
-block judged with the others at theta_0 as the low-level agents' candidates are, that retains at most ``target``. To
-first order the blocks' drops add up, and the sum costs one estimate per block: a method is charged alike whether it
-looks at blocks or at networks. One *evaluation* is one estimate of one block's candidate; one that was made before is
-remembered and costs nothing. No method makes more than the hierarchy (:func:`budget`).
+block judged with the others at theta_0 as the low-level agents' candidates are, that retains at most ``target``. One
+*evaluation* is one estimate of one block's candidate, so that a method is charged alike whether it looks at blocks or
+at networks; one that was made before costs nothing. No method makes more than the hierarchy (:func:`budget`).
 
-Configurations are those that the agents' actions can say under uniform budgets: bits_min…bits_max, and the 15 values of
-keep, those that mean other channels. A *genome* is int [K, 4]: level of bits and of keep (0 = the least), type and
-granularity of each of the network's K kernels. The methods are the functions in METHODS.
+Configurations are those that the agents' actions can say under uniform budgets. A *genome* is int [K, 4]: level of bits
+and of keep (0 = the least), type and granularity of each of the network's K kernels.
 """
 
 from __future__ import annotations
@@ -59,17 +57,12 @@ def budget(blocks: int, agents: int, lla) -> int:
 
 
 def find(method: str, problem: Problem, seed: int) -> Choice:
-    """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``.
-
-    The target is one that some configuration meets, the budget at least one evaluation per block.
-    """
+    """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``. Some
+    configuration meets the target, and the budget is at least one evaluation per block."""
     space = Space(problem)
     note = METHODS[method](space, np.random.default_rng(seed))
     bad = space.bad and f"{space.bad} drops were not finite and became 50"
     return Choice(space.best, problem.budget - space.remaining, tuple(filter(None, (note, bad))))
-
-
-# --- In place of the low-level agents --------------------------------------------------------------------------
 
 
 def joint_blocks(blocks, sensitivity, estimator, config, note) -> list[JointBlock]:
@@ -99,9 +92,8 @@ class JointBlock:
         of the whole; the network has one size, so that ``budget`` plays no part."""
         self.cycle += 1
         choice = self.find_in(self.cycle)
-        if self.index == 0:
-            for text in choice.notes:
-                self.note(text)
+        for text in () if self.index else choice.notes:
+            self.note(text)
         return Found(choice.config.blocks[self.index], [], 0 if self.index else choice.evaluations, None, {})
 
     def state_dict(self) -> dict:
@@ -111,9 +103,6 @@ class JointBlock:
     def load_state_dict(self, state: dict) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.cycle = state["cycle"]
-
-
-# --- Configurations and the count of evaluations ---------------------------------------------------------------
 
 
 class Space:
@@ -186,10 +175,8 @@ class Space:
         return genome
 
     def scores(self, configs) -> list[float]:
-        """Return the sum of the blocks' drops of each network; the best that meets the target is kept.
-
-        In order; a network whose unknown blocks are more than what remains costs nothing and scores infinity.
-        """
+        """Return the sum of the blocks' drops of each network; the best that meets the target is kept. A network whose
+        unknown blocks are more than what remains costs nothing and scores infinity."""
         asked: dict[int, list[BlockConfig]] = {}
         for config in configs:
             unknown = [(i, block) for i, block in enumerate(config.blocks) if (i, block) not in self.known]
@@ -209,9 +196,6 @@ class Space:
         return drops
 
 
-# --- The methods -----------------------------------------------------------------------------------------------
-
-
 def uniform(space: Space, rng) -> None:
     """The same bits and keep everywhere; of every number of bits (type and granularity, where they are free) the
     largest keep that meets the target, and of these the least drop."""
@@ -229,7 +213,7 @@ def uniform(space: Space, rng) -> None:
         for _ in range(30):
             middle = (low + high) / 2
             low, high = (middle, high) if network(bits, middle).retained <= target else (low, middle)
-        configs += [network(bits, low, *kind) for kind in ((t, g) for t in space.qtypes for g in space.granularities)]
+        configs += [network(bits, low, t, g) for t in space.qtypes for g in space.granularities]
     space.scores(configs)
 
 

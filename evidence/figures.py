@@ -1,7 +1,6 @@
 """Figures of the report: rows of plain data in, one SVG out, which is well-formed XML without scripts or references.
 
-A figure is drawn 360 units wide, so that its letters stay readable on a phone. Text and axes take the page's colour;
-series have colours of Okabe and Ito and, for whoever cannot tell those apart, a dash pattern each.
+Text and axes take the page's colour; series have colours of Okabe and Ito, and a dash pattern each.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from xml.sax.saxutils import escape as _escape
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4")
-WIDTH = 360
+WIDTH = 360  # units, so that letters stay readable on a phone
 MOST_POINTS = 40  # of a series that are drawn one by one; longer ones are a line
 
 
@@ -40,10 +39,7 @@ def bounds(values) -> tuple[float, float]:
 
 
 def lines(title: str, rows, x: str, y: str, labels: tuple[str, str]) -> str:
-    """Draw row[y] over row[x], whole numbers, as a line per ``series``; rows without a y are left out.
-
-    ``labels``: of the two axes.
-    """
+    """Draw row[y] over row[x], whole numbers, as a line per ``series``; rows without a y are left out."""
     rows = [row for row in rows if row[y] is not None]
     (x0, x1), (y0, y1) = bounds([row[x] for row in rows]), bounds([row[y] for row in rows])
     left, right, top, bottom = 64, WIDTH - 10, 10, 190
@@ -76,23 +72,19 @@ def lines(title: str, rows, x: str, y: str, labels: tuple[str, str]) -> str:
 
 
 def allocation(title: str, rows) -> str:
-    """Draw Fig. 4: a line per kernel with a bar each for its bits and for the share of its channels that is kept.
-
-    ``rows``: kernel, bits and keep (a fraction).
-    """
+    """Draw Fig. 4: a line per kernel with a bar each for its bits and for its keep, the fraction of channels kept."""
     name, wide, high, most = 118, 84, 15, max(row["bits"] for row in rows)
     bars = (("bits", name + 8, most, "#0072B2"), ("keep", name + 8 + wide + 38, 1, "#D55E00"))
     parts = [_text(bars[0][1], 11, "bits"), _text(bars[1][1], 11, "channels kept")]
-    y = 16
-    for row in rows:
+    for n, row in enumerate(rows):
+        y = 16 + high * n
         parts.append(_text(name, y + 11, _short(row["kernel"], 19, end=True), "end"))
         for key, x, full, colour in bars:
             parts += [f'<rect x="{x}" y="{y + 2}" width="{wide}" height="{high - 4}" class="track"/>',
                       f'<rect x="{x}" y="{y + 2}" width="{wide * row[key] / full:.2f}" height="{high - 4}" '
                       f'fill="{colour}"><title>{escape(row["kernel"])}: {key} {row[key]}</title></rect>',
                       _text(x + wide + 4, y + 11, f"{row[key]:.2f}" if key == "keep" else row[key])]
-        y += high
-    return _svg(title, y + 4, parts)
+    return _svg(title, 20 + high * len(rows), parts)
 
 
 def _text(x, y, text, anchor: str = "start") -> str:
@@ -102,9 +94,7 @@ def _text(x, y, text, anchor: str = "start") -> str:
 def _short(text, most: int, end: bool = False) -> str:
     """Return a text with an ellipsis in place of what exceeds ``most`` letters: of its beginning where ``end``."""
     text = str(text)
-    if len(text) <= most:
-        return text
-    return "…" + text[1 - most:] if end else text[:most - 1] + "…"
+    return text if len(text) <= most else "…" + text[1 - most:] if end else text[:most - 1] + "…"
 
 
 def _svg(title: str, height: float, parts) -> str:

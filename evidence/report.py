@@ -1,6 +1,5 @@
-"""The report on all runs of a folder: ``python -m evidence.report OUT`` reads OUT/*/ and nothing else, prints the table
-of all runs and writes OUT/report.html, OUT/results.md and OUT/csv/. Run directories of earlier code are read too; their
-settings that are gone are named."""
+"""The report on all runs of a folder: ``python -m evidence.report OUT`` reads OUT/*/, prints the table of all runs and
+writes OUT/report.html, OUT/results.md and OUT/csv/. Of runs of earlier code the settings that are gone are named."""
 
 from __future__ import annotations
 
@@ -20,9 +19,6 @@ from evidence.tables import Group, Run, Table
 from support.files import read_json, survive_ascii, write_text
 
 NUMBERS = re.compile(r"[-+][0-9.]+(?:[ ,][^|!=@]*)?")  # a cell of our tables that begins with a sign
-
-
-# Reading run directories
 
 
 def read_runs(out) -> list[Run]:
@@ -86,9 +82,6 @@ def _add_updates(run: Run, path: Path) -> Run:
     return dataclasses.replace(run, updates=updates)
 
 
-# Text, Markdown and CSV
-
-
 def results_table(results, markdown: bool = False) -> str:
     """Return the table of all runs: Markdown, or text of at most 120 columns with two lines per run, and its legend."""
     table = tables.runs_table(results)
@@ -102,26 +95,21 @@ def results_table(results, markdown: bool = False) -> str:
         lines += [*textwrap.wrap(row[0], 120, subsequent_indent="  "), numbers]
     notes = list(table.notes)
     for r in results:
-        scored = [(word, r.get(f"{key}_acc_full"), r.get(f"{key}_interval_full")) for word, key in (
-            ("baseline", "baseline"), ("final", "final"), ("packed", "deployed"))]
-        text = ", ".join("{} {:.2f} [{:.2f}, {:.2f}]".format(word, acc, *interval)
-                         for word, acc, interval in scored if interval)
-        if text:
+        scored = ["{} {:.2f} [{:.2f}, {:.2f}]".format(word, r[f"{key}_acc_full"], *r[f"{key}_interval_full"])
+                  for word, key in (("baseline", "baseline"), ("final", "final"), ("packed", "deployed"))
+                  if r.get(f"{key}_interval_full")]
+        if scored:
             notes.append(f"exp {tables.name_of(r)} seed {r['seed']}, whole test split (n = {r['test_images']}, 95 % "
-                         f"intervals): {text}")
+                         f"intervals): {', '.join(scored)}")
     return "\n".join([*lines, "", *(textwrap.fill(note, 120, subsequent_indent="    ") for note in notes)])
 
 
 def _markdown(table: Table) -> str:
-    """Return a table and its notes as a list, without the title."""
-    return "\n".join([_markdown_row(table.columns), "|" + "---|" * len(table.columns), *map(_markdown_row, table.rows),
-                      "", *(f"- {note}" for note in table.notes)]) + "\n"
-
-
-def _markdown_row(cells) -> str:
-    """Return a row in which no cell's text is taken for the signs of Markdown or HTML."""
-    shown = [figures.clean(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for cell in cells]
-    return "| " + " | ".join(shown) + " |"
+    """Return a table, no cell of which is taken for the signs of Markdown or HTML, and its notes as a list."""
+    header, *rows = ("| " + " | ".join(
+        figures.clean(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;") for cell in row) + " |"
+        for row in (table.columns, *table.rows))
+    return "\n".join([header, "|" + "---|" * len(table.columns), *rows, "", *(f"- {n}" for n in table.notes), ""])
 
 
 def csv_text(columns, lines) -> str:
@@ -140,14 +128,11 @@ def csv_files(runs: list[Run]) -> dict[str, str]:
     """Return name → content of every CSV: a file per table, and one per kind of figure with the rows of all runs."""
     files = {f"{table.key}.csv": csv_text(table.columns, table.rows) for table in tables.all_tables(runs)}
     drawn: dict[str, list[dict]] = {}
-    for figure in [f for groups in tables.grouped(runs).values() for f in rows.experiment_figures(groups)] + [
-            f for run in runs for f in rows.run_figures(run)]:
-        drawn.setdefault(figure.name, []).extend(figure.rows)
+    for figures_ in (*map(rows.experiment_figures, tables.grouped(runs).values()), *map(rows.run_figures, runs)):
+        for figure in figures_:
+            drawn.setdefault(figure.name, []).extend(figure.rows)
     return files | {f"{name}.csv": csv_text(lines[0], [line.values() for line in lines])
                     for name, lines in drawn.items()}
-
-
-# The page
 
 
 STYLE = """
@@ -166,10 +151,10 @@ th, td { padding: 0.25rem 0.5rem; text-align: left; vertical-align: top; border-
  tbody th, td { display: grid; grid-template-columns: 8rem minmax(0, 1fr); border: 0; padding: 0.1rem 0.5rem; }
  tbody th::before, td::before { content: attr(data-label); color: var(--soft); font-weight: normal; } }
 figure { margin: 0.5rem 0; max-width: 30rem; }
-svg { display: block; width: 100%; height: auto; color: var(--fg); font: 11px system-ui, sans-serif; }
+svg { display: block; width: 100%; color: var(--fg); font: 11px system-ui, sans-serif; }
 svg text { fill: currentColor; } svg .track { fill: currentColor; fill-opacity: 0.12; }
-svg .grid { stroke: var(--rule); stroke-width: 0.6; } svg .axis { stroke: currentColor; stroke-width: 1; }
-details { border: 1px solid var(--rule); margin: 0.6rem 0; padding: 0 0.7rem 0.4rem; }
+svg .grid { stroke: var(--rule); } svg .axis { stroke: currentColor; }
+details { border: 1px solid var(--rule); margin: 0.6rem 0; padding: 0 0.7rem; }
 summary { cursor: pointer; padding: 0.5rem 0; font-weight: 600; } dd { margin: 0 0 0.4rem; font-size: 0.85rem; }
 """
 
@@ -193,15 +178,12 @@ def page(runs: list[Run]) -> str:
     parts = [
         '<!DOCTYPE html>\n<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/><title>HiReLC: report</title>'
-        f"<style>{STYLE}</style></head><body><h1>HiReLC: report</h1>"]
-    if small:
-        parts.append(f"<p><strong>{small} of {len(runs)} runs: {escape(tables.MINIATURE)}</strong></p>")
-    if old:
-        parts.append(f"<p>Measured by earlier code: {old} of {len(runs)} runs; their settings that are gone are named "
-                     "with each run below.</p>")
-    parts += [html_table(verdict), "<p>What runs of this implementation measured, beside what the paper (arXiv "
-              "2606.26002) reports. Every number comes from the run directories beside this file; tables and rows of "
-              "figures are in <code>csv/</code> too.</p>", *map(html_table, others)]
+        f"<style>{STYLE}</style></head><body><h1>HiReLC: report</h1>",
+        f"<p><strong>{small} of {len(runs)} runs: {escape(tables.MINIATURE)}</strong></p>" * bool(small),
+        f"<p>Measured by earlier code: {old} of {len(runs)} runs; their settings that are gone are named with each "
+        "run below.</p>" * bool(old), html_table(verdict),
+        "<p>What runs of this implementation measured, beside what the paper (arXiv 2606.26002) reports. Tables and "
+        "rows of figures are in <code>csv/</code> too.</p>", *map(html_table, others)]
     for exp, groups in experiments.items():
         title = f"Experiment {exp}: {EXPERIMENTS[exp].title}" if exp in EXPERIMENTS else "Users' networks"
         parts += [f'<section id="exp{exp}"><h2>{escape(title)}</h2>',
@@ -220,10 +202,8 @@ def _run_section(run: Run, groups: list[Group]) -> str:
         ("hardware", hardware and f"{hardware['device']}, {hardware['threads']} threads"),
         ("versions", " ".join(f"{key}={value}" for key, value in (config.get("versions") or {}).items())),
         ("git", config.get("git")), ("drop by the proxy", _votes(r)),
-        ("settings that differ from the experiment's",
-         run.settings and (tables.shown_settings(change) or "none")),
-        ("settings that are gone (measured by earlier code)",
-         tables.shown_settings({key: settings[key] for key in run.retired})),
+        ("settings that differ from the experiment's", run.settings and (tables.shown_settings(change) or "none")),
+        ("settings that are gone", tables.shown_settings({key: settings[key] for key in run.retired})),
         ("notes", " · ".join(r.get("notes") or ())), ("files that are missing", ", ".join(run.missing))]
     shown = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts if value)
     return (f"<details><summary>{escape(run.label)}: accuracy {r['baseline_acc']:.2f} → {r['final_acc']:.2f}, CR "
@@ -234,10 +214,8 @@ def _run_section(run: Run, groups: list[Group]) -> str:
 def _votes(r: dict) -> str:
     """Return what the votes of the trained low-level agents are worth beside uniform draws; empty where unknown."""
     pairs = [(step.get("consensus_drop"), step.get("random_drop")) for step in r.get("searches") or ()]
-    pairs = [pair for pair in pairs if None not in pair]
-    if not pairs:
-        return ""
-    return "of the votes {:.2f} points, of uniformly drawn actions {:.2f}".format(*map(statistics.fmean, zip(*pairs)))
+    means = [statistics.fmean(drops) for drops in zip(*(pair for pair in pairs if None not in pair))]
+    return "of the votes {:.2f} points, of uniformly drawn actions {:.2f}".format(*means) if means else ""
 
 
 def write_report(out, runs: list[Run]) -> None:
@@ -265,8 +243,7 @@ def main(argv=None) -> int:
         print(results_table([run.result for run in runs]))
         for gone in dict.fromkeys(run.retired for run in runs if run.retired):
             names = ", ".join(run.path.name for run in runs if run.retired == gone)
-            print("\n" + textwrap.fill(f"Measured by earlier code (settings that are gone: {', '.join(gone)}): {names}",
-                                       120))
+            print(f"\nMeasured by earlier code (settings that are gone: {', '.join(gone)}): {names}")
         print(f"\n{Path(argv[0]) / 'report.html'}: tables and figures; results.md and csv/ beside it")
     except (InputError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)

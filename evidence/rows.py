@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass
 
 from config import EXPERIMENTS
@@ -26,8 +27,7 @@ class Figure:
 
 def run_figures(run: Run) -> list[Figure]:
     """Return what can be drawn of one run: the allocation of the best cycle, and the entropy of the policies."""
-    kernels, learning = allocation_rows(run), learning_rows(run)
-    drawn = []
+    kernels, learning, drawn = allocation_rows(run), learning_rows(run), []
     if kernels:
         bits, keep = (statistics.fmean(row[key] for row in kernels) for key in ("bits", "keep"))
         drawn.append(Figure("allocation", f"Allocation per kernel (Fig. 4): {run.label}. Mean over {len(kernels)} "
@@ -49,10 +49,8 @@ def experiment_figures(groups: list[Group]) -> list[Figure]:
 
 
 def allocation_rows(run: Run) -> list[dict]:
-    """Return what the best cycle chose for every kernel (Fig. 4); nothing without a policy.json.
-
-    ``keep``: the share of the channels that is kept, or where the file lacks it the one that was asked for.
-    """
+    """Return what the best cycle chose for every kernel (Fig. 4), its keep as what is really kept where the file says
+    it; nothing without a policy.json."""
     return [{"run": run.label, "block": block["name"], "kernel": kernel["name"], "bits": kernel["bits"],
              "keep": kernel["keep"] if kernel.get("keep_actual") is None else kernel["keep_actual"],
              **{key: kernel[key] for key in ("qtype", "granularity", "retained")}}
@@ -62,17 +60,15 @@ def allocation_rows(run: Run) -> list[dict]:
 def learning_rows(run: Run) -> list[dict]:
     """Return the mean entropy of the n-th updates over agents and blocks, by level and algorithm; None where no value
     is finite. Empty where no agent has two updates."""
-    count, entropies = {}, {}
+    count, entropies = Counter(), {}
     for row in run.updates or ():
         agent = (row["level"], row["block"], row["agent"], row["algorithm"])
-        count[agent] = count.get(agent, 0) + 1
-        entropies.setdefault((f"{row['level']} {row['algorithm']}", count[agent]), []).append(row["entropy"])
-    rows = []
-    for (series, update), values in entropies.items():
-        finite = [value for value in values if value is not None]
-        rows.append({"run": run.label, "series": series, "update": update,
-                     "entropy": statistics.fmean(finite) if finite else None})
-    return rows if max(count.values(), default=0) > 1 else []
+        count[agent] += 1
+        finite = entropies.setdefault((f"{row['level']} {row['algorithm']}", count[agent]), [])
+        finite += [] if row["entropy"] is None else [row["entropy"]]
+    return [{"run": run.label, "series": series, "update": update,
+             "entropy": statistics.fmean(finite) if finite else None}
+            for (series, update), finite in entropies.items() if max(count.values()) > 1]
 
 
 def cycle_rows(groups: list[Group]) -> list[dict]:

@@ -147,10 +147,9 @@ def spreads(group: Group, *keys: str) -> list[str]:
 
 def with_interval(group: Group, key: str) -> str:
     """Return the value of one run with its 95 % interval; of several the mean and standard deviation."""
-    r, interval = group.runs[0].result, key.replace("_acc", "").replace("_full", "_interval_full")
-    if len(group.runs) > 1 or r.get(key) is None or not r.get(interval):
-        return spread(group.values(key))
-    return "{:.2f} [{:.2f}, {:.2f}]".format(r[key], *r[interval])
+    ends = group.runs[0].result.get(key.replace("_acc", "").replace("_full", "_interval_full"))
+    alone = len(group.runs) == 1 and group.has(key) and ends
+    return spread(group.values(key)) + " [{:.2f}, {:.2f}]".format(*ends) if alone else spread(group.values(key))
 
 
 def packed_drop(group: Group) -> str:
@@ -166,8 +165,8 @@ def packed_drop(group: Group) -> str:
 
 def drawn(group: Group, key: str) -> str:
     """Return mean ± standard deviation over the draws of the null controller; their means over the runs of a group."""
-    return " ± ".join(f"{statistics.fmean(null[f'{key}_{what}'] for null in group.values('null_controller')):.2f}"
-                      for what in ("mean", "std"))
+    nulls = group.values("null_controller")
+    return " ± ".join(f"{statistics.fmean(n[f'{key}_{what}'] for n in nulls):.2f}" for what in ("mean", "std"))
 
 
 def packed_gains(group: Group, other: Group | None) -> dict[int, float]:
