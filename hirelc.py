@@ -421,7 +421,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     with networks.switches(config), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
-        run = Run(network, survey, train, test, config, log, networks.describe(network, config, train),
+        run = Run(network, survey, train, test, config, log, pack.describe(network, config, train),
                   given=fitted(policy, survey.blocks, config, log))
         out = algorithm_1(run)
         result = summary.summarise(run, out) | {"data": "given", "timings": run.phases.seconds}
@@ -469,7 +469,8 @@ def run_experiment(config: Config, log: Log | None = None, resume: bool = False,
 
 
 def _run_experiment(config, log, ranks, device, path, phases, policy, resume) -> dict:
-    log.info(f"{cli.title(config)}, seed {config.seed}, on {device}, processes: {ranks.size}")
+    what = EXPERIMENTS[config.exp].title if config.exp else config.model.source
+    log.info(f"{what}{' (smoke)' * config.smoke}, seed {config.seed}, on {device}, processes: {ranks.size}")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(config.seed)
     with ranks.in_turn():  # downloads and builds caches
@@ -481,7 +482,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
     model, survey = networks.make(config, splits, device, ranks, log)
     with ranks.alike():
         run = Run(model, survey, splits.train, splits.test, config, log,
-                  networks.describe(model, config, splits.train), ranks, fitted(policy, survey.blocks, config, log),
+                  pack.describe(model, config, splits.train), ranks, fitted(policy, survey.blocks, config, log),
                   phases, save=lambda out: ranks.first and summary.save(path, out, runs.write))
         if ranks.first:
             runs.open_directory(path, config, run, resume)
@@ -538,7 +539,8 @@ def main(argv=None) -> int:
             code = max(code, cli.fail(error, 1))
         except (runs.Stopped, KeyboardInterrupt) as error:
             stopped = error if isinstance(error, runs.Stopped) else runs.Stopped(signal.SIGINT)
-            return cli.fail(cli.stopped(stopped, args, argv), stopped.code)
+            how = "" if args.load or args.dry_run else "; go on with the same command and --resume"
+            return cli.fail(f"{stopped}{how}", stopped.code)
         except RuntimeError as error:
             if not lost(error):
                 raise

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 import models
 from compress import FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, decode, encode
-from config import InputError
+from config import Config, InputError
 from deploy import narrow
 from support.files import replace_file, shown, survive_ascii
-from support.own import own_network
+from support.own import forward, own_network, untouched
 
 MAGIC, VERSION = b"HiReLC packed\n", 1
 HEAD = MAGIC + VERSION.to_bytes(4, "little")
@@ -347,6 +347,19 @@ def _check_fit(packed, target, built) -> None:
                             f"{list(tensor.shape)} in the network")
     if problems:
         raise InputError(f"{packed.where} does not fit the network; {'; '.join(problems[:1000])}")
+
+
+def describe(network: nn.Module, config: Config, train) -> dict:
+    """Return what the packed file says of its network: how to build it where it is one of ours, and its images."""
+    images, _ = train.batch(torch.arange(1), next(network.parameters()).device)
+    with untouched(network):
+        classes = forward(network, images).shape[1]
+    _, channels, height, width = images.shape
+    return {"name": "" if config.model.source else config.model.name, "source": config.model.source,
+            "num_classes": classes, "channels": channels, "image_size": height if height == width else [height, width],
+            "width": config.model.width, "patch_size": config.model.patch_size,
+            "quick_gelu": models.has_quick_gelu(network), "mean": list(getattr(train, "mean", ())),
+            "std": list(getattr(train, "std", ())), "data": config.data.name}
 
 
 def info(packed: Packed) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -139,22 +138,6 @@ def fail(error, code: int) -> int:
     if text := " ".join(str(error).split()):
         print(f"hirelc: {text}", file=sys.stderr)
     return code
-
-
-def title(config: Config) -> str:
-    """Return what a run is about."""
-    what = f"experiment {config.exp}: {EXPERIMENTS[config.exp].title}" if config.exp else config.model.source
-    return f"{what} (smoke)" if config.smoke else what
-
-
-def stopped(error, args, argv) -> str:
-    """Return what is said of a run that a signal stopped, with the command that goes on."""
-    if args.load or args.dry_run:
-        return str(error)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return f"{error}; go on with the same command and --resume"
-    words = [word for word in argv or sys.argv[1:] if word not in ("--restart", "--resume")]
-    return f"{error}; go on with: {shlex.join(['python', 'hirelc.py', *words, '--resume'])}"
 
 
 def list_experiments() -> str:

@@ -12,7 +12,7 @@ import models
 from config import Config, InputError
 from support.kernels import Survey
 from support.log import Log
-from support.own import forward, own_network, try_network, untouched
+from support.own import own_network, try_network
 from support.published import PRETRAINED
 from support.ranks import Ranks
 
@@ -96,19 +96,6 @@ def prepare(network: nn.Module, train, test, log: Log, config: Config, exclude=(
         say = log.info if kernel.classifier else log.note
         say(f"not compressed: {kernel.name} ({kernel.params:,} parameters): {kernel.reason}")
     return network, survey
-
-
-def describe(network: nn.Module, config: Config, train) -> dict:
-    """Return what the packed file says of its network: how to build it where it is one of ours, and its images."""
-    images, _ = train.batch(torch.arange(1), next(network.parameters()).device)
-    with untouched(network):
-        classes = forward(network, images).shape[1]
-    _, channels, height, width = images.shape
-    return {"name": "" if config.model.source else config.model.name, "source": config.model.source,
-            "num_classes": classes, "channels": channels, "image_size": height if height == width else [height, width],
-            "width": config.model.width, "patch_size": config.model.patch_size,
-            "quick_gelu": models.has_quick_gelu(network), "mean": list(getattr(train, "mean", ())),
-            "std": list(getattr(train, "std", ())), "data": config.data.name}
 
 
 @contextlib.contextmanager

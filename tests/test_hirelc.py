@@ -300,7 +300,7 @@ def test_a_signal_ends_the_run_with_the_command_that_goes_on(tmp_path, capsys, m
     monkeypatch.setattr(hirelc, "warm_up", lambda *_: os.kill(os.getpid(), number))
     assert hirelc.main(command(tmp_path)) == code
     error = capsys.readouterr().err
-    assert "go on with: python hirelc.py --exp 4" in error and error.count("\n") == 1
+    assert "go on with the same command and --resume" in error and error.count("\n") == 1
     assert (tmp_path / "exp4-seed42" / "state" / "identity.json").exists()
 
 

@@ -284,7 +284,7 @@ def test_two_real_kills_and_a_polite_stop(tmp_path):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     message = process.communicate(timeout=60)[1]
-    assert process.returncode == 143 and "go on with: python hirelc.py" in message and "--resume" in message
+    assert process.returncode == 143 and "go on with the same command and --resume" in message
     assert whole.wait(120) == 0
     whole.stderr.close()
     seconds = iter([(time.monotonic() - began) * share for share in (0.5, 0.7)] + [300])
