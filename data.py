@@ -59,12 +59,10 @@ class Images(ImageSet):
 
     def __post_init__(self):
         x, y = self.images, self.labels
-        if x.dim() != 4 or y.shape != x.shape[:1] or not len(y) or y.dtype != torch.int64:
-            raise InputError(f"images must be [N, C, H, W] and labels int64 [N], not {x.dtype} {list(x.shape)} and "
-                             f"{y.dtype} {list(y.shape)}")
-        if not x.is_floating_point() and (x.dtype != torch.uint8 or x.shape[1] != len(self.mean)):
-            raise InputError(f"images must be uint8 of {len(self.mean)} channels, or floats already normalised, not "
-                             f"{x.dtype} {list(x.shape)}")
+        if x.dim() != 4 or y.shape != x.shape[:1] or not len(y) or y.dtype != torch.int64 or not (
+                x.is_floating_point() or x.dtype == torch.uint8 and x.shape[1] == len(self.mean)):
+            raise InputError("images must be uint8, or floats already normalised, [N, C, H, W] and labels int64 [N], "
+                             f"not {x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -202,7 +200,7 @@ def normalise_(x, mean, std, top=1):
 # Data sets by name, images of a user, the split that chooses
 
 
-def load(settings: Data, progress=sources.silent, pretrained_stats=None) -> Splits:
+def load(settings: Data, progress=lambda what, done, total: None, pretrained_stats=None) -> Splits:
     """Read, download or draw the data set that ``settings`` name, only the images that it asks for.
 
     ``train_images``: the first n of a fixed pseudo-random permutation; ``test_images``: the first n of the test order
@@ -224,10 +222,8 @@ def _load_files(settings, progress):
     *parts, num_classes, notes = sources.read(settings, progress)
     mean, std = CIFAR_STATS.get(settings.name, IMAGENET_STATS)
     augment = ("flip", "crop", "jitter") if settings.name in CIFAR_STATS else ("flip", "jitter")
-    splits = []
-    for part, how in zip(parts, (augment, ())):
-        kind = Stream if isinstance(part.images, sources.Files) else Images
-        splits.append(kind(part.images, part.labels, settings.image_size, mean, std, how))
+    splits = [(Stream if isinstance(part.images, sources.Files) else Images)(
+        part.images, part.labels, settings.image_size, mean, std, how) for part, how in zip(parts, (augment, ()))]
     asked = (settings.train_images or parts[0].available, settings.test_images or parts[1].available)
     return Splits(*splits, num_classes, tuple(notes), sum(part.skipped for part in parts), asked)
 

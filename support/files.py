@@ -1,11 +1,14 @@
-"""Files: downloads, JSON from elsewhere, files written whole or not at all, and archives unpacked safely."""
+"""Files: downloads, JSON from elsewhere, files written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import struct
 import sys
 import zipfile
+import zlib
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +16,10 @@ from urllib.parse import urlsplit
 import torch
 
 from config import InputError
+
+DAMAGED = (OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
+           AssertionError, EOFError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile,
+           pickle.UnpicklingError)  # of readers of damaged files; not Exception, as which a signal may end a run
 
 
 def download(url: str, target, progress=None, sha256: str = "", hint: str = "") -> None:
@@ -113,23 +120,3 @@ def survive_ascii() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-
-
-def extract(archive, folder) -> None:
-    """Unpack a zip file into ``folder``; every CRC is checked, and links become files. Raises InputError when it is
-    damaged and, before anything is written, when a member's name leads out of the folder or all members would take more
-    than 100 times the archive's size; OSError when it cannot be written."""
-    mend = "delete it and start again to fetch a new one"
-    try:
-        with zipfile.ZipFile(archive) as source:
-            for name in source.namelist():
-                parts = name.replace("\\", "/").split("/")
-                if not parts[0] or ".." in parts or ":" in parts[0]:
-                    raise InputError(f"{archive}: member {ascii(name)} leads out of the folder; {mend}")
-            if sum(member.file_size for member in source.infolist()) > max(100 * os.path.getsize(archive), 1 << 20):
-                raise InputError(f"{archive}: would take more than 100 times its size; {mend}")
-            source.extractall(folder)
-    except (InputError, OSError):
-        raise
-    except Exception as error:  # zipfile raises almost anything on damaged input
-        raise InputError(f"{archive} is damaged ({one_line(error)}); {mend}") from None

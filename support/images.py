@@ -6,10 +6,7 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
-import signal
-import struct
 import warnings
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,12 +15,11 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
-from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler,
-                              default_collate)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 
 from config import InputError
 from support import layouts
-from support.files import one_line, replace_file, shown
+from support.files import DAMAGED, one_line, replace_file, shown
 from support.layouts import PUBLISHED, Sample, absent  # noqa: F401 (for callers of this module)
 
 IN_MEMORY = 4 * 2**30              # bytes of a decoded split of imagenet or folder; a larger one is streamed
@@ -31,18 +27,8 @@ MANY = 500                         # images from which on processes decode
 CHUNK, MESSAGE = 50, 2**20         # images and bytes at most that a process hands over at once; containers share 64 MB
 CACHE, FORMAT = ".hirelc-cache", 4 # folder of the cache files, beside the data, and their format
 CHANGED, UNREADABLE = 1, 2         # flags of an image: resized or converted to RGB; not to be decoded
-DAMAGED = (OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
-           AssertionError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)    # of Pillow's decoders
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 START = "fork" if "fork" in multiprocessing.get_all_start_methods() else None   # others import the user's script again
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Take progress, and say nothing."""
-
-
-def cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Decoding. An image is a row, uint8 [1 + 3·side²]: a flag, then the pixels.
@@ -56,13 +42,11 @@ def decode(path, side):
             image.load()
             if side:
                 row[0] = CHANGED * (image.mode != "RGB" or image.size != (side, side))
-                image = image if image.mode == "RGB" else image.convert("RGB")
-                image = image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BILINEAR)
+                image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
                 row[1:] = np.asarray(image).transpose(2, 0, 1).reshape(-1)
-    except DAMAGED as error:
-        raise InputError(f"{shown(path)}: not a readable image ({one_line(error)}); replace the file, remove its data "
-                         "set's folder and get it again, or leave such images out with data.skip_corrupt=true") \
-            from None
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise InputError(f"{shown(path)}: not a readable image ({one_line(error)}); replace it, or leave such images "
+                         "out with data.skip_corrupt=true") from None
     return torch.from_numpy(row)
 
 
@@ -106,7 +90,7 @@ def read_ahead(dataset, parts, workers, collate=default_collate, seeds=None, ini
 
 
 def _start(worker, init):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the parent, with which processes end
+    os.setpgrp()                # signals to a whole group (Ctrl-C, timeout) are for the parent; with it processes end
     if init:
         init(worker)
 
@@ -123,7 +107,7 @@ class Split(NamedTuple):
     skipped: int = 0
 
 
-def read(settings, progress=silent):
+def read(settings, progress):
     """Return (train Split, test Split, number of classes, notes) of the data set that ``settings`` (config.Data) name.
     Raises InputError when it cannot be had, is incomplete or damaged, or holds too few images."""
     notes = []
@@ -134,10 +118,8 @@ def read(settings, progress=silent):
 
 
 def _read_split(settings, split, listing, progress, notes) -> Split:
-    """The asked-for first images of a split, decoded, or to be streamed where that takes too much memory.
-
-    Unreadable images among them are left out with skip_corrupt: n asked for, k unreadable gives n - k.
-    """
+    """The first n images of a split, decoded, or to be streamed where that takes too much memory; with skip_corrupt
+    n - k, where k of them cannot be read."""
     wanted, available, name = getattr(settings, f"{split}_images"), len(listing.labels), settings.name
     if wanted > available:
         raise InputError(f"data.{split}_images={wanted}: the {split} split of {name} in {settings.dir} holds "
@@ -151,12 +133,11 @@ def _read_split(settings, split, listing, progress, notes) -> Split:
         return Split(listing.pixels[:count], labels, available)
     side = {"cifar10": 32, "cifar100": 32, "tiny-imagenet": 64}.get(name, settings.image_size)
     files = Files(np.array([os.fsencode(path) for path in listing.paths[:count]]), side,
-                  cores() if settings.workers < 0 else settings.workers)
+                  CORES if settings.workers < 0 else settings.workers)
     size = count * 3 * side * side
     streamed = name in ("imagenet", "folder") and size > IN_MEMORY
     if streamed:
-        notes.append(f"{name}: {split} images are streamed from disk; decoded to {side} px they would take "
-                     f"{size / 1e9:.1f} GB")
+        notes.append(f"{name}: {split} images are streamed from disk; decoded they would take {size / 1e9:.1f} GB")
         if not settings.skip_corrupt:
             return Split(files, labels, available)
     rows = _rows(settings, split, listing, dataclasses.replace(files, side=0 if streamed else side), progress, notes)
@@ -165,8 +146,7 @@ def _read_split(settings, split, listing, progress, notes) -> Split:
     if changed:
         notes.append(f"{name}: {changed} {split} images were resized to {side} x {side} or converted to RGB")
     if bad:
-        notes.append(f"{name}: left out {len(bad)} {split} images that cannot be read: {', '.join(bad[:3])}"
-                     f"{', …' if len(bad) > 3 else ''}")
+        notes.append(f"{name}: left out {len(bad)} {split} images that cannot be read, such as {', '.join(bad[:3])}")
     if len(bad) == count:
         raise InputError(f"{bad[0]}: no image of the {split} split can be read; replace the files")
     files = dataclasses.replace(files, paths=files.paths[good.numpy()])
@@ -177,46 +157,35 @@ def _rows(settings, split, listing, files, progress, notes):
     """The rows of ``files``, from the cache where it has them, and else decoded, by processes where they are many."""
     n, width = len(files.paths), 1 + 3 * files.side**2
     if settings.cache:
-        folder = Path(settings.dir) / CACHE
-        key = _digest(f"{FORMAT} {PIL.__version__} {settings.skip_corrupt}", listing.paths, folder.parent)
-        target = folder / f"{settings.name}-{split}-{files.side}-{key}.rows"
+        target = _cache_file(settings, split, listing.paths, files.side)
         size = target.stat().st_size if os.access(target, os.R_OK) else 0
-        if size % width:
-            notes.append(f"{target} is no whole cache of decoded images; it is made again")
-        elif size >= n * width:
-            return _mapped(target, n, width)
+        if size >= n * width and size % width == 0:         # else cut off, or of fewer images; writes stay in memory
+            return torch.from_file(str(target), shared=False, size=n * width, dtype=torch.uint8).view(n, width)
     what = f"{'reading' if files.side else 'checking'} {split} images"
-    rows, done, workers = torch.empty(n, width, dtype=torch.uint8), 0, cores() if n >= MANY and cores() > 1 else 0
-    progress(what, done, n)
+    rows, done, workers = torch.empty(n, width, dtype=torch.uint8), 0, CORES if n >= MANY and CORES > 1 else 0
     parts = torch.arange(n).split(max(1, min(CHUNK, MESSAGE // width)))
     for index, part in files.read(parts, workers, settings.skip_corrupt):
         rows[index], done = part, done + len(part)
         progress(what, done, n)
     if settings.cache:
         try:
-            folder.mkdir(exist_ok=True)
+            target.parent.mkdir(exist_ok=True)
             part = target.with_suffix(f".{os.getpid()}")    # another run may be writing the same file
             replace_file(part, lambda file: file.write(rows.numpy()))
             os.replace(part, target)
-            return _mapped(target, n, width)
         except OSError as error:
-            notes.append(f"{settings.name}: decoded images are not kept, {folder} cannot hold them "
-                         f"({error.strerror or error})")
+            notes.append(f"{settings.name}: decoded images are not kept: {target.parent} cannot hold them ({error})")
     return rows
 
 
-def _mapped(path, n, width):
-    """The first n rows of a file, mapped so that writes stay in memory."""
-    return torch.from_file(str(path), shared=False, size=n * width, dtype=torch.uint8).view(n, width)
-
-
-def _digest(how, paths, folder):
-    """16 hexadecimal digits over ``how``, sizes, times and paths in ``folder``: changed files are decoded anew."""
-    digest, start = hashlib.blake2b(how.encode(), digest_size=8), len(str(folder))
+def _cache_file(settings, split, paths, side):
+    """The path of a split's cache, which tells sizes, times and names of all files: changed ones are decoded anew."""
+    digest = hashlib.blake2b(f"{FORMAT} {PIL.__version__} {settings.skip_corrupt}".encode(), digest_size=8)
     for path in paths:
         status = os.stat(path) if os.path.exists(path) else None        # decoding will say that it is absent
-        digest.update(os.fsencode(f"{path[start:]}\t{status and (status.st_size, status.st_mtime_ns)}\n"))
-    return digest.hexdigest()
+        name = path.removeprefix(str(Path(settings.dir)))
+        digest.update(os.fsencode(f"{name}\t{status and (status.st_size, status.st_mtime_ns)}\n"))
+    return Path(settings.dir) / CACHE / f"{settings.name}-{split}-{side}-{digest.hexdigest()}.rows"
 
 
 # Sets that are read as they are used
@@ -232,11 +201,8 @@ class ImageSet:
     """Base of sets with ``len()`` and ``batch(index, device, generator)``."""
 
     def batches(self, batch_size, device="cpu", generator=None, limit=0):
-        """Yield :meth:`batch` over the set; the last batch may be smaller.
-
-        Without a generator in stored order and unaugmented; with one in an order drawn from it, augmented. With
-        ``limit`` > 0 only the first ``limit`` images of that order.
-        """
+        """Yield :meth:`batch` over the set; the last batch may be smaller. Without a generator in stored order and
+        unaugmented; with one in an order drawn from it, augmented. ``limit`` > 0: the first images of that order."""
         for index in chunks(len(self), batch_size, generator, limit):
             yield self.batch(index, device, generator)
 
@@ -246,15 +212,11 @@ class Part(ImageSet):
 
     def __init__(self, whole, index):
         self.whole, self.index = whole, index
+        for name in {"mean", "std", "labels"} & set(dir(whole)):
+            setattr(self, name, whole.labels[index] if name == "labels" else getattr(whole, name))
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def __getattr__(self, name):
-        if name not in ("mean", "std", "labels"):           # of ``whole``, where it has them
-            raise AttributeError(name)
-        value = getattr(self.whole, name)
-        return value[self.index] if name == "labels" else value
 
     def batch(self, index, device="cpu", generator=None):
         """Return images and labels at ``index``, as the whole set gives them."""
@@ -264,8 +226,8 @@ class Part(ImageSet):
 class Loaded(ImageSet):
     """A map-style ``dataset`` of (image float tensor, label int), read by ``workers`` processes (0 = this one).
 
-    Raises InputError that names the set, ``what``, when a batch, or at once the first item, does not collate to
-    (x float [n, …], y integer [n]), or is not finite.
+    Raises InputError that names the set, ``what``, when a batch, or at once the first item, is not
+    (x float [n, …], y integer [n]), or not finite.
     """
 
     def __init__(self, dataset, what, collate=default_collate, workers=0, worker_init=None):
@@ -274,7 +236,10 @@ class Loaded(ImageSet):
         self.dataset, self.what, self.collate = dataset, what, collate
         self.workers, self.worker_init = workers, worker_init
         with torch.random.fork_rng(devices=[]):             # a look at an item must not shift the run's random numbers
-            self.batch([0])
+            try:
+                self.batch([0])
+            except TypeError as error:                      # of default_collate
+                raise InputError(f"{what}: items must be (image float tensor, label int): {one_line(error)}") from error
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -282,12 +247,7 @@ class Loaded(ImageSet):
     def batch(self, index, device="cpu", generator=None):
         """Return the items at ``index`` (int64 [n] or list), read in this process."""
         index = torch.as_tensor(index, dtype=torch.int64)
-        items = [self.dataset[i] for i in index.tolist()]
-        try:
-            batch = self.collate(items)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.what}: items must be (image float tensor, label int): {one_line(error)}") from None
-        return self._checked(batch, index, device)
+        return self._checked(self.collate([self.dataset[i] for i in index.tolist()]), index, device)
 
     def batches(self, batch_size, device="cpu", generator=None, limit=0):
         """As :meth:`ImageSet.batches`; the processes' random numbers follow the generator too, where there is one."""
@@ -299,8 +259,8 @@ class Loaded(ImageSet):
 
     def _checked(self, batch, index, device):
         x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
-        if not (isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype.is_floating_point
-                and not y.dtype.is_floating_point and y.dim() == 1 and len(x) == len(y)):
+        if not (torch.is_tensor(x) and torch.is_tensor(y) and x.is_floating_point() and not y.is_floating_point()
+                and y.shape == x.shape[:1]):
             kinds = [getattr(part, "dtype", type(part).__name__) for part in (x, y)]
             raise InputError(f"{self.what}: a batch must be (x float [n, C, H, W], y integer [n]), not {kinds}")
         finite(x, index, self.what)
@@ -318,18 +278,13 @@ def finite(x, index, what):
 def adapt(source, what) -> Loaded:
     """Return a Dataset, a DataLoader or anything with ``len()`` and ``[]`` as a set; of a DataLoader its data set,
     collate_fn, num_workers and worker_init_fn. Raises InputError for what cannot be shuffled or read in part."""
-    loader = source if isinstance(source, DataLoader) else None
-    dataset = source if loader is None else loader.dataset
-    if isinstance(dataset, (tuple, list, dict, str, torch.Tensor, np.ndarray, IterableDataset)) \
-            or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+    plain = not isinstance(source, DataLoader)
+    dataset, sampler = (source, None) if plain else (source.dataset, source.sampler)
+    unfit = (tuple, list, dict, str, torch.Tensor, np.ndarray, IterableDataset)
+    if isinstance(dataset, unfit) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or not (
+            plain or source.batch_size and type(sampler) in (SequentialSampler, RandomSampler)
+            and len(sampler) == len(dataset) and not getattr(sampler, "replacement", False)):
         raise InputError(f"{what}: expected data.Images, a pair of tensors (x, y), a map-style torch Dataset (with "
-                         "__getitem__ and __len__, no IterableDataset) or a DataLoader over one, not "
-                         f"{type(source).__name__}")
-    if loader is None:
-        return Loaded(dataset, what)
-    sampler = loader.sampler
-    whole = type(sampler) in (SequentialSampler, RandomSampler) and not getattr(sampler, "replacement", False)
-    if type(loader.batch_sampler) is not BatchSampler or not whole or len(sampler) != len(dataset):
-        raise InputError(f"{what}: a DataLoader with batch_size=None, a batch sampler or a {type(sampler).__name__} "
-                         "must give every item once; choose items with torch.utils.data.Subset instead")
-    return Loaded(dataset, what, loader.collate_fn, loader.num_workers, loader.worker_init_fn)
+                         "__getitem__ and __len__, no IterableDataset) or a DataLoader that gives every item of one "
+                         f"once, in batches of one size, not {type(source).__name__}; choose items with Subset")
+    return Loaded(dataset, what, *(() if plain else (source.collate_fn, source.num_workers, source.worker_init_fn)))

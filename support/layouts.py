@@ -7,8 +7,8 @@
 | imagenet | imagenet/{train,val}/CLASS/*, or {train,val}/CLASS/* | both permuted |
 | folder | {train,val}/CLASS/* or {train,test}/CLASS/* | both permuted |
 
-"Permuted" is one fixed pseudo-random permutation of the sorted files: subsets are prefixes in which every class turns
-up early. Class index = place in the sorted class names; for tiny-imagenet, line of wnids.txt.
+"Permuted" is one fixed pseudo-random permutation of the sorted files; in its prefixes every class turns up early. Class
+index = place in the sorted class names; for tiny-imagenet, line of wnids.txt.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import make_dataset
 
 from config import Data, InputError
-from support.files import download, extract, one_line, shown
+from support.files import DAMAGED, download, one_line, shown
 
 ORDER_SEED = 2606                  # of the fixed permutation of files; no setting, so that test subsets stay the same
 PUBLISHED = {"cifar10": (10, 50_000, 10_000), "cifar100": (100, 50_000, 10_000),
@@ -40,10 +41,9 @@ ELSEWHERE = "say where it is with --data-dir DIR, or try --smoke, which needs no
 
 
 class Listing(NamedTuple):
-    """Images of a split in order: ``paths`` of files, or decoded ``pixels`` uint8 [n, 3, h, w]; ``labels``: class
-    indices."""
-    paths: list[str]
-    labels: list[int]
+    """Images of a split in order: ``paths`` of files, or decoded ``pixels`` uint8 [n, 3, h, w]; class indices."""
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
     pixels: torch.Tensor | None = None
 
 
@@ -60,17 +60,14 @@ def find(settings, progress, notes) -> tuple[Listing, Listing, list[str]]:
 
 
 def fixed_order(n: int) -> list[int]:
-    """Return the one permutation of n items behind every order and subset here (ledger D19).
-
-    RandomState: numpy guarantees that its stream never changes, so subsets stay comparable across versions.
-    """
+    """Return the one permutation of n items behind every order and subset here (ledger D19), by RandomState, whose
+    stream numpy guarantees never to change."""
     return np.random.RandomState(ORDER_SEED).permutation(n).tolist()
 
 
 def _permuted(files):
     """A Listing of [(path, label)], in the fixed order."""
-    files = [files[i] for i in fixed_order(len(files))]
-    return Listing([path for path, _ in files], [label for _, label in files])
+    return Listing(*zip(*(files[i] for i in fixed_order(len(files)))))
 
 
 @dataclass(frozen=True)
@@ -105,18 +102,18 @@ def _published(settings, progress, unpack, other):
     """Return ``unpack(archive)`` of a published data set, downloaded where neither archive nor folder is there.
     InputError names the archive and the ``other`` way to provide the images."""
     (url, folder, *_), archive, hint = ARCHIVES[settings.name], _archive(settings), f", or {other}; {ELSEWHERE}"
+    if not archive.is_file() and not (archive.parent / folder).exists():
+        download(url, archive, progress, hint=hint)
     try:
-        if not archive.is_file() and not (archive.parent / folder).exists():
-            download(url, archive, progress, hint=hint)
         return unpack(archive)
-    except (OSError, RuntimeError, EOFError, tarfile.TarError) as error:
+    except (*DAMAGED, tarfile.TarError) as error:
         raise InputError(f"{archive} cannot be used ({one_line(error)}); delete it and start again to fetch a new one"
                          f"{hint}") from None
 
 
 def _class_folders(settings, folder, test, notes):
     """``folder/{train,TEST}/CLASS/*`` without hidden files."""
-    notes.append(f"{settings.name}: read from class folders in {folder}; both splits in one fixed pseudo-random order")
+    notes.append(f"{settings.name}: class folders, test = {folder / test}; both splits in one fixed random order")
     visible = lambda path: f"{os.sep}." not in path[len(str(folder)):]
     try:
         train, other = (ImageFolder(folder / split, is_valid_file=visible) for split in ("train", test))
@@ -135,8 +132,7 @@ def _folder(settings, progress, notes):
     if name == "imagenet" and ((base / "imagenet").exists() or not (base / "train").is_dir()):
         base = base / "imagenet"
     test = "test" if name == "folder" and (base / "test").is_dir() and not (base / "val").is_dir() else "val"
-    notes.append(f"{name}: test = {base / test}; images are resized to {settings.image_size} x {settings.image_size} "
-                 "without a crop and normalised with ImageNet's mean and std")
+    notes.append(f"{name}: resized to {settings.image_size} px without a crop, normalised with ImageNet's mean and std")
     return _class_folders(settings, base, test, notes)
 
 
@@ -149,22 +145,18 @@ def _cifar(settings, progress, notes):
     parts = _published(
         settings, progress, lambda archive: [kind(archive.parent, train, download=True) for train in (True, False)],
         f"put images as {folder}/{{train,test}}/CLASS/*.png")
-    listings = []
-    for part, permuted in zip(parts, (True, False)):        # the published order of the test split is random as it is
-        order = fixed_order(len(part.data)) if permuted else slice(None)
-        images = torch.from_numpy(part.data[order]).permute(0, 3, 1, 2).contiguous()
-        listings.append(Listing([], np.array(part.targets)[order].tolist(), images))
-    return *listings, part.classes
+    orders = fixed_order(len(parts[0].data)), slice(None)   # the published order of the test split is random as it is
+    return *(Listing((), tuple(np.array(part.targets)[order].tolist()),
+                     torch.from_numpy(part.data[order]).permute(0, 3, 1, 2).contiguous())
+             for part, order in zip(parts, orders)), parts[0].classes
 
 
 def _tiny_imagenet(settings, progress, notes):
-    """The published tree. Test is the labelled validation split in the order of ``val_annotations.txt`` (ledger D19);
-    class index = line of ``wnids.txt``."""
+    """The published tree (ledger D19)."""
     tree = Path(settings.dir) / ARCHIVES[settings.name][1]
     if not tree.exists():
         _published(settings, progress, _extract, f"extract it so that {tree}/wnids.txt exists")
-    notes.append("tiny-imagenet: test = the labelled validation split in the order of val_annotations.txt; "
-                 "class index = line of wnids.txt")
+    notes.append("tiny-imagenet: test = validation split, ordered as val_annotations.txt; class = line of wnids.txt")
     try:
         classes = (tree / "wnids.txt").read_text(encoding="utf-8").split()
         index = {name: i for i, name in enumerate(classes)}
@@ -178,13 +170,16 @@ def _tiny_imagenet(settings, progress, notes):
         raise InputError(f"{tree}: incomplete or damaged ({shown(one_line(error))}); get the whole set from "
                          f"{ARCHIVES[settings.name][0]} and extract it into {settings.dir}") from None
     train.sort(key=lambda item: item[1])                    # by line of wnids.txt, not by name
-    return _permuted(train), Listing([path for path, _ in test], [label for _, label in test]), classes
+    return _permuted(train), Listing(*zip(*test)), classes
 
 
 def _extract(archive):
-    """Extract a zip file to the folder of its name beside it, which appears only when complete."""
+    """Extract a zip file to the folder of its name beside it, which appears only when complete. zipfile checks every
+    CRC, leads no name out of the folder and makes files of links."""
     tree = archive.with_suffix("")
-    with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
-        extract(archive, scratch)
+    with zipfile.ZipFile(archive) as source, tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
+        if sum(member.file_size for member in source.infolist()) > 100 * archive.stat().st_size:
+            raise ValueError("it would take more than 100 times its size")
+        source.extractall(scratch)
         if not tree.exists():                               # else another run extracted it in the meantime
             os.replace(Path(scratch) / tree.name, tree)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 from dataclasses import dataclass
 
@@ -25,10 +24,9 @@ class Elsewhere(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among ``size`` processes, and its number on its machine."""
+    """This process's number among ``size`` processes."""
     rank: int = 0
     size: int = 1
-    local: int = 0
 
     @property
     def first(self) -> bool:
@@ -36,7 +34,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value) -> list:
-        """Return every rank's ``value`` (anything that pickles), in the order of ranks, on all of them."""
+        """Return every rank's ``value`` (anything that pickles), in their order, on all of them."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -44,10 +42,7 @@ class Ranks:
 
     def same(self, value):
         """Return rank 0's ``value`` on all ranks."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+        return self.gather(value if self.first else None)[0]
 
     def same_tensors(self, tensors) -> None:
         """Copy rank 0's values into the tensors of all ranks."""
@@ -61,16 +56,14 @@ class Ranks:
         return value
 
     def agree(self, error: Exception | None = None) -> None:
-        """Go on where no process has an ``error``. Otherwise none does: the first that has one raises it, and so says
-        why, all others raise Elsewhere."""
-        failed = [rank for rank, bad in enumerate(self.gather(error is not None)) if bad]
-        if failed:
-            raise error if failed[0] == self.rank else Elsewhere
+        """Raise an ``error`` of any process in the first that has one, which so says why, Elsewhere in all others."""
+        failed = self.gather(error is not None)
+        if any(failed):
+            raise error if failed.index(True) == self.rank else Elsewhere
 
     @contextlib.contextmanager
     def alike(self):
-        """End all processes, with one message, where one cannot use or read what the body needs. The body itself
-        exchanges nothing."""
+        """End all processes, with one message, where one's body, which exchanges nothing, raises for bad input."""
         error = None
         try:
             yield
@@ -96,22 +89,20 @@ class Ranks:
 
     def wrap(self, module: nn.Module, unused: bool = False) -> nn.Module:
         """Return ``module`` with gradients that are means over the ranks. ``unused``: some parameters may have none."""
-        if self.size == 1 or not any(p.requires_grad for p in module.parameters()):
-            return module
-        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=unused)
+        many = self.size > 1 and any(p.requires_grad for p in module.parameters())
+        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=unused) if many else module
 
 
 def start(device: str) -> Ranks:
-    """Join the processes that torchrun started; ``device``: auto, cpu or cuda. Without torchrun a process is alone.
-    Raises InputError where there are fewer GPUs than processes."""
+    """Join the processes that torchrun started, if any; ``device``: auto, cpu or cuda. InputError: too few GPUs."""
     if not several():
         return Ranks()
-    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if 0 < gpus < ranks.size:
         raise InputError(f"{ranks.size} processes for {gpus} GPUs: lower --nproc_per_node or give --device cpu")
     if gpus:
-        torch.cuda.set_device(ranks.local)
+        torch.cuda.set_device(ranks.rank)
     if not dist.is_initialized():  # objects go by gloo, from memory to memory
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     return ranks
@@ -124,12 +115,13 @@ def several() -> bool:
 
 def lost(error: Exception) -> bool:
     """Return whether an exchange failed because another process has ended."""
-    return dist.is_initialized() and bool(re.search("closed by peer|reset by peer|remote process exited", str(error)))
+    signs = "closed by peer", "reset by peer", "remote process exited"
+    return dist.is_initialized() and any(sign in str(error) for sign in signs)
 
 
 def leave(code: int) -> None:
     """End the process with ``code``; one of several without the interpreter's teardown, in which gloo may abort it."""
-    if not dist.is_initialized():
-        sys.exit(code)
-    sys.stdout.flush()
-    os._exit(code)
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

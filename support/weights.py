@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import InputError
-from support.files import download, one_line, parse_json, shown
+from support.files import DAMAGED, download, one_line, parse_json, shown
 from support.published import PRETRAINED, PRETRAINED_STATS, Published  # noqa: F401 (models hands the first two on)
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net")  # keys under which training scripts save the weights
@@ -42,7 +42,7 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
             value = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # damaged input leads to almost any
+    except DAMAGED as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         if name:
             raise InputError(f"{path}: holds Python objects besides tensors ({shown(name[1])}), which are not loaded; "
@@ -96,15 +96,14 @@ def _read_safetensors(path):
         return state
 
 
-def weights_path(source, weights_dir: str = "weights") -> str:
-    """Return where the file of a URL or :class:`Published` is kept, and where to put it by hand without a network."""
-    source = source if isinstance(source, Published) else Published(source)
-    return os.path.join(weights_dir, source.file)
+def weights_path(source: str | Published, weights_dir: str = "weights") -> str:
+    """Return where the file of a URL is kept, and where to put it by hand without a network."""
+    return os.path.join(weights_dir, (source if isinstance(source, Published) else Published(source)).file)
 
 
 def cached(source, weights_dir: str = "weights", progress=None) -> tuple[str, str]:
-    """Return (name of the source, file that holds it), downloading a URL or :class:`Published` that is not in
-    ``weights_dir`` yet; a file: URL is copied again, it may have changed."""
+    """Return (name of the source, file that holds it), downloading a URL that is not in ``weights_dir`` yet; a file:
+    URL is copied again, it may have changed."""
     source = source if isinstance(source, Published) else Published(os.fspath(source))
     url, target = source.url, weights_path(source, weights_dir)
     if "://" not in url:
@@ -147,14 +146,12 @@ def load_pretrained(model: nn.Module, source, weights_dir: str = "weights", prog
     if vit:
         _resize_positions(state, target, notes)
     wanted = [name for name in target if name in state and name not in replaced]
-    problems = _misfits(state, target, wanted, replaced)
-    if problems:
+    if problems := _misfits(state, target, wanted, replaced):
         raise InputError(f"{path} does not fit the network; {'; '.join(problems)}")
     if activation == "unknown" and quick_gelu is None:
         raise InputError(f"{path}: has CLIP's names and does not tell its activation; set model.quick_gelu=on (weights "
                          "of OpenAI, open_clip's -quickgelu models) or model.quick_gelu=off (open_clip's others)")
-    converted = sum(state[name].is_floating_point() and state[name].dtype != torch.float32 for name in wanted)
-    if converted:
+    if converted := sum(state[name].is_floating_point() and state[name].dtype != torch.float32 for name in wanted):
         notes.append(f"{converted} tensors of another precision converted to float32")
     with torch.no_grad():
         for name in wanted:
@@ -197,15 +194,14 @@ def _replaced(model, state, target, headless, notes):
 def _misfits(state, target, wanted, replaced):
     """Name every tensor that is missing, unexpected, or of another shape or type than the network's, and those that are
     not finite; older files lack BatchNorm's counters."""
-    missing = [name for name in target if name not in state and name not in replaced and
-               not name.endswith("num_batches_tracked")]
-    kinds = {"missing": missing, "unexpected": [name for name in state if name not in target]}
-    problems = [f"{kind}: {', '.join(map(shown, names))}" for kind, names in kinds.items() if names]
+    missing = [name for name in target.keys() - state.keys() - {*replaced} if not name.endswith("num_batches_tracked")]
+    problems = [f"{what}: {', '.join(map(shown, sorted(names)))}" for what, names in (
+        ("missing", missing), ("unexpected", state.keys() - target.keys())) if names]
+    kind = lambda tensor: f"{tensor.dtype} {list(tensor.shape)}"
     for name in wanted:
         old, new = state[name], target[name]
         if old.shape != new.shape or old.is_floating_point() != new.is_floating_point():
-            problems.append(f"different: {name} {old.dtype} {list(old.shape)} in the file, {new.dtype} "
-                            f"{list(new.shape)} in the network")
+            problems.append(f"different: {name} {kind(old)} in the file, {kind(new)} in the network")
         elif new.is_floating_point() and not old.float().isfinite().all():
             problems.append(f"{name} holds values that are not finite in float32")
     return problems

@@ -1,9 +1,8 @@
-"""Downloads, JSON from elsewhere, writing whole files, and archives."""
+"""Downloads, JSON from elsewhere, and writing whole files."""
 
 import hashlib
 import io
 import os
-import zipfile
 
 import pytest
 import torch
@@ -105,36 +104,3 @@ def test_a_full_disk_is_an_oserror_when_torch_saves(tmp_path):
     with pytest.raises(RuntimeError, match="another"):
         files.replace_file(tmp_path / "a.pt", lambda file: (_ for _ in ()).throw(RuntimeError("another")))
     assert os.listdir(tmp_path) == []
-
-
-def zipped(path, members):
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return path
-
-
-def test_extract(tmp_path):
-    archive = zipped(tmp_path / "a.zip", {"top/one.txt": b"1", "top/deep/two.txt": b"22", "text": b"ab" * 1000})
-    files.extract(archive, tmp_path / "new" / "folder")
-    assert {str(path.relative_to(tmp_path / "new")): path.stat().st_size for path in (tmp_path / "new").rglob("*")
-            if path.is_file()} == {"folder/top/one.txt": 1, "folder/top/deep/two.txt": 2, "folder/text": 2000}
-
-
-@pytest.mark.parametrize("name, content, said", [("zeros", bytes(5 << 20), "100 times its size"), *(
-    (name, b"x", "leads out") for name in ("../evil", "/evil", "a/../../evil", "..\\evil", "C:/evil"))])
-def test_extract_writes_nothing_of_what_it_refuses(tmp_path, name, content, said):
-    archive = zipped(tmp_path / "a.zip", {"good": b"1", name: content})
-    with pytest.raises(InputError, match=f"{said}.*delete it"):
-        files.extract(archive, tmp_path / "x" / "y")
-    assert os.listdir(tmp_path) == ["a.zip"]
-
-
-def test_extract_names_a_damaged_archive(tmp_path):
-    whole = zipped(tmp_path / "a.zip", {f"file{i}": os.urandom(200) for i in range(20)})
-    content = whole.read_bytes()
-    changed = content[:99] + bytes([content[99] ^ 255]) + content[100:]
-    for number, bad in enumerate((b"", b"no archive", content[:-10], content[:len(content) // 2], changed)):
-        whole.write_bytes(bad)
-        with pytest.raises(InputError, match=f"^{whole} is damaged .*delete it"):
-            files.extract(whole, tmp_path / f"out{number}")

@@ -52,7 +52,7 @@ class Threads(Ranks):
 
         def outcome(rank):
             try:
-                return body(Threads(rank, size, rank, shared, barrier))
+                return body(Threads(rank, size, shared, barrier))
             except (InputError, OSError, Elsewhere) as error:
                 return error
         with ThreadPoolExecutor(size) as pool:
