@@ -47,15 +47,6 @@ def test_a_policy_comes_back_as_it_was_written_with_a_note_where_it_has_no_budge
     assert chosen == CHOSEN and budgets is None and "policy.json" in note and "0.2" in note
 
 
-def test_the_settings_that_apply_a_policy(tmp_path):
-    policy = policies.read(whole())
-    config = policy.settings(override(Config(), {"search.cycles": 4}))
-    assert (config.search.cycles, config.policy_sha256, config.policy) == (1, policy.sha256, "given")
-    assert policy.settings(config) == config and policy.source == {"file": "given", "sha256": policy.sha256}
-    with pytest.raises(InputError, match="policy_sha256 asks for '00'"):
-        policy.settings(override(config, {"policy_sha256": "00"}))
-
-
 FIRST, HEAD, BUDGET = ("blocks", 0, "kernels", 0), ("blocks", 1, "kernels", 0), ("blocks", 1, "budget")
 GONE = object()
 

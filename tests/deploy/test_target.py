@@ -7,19 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from compress import BlockConfig, KernelConfig, NetworkConfig, kernel_bytes, kernel_shapes
+from compress import KernelConfig, kernel_bytes, kernel_shapes
 from config import Compress, Config, InputError, override
 from deploy.target import Demands, Goal, check_sizes, give_back, parse_goal, resolved
-
-
-def configured(blocks, kernel=KernelConfig(8)):
-    """The same configuration for every kernel."""
-    return NetworkConfig(tuple(BlockConfig((kernel,) * len(b.kernels), kernel_shapes(b)) for b in blocks))
-
-
-def total(config):
-    """Bytes of the kernels."""
-    return sum(kernel_bytes(k, s) for block in config.blocks for k, s in zip(block.kernels, block.shapes))
+from test_allocate import configured, total
 
 
 @pytest.mark.parametrize("text, goal", [
@@ -57,9 +48,6 @@ def test_the_most_sensitive_blocks_are_given_back():
         [high, full, high], [full, full, high], [full] * 3]
     kept = give_back(give_back(start, s, 6, limits), s, 3, limits)
     assert all(k.bits == 32 for b in kept.blocks for k in b.kernels)  # what a kernel has is never taken away
-
-
-# --- What a run does about them ---
 
 
 class Log:
@@ -129,12 +117,12 @@ def test_bytes_count_the_file_besides_the_kernels():
 
     def file_bytes(config):
         asked.append(config)
-        return total(config) + 1244  # what is not compressed, and the index
+        return total(config, kernel_bytes) + 1244  # what is not compressed, and the index
     voted = configured(BLOCKS)
     chosen = demands(file_bytes, goal="size:2000B").chosen(voted)
-    assert asked == [voted] and 0.99 * 500 <= total(chosen) <= 500  # 256 bytes are for the index to vary
+    assert asked == [voted] and 0.99 * 500 <= total(chosen, kernel_bytes) <= 500  # 256 bytes are for the index to vary
     both = demands(file_bytes, goal="size:2000B,cr:10").chosen(voted)  # the ratio's 512 bytes and grids are too many
-    assert both.cr >= 10 and total(both) <= 500
+    assert both.cr >= 10 and total(both, kernel_bytes) <= 500
     assert demands(file_bytes, goal="size:2500B,cr:10").chosen(voted) == demands(goal="cr:10").chosen(voted)
 
 

@@ -38,12 +38,6 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_gradient_by_hand():
-    """At z = 0 each image's gradient is -x/2 for class 0 and x/2 for class 1; a mean over four images."""
-    # a: -2/4; b0: -1/4; b1: (-4 + 2)/4
-    assert block_values("gradient", Line(), BLOCKS, X, Y, None) == pytest.approx([0.5, (0.25 + 0.5) / 2])
-
-
 def test_hessian_of_a_diagonal_one_is_exact_with_any_vector():
     """Each image touches one weight, so H is diagonal: x^2/4 at z = 0, mean over four images."""
     for seed in range(3):

@@ -109,14 +109,6 @@ def test_the_paper_stands_beside_what_was_measured_and_the_null_controller(read)
     assert {row["exp"] for row in rows} == {"1", "1-z", "4"}  # users' networks are in no paper
 
 
-def test_runs_with_other_settings_are_not_averaged(tmp_path):
-    put(tmp_path, "a", result(seed=1, cr=4.0))
-    put(tmp_path, "b", result(seed=2, cr=6.0))
-    put(tmp_path, "c", result(seed=3, cr=8.0), {"search.cycles": 2})
-    rows = lines(tables.paper_table(tables.grouped(read_runs(tmp_path))))
-    assert [(r["seeds"], r["CR"]) for r in rows if r["whose"] == "here"] == [("1, 2", "5.00 ± 1.41"), ("3", "8.00")]
-
-
 def test_variants_are_named_by_their_settings_and_compared_with_the_experiment_by_seed(read):
     rows = {row["exp"]: row for row in lines(read["variants"])}
     shown = ("what differs", "drop", "CR", "cycle 1: drop", "cycle 1: CR", "accuracy minus the experiment's",
