@@ -224,11 +224,8 @@ class Part(ImageSet):
 
 
 class Loaded(ImageSet):
-    """A map-style ``dataset`` of (image float tensor, label int), read by ``workers`` processes (0 = this one).
-
-    Raises InputError that names the set, ``what``, when a batch, or at once the first item, is not
-    (x float [n, …], y integer [n]), or not finite.
-    """
+    """A map-style ``dataset`` of (image float tensor, label int), read by ``workers`` processes (0 = this one). Raises
+    InputError that names the set, ``what``, for the first item at once and for batches that are none or not finite."""
 
     def __init__(self, dataset, what, collate=default_collate, workers=0, worker_init=None):
         if not len(dataset):

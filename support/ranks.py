@@ -1,7 +1,7 @@
 """Several processes on one run, as ``torchrun --nproc_per_node=2 hirelc.py --exp 4`` starts them on one machine.
 
-Every process goes through the same loop. The search of a cycle is divided by blocks, fine-tuning and evaluation by
-images, rank 0 writes; everything else is cheap and done by all of them. A process alone is ``Ranks()``.
+The search of a cycle is divided by blocks, fine-tuning and evaluation by images, rank 0 writes; everything else is
+cheap and done by all of them. A process alone is ``Ranks()``.
 """
 
 from __future__ import annotations

@@ -54,8 +54,7 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
             value = value[key]
     if not isinstance(value, dict) or not value or not all(isinstance(name, str) and isinstance(
             tensor, torch.Tensor) and tensor.layout == torch.strided for name, tensor in value.items()):
-        raise InputError(f"{path}: holds no state dict of plain tensors by name; save the network's state_dict() with "
-                         "torch.save")
+        raise InputError(f"{path}: holds no plain tensors by name; save the network's state_dict() with torch.save")
     return {name: tensor.detach() for name, tensor in value.items()}
 
 
@@ -132,9 +131,9 @@ def load_pretrained(model: nn.Module, source, weights_dir: str = "weights", prog
 
     ``source``: a file for :func:`read_checkpoint`, an http(s) or file URL, or a :class:`Published`. A classifier for
     another number of classes keeps its initialisation, position embeddings of another image size are interpolated,
-    other precisions become float32; the report says so. ``quick_gelu``: activation of a ViT, QuickGELU (True) or GELU
-    (False), which OpenAI's CLIP files tell and other files with CLIP's names do not; None leaves a network that takes
-    any other file as it is. Raises InputError, one line, that names every name and shape that does not fit.
+    other precisions become float32; the report says so. ``quick_gelu``: QuickGELU (True) or GELU (False) in a ViT;
+    None: as OpenAI's CLIP files tell; other files with CLIP's names are refused, any other leaves it. InputError names
+    all that does not fit.
     """
     vit = getattr(type(model), "layout", "") == "vit"
     if quick_gelu is not None and not vit:
@@ -169,8 +168,8 @@ def set_quick_gelu(model: nn.Module, on: bool) -> None:
 
 
 def classifier_name(model: nn.Module) -> str | None:
-    """Return the dotted name of the module that gives the logits: the one that the network's class names, else the last
-    Linear in registration order, else the last Conv2d if it is 1×1, else None."""
+    """Return the dotted name of the module that gives the logits: as the network's class says, else the last Linear in
+    registration order, else the last Conv2d if it is 1×1, else None."""
     if hasattr(type(model), "classifier_name"):
         return model.classifier_name
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -192,8 +191,7 @@ def _replaced(model, state, target, headless, notes):
 
 
 def _misfits(state, target, wanted, replaced):
-    """Name every tensor that is missing, unexpected, or of another shape or type than the network's, and those that are
-    not finite; older files lack BatchNorm's counters."""
+    """Name every tensor that is missing (BatchNorm's counters may be), unexpected, of another kind or not finite."""
     missing = [name for name in target.keys() - state.keys() - {*replaced} if not name.endswith("num_batches_tracked")]
     problems = [f"{what}: {', '.join(map(shown, sorted(names)))}" for what, names in (
         ("missing", missing), ("unexpected", state.keys() - target.keys())) if names]
@@ -208,8 +206,7 @@ def _misfits(state, target, wanted, replaced):
 
 
 def _resize_positions(state, target, notes):
-    """Resize [1, 1 + g², C] to the network's [1, 1 + G², C], the class token's row kept, bicubic with anti-aliasing (as
-    timm); not where another number of patches is not the difference."""
+    """Resize [1, 1 + g², C] to [1, 1 + G², C] as timm: bicubic, anti-aliased, the class token's row kept."""
     old, new = state.get("pos_embed"), target["pos_embed"]
     if old is None or old.ndim != 3 or old.shape == new.shape or old.shape[::2] != new.shape[::2] or old.shape[1] < 2:
         return
@@ -238,8 +235,7 @@ def convert_layout(state: dict, model: nn.Module) -> tuple[dict, list[str], str 
     """Rename a checkpoint's tensors to the network's names → (tensors, notes, activation).
 
     The activation is "quick" or "unknown" for a file with CLIP's names, which has no classifier, else None. CLIP's
-    image tower is read as OpenAI and open_clip name it, with or without ``visual.`` in front and the text tower beside.
-    A name that no layout has stays, so that it is reported as unexpected; most files need no change.
+    image tower is read with or without ``visual.`` in front and the text tower beside. Other names stay as they are.
     """
     names, layout = list(model.state_dict()), getattr(type(model), "layout", "")
     for prefix in PREFIXES * 2:  # one may be around the other

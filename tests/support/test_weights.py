@@ -139,19 +139,6 @@ def test_every_mismatch_is_listed(file, state):
     assert message.count("different:") == 5
 
 
-HEADERS = [(2 ** 63, b"["), (3, b"[]"), (2, b"[]"), (4, b"\xff\xfe\xfd\xfc"), (4, b"null"), (100_000, b"[" * 100_000),
-           (2, b"{}" + bytes(9))]
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"garbage" * 500, b"PK\x03\x04 not really", b"\x80\x02}q\x00(X", b"<html>", b"PK\x05\x06" + bytes(18),
-    *(struct.pack("<Q", length) + content for length, content in HEADERS)])
-def test_garbage(tmp_path, content):
-    for name in ("w.pth", "w.safetensors"):
-        (tmp_path / name).write_bytes(content)
-        refused(tiny(), str(tmp_path / name), f"{name}: damaged")
-
-
 def test_torch_files_with_changed_bytes_or_compressed_ones(tmp_path, state):
     path, packed = tmp_path / "w.pth", tmp_path / "packed.pth"
     torch.save({**state, "a": torch.zeros(1 << 20)}, path)
@@ -196,8 +183,8 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, file, state, n
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("content, word", [
-    ({}, "no state dict"), ([1], "no state dict"), ({"a": 1}, "plain tensors by name"),
-    ({1: torch.zeros(1)}, "plain tensors by name"), ({"a": torch.zeros(2).to_sparse()}, "plain tensors by name"),
+    ({}, "no plain tensors"), ([1], "no plain tensors"), ({"a": 1}, "no plain tensors"),
+    ({1: torch.zeros(1)}, "no plain tensors"), ({"a": torch.zeros(2).to_sparse()}, "no plain tensors"),
     (nn.Linear(2, 2), "torch.nn.modules.linear.Linear")])
 def test_files_without_a_state_dict(file, content, word):
     torch.save(content, file)
@@ -226,8 +213,6 @@ def test_urls_that_fail(tmp_path):
     known = Published("http://127.0.0.1:9/model.safetensors", 353)
     refused(tiny(), known, f"cannot fetch {known.url}", str(tmp_path / "127.0.0.1_9_model.safetensors"), "about 353 MB",
             "--weights none", weights_dir=str(tmp_path))
-    for url in ("file:///nonexistent/w.pth", "ftp://host/w.pth", "http://[host/w.pth"):
-        refused(tiny(), url, f"cannot fetch {url}", weights_dir=str(tmp_path))
     assert os.listdir(tmp_path) == []
 
 
@@ -296,7 +281,8 @@ TEXT = {"positional_embedding": torch.ones(7, 8), "text_projection": torch.ones(
     ("openai", None, quick), ("openai", False, exact), ("open_clip", True, quick), ("tower", False, exact),
     ("open_clip", None, None), ("tower", None, None)])
 def test_state_dicts_with_openais_names(file, form, asked, act):  # the text tower's look-alikes must not get in
-    tower = openai_tower(tiny(clip=True))
+    tower = {name: tensor.half() if form == "openai" else tensor
+             for name, tensor in openai_tower(tiny(clip=True)).items()}
     state = tower if form == "tower" else {**TEXT, **prefixed(tower, "visual.")}
     torch.save({**state, **OPENAI} if form == "openai" else {"state_dict": prefixed(state, "module.")}, file)
     model = tiny(5, clip=True)
@@ -309,6 +295,7 @@ def test_state_dicts_with_openais_names(file, form, asked, act):  # the text tow
     assert all(words in " | ".join(report.notes) for words in (
         "the file has none", "projection to the space shared with texts [8, 6]",
         {"openai": "8 tensors besides the image tower", "open_clip": "5 tensors besides", "tower": ""}[form],
+        "tensors of another precision converted to float32" if form == "openai" else "",
         f"activation {'QuickGELU' if act is quick else 'GELU'}"))
 
 
@@ -319,14 +306,6 @@ def test_an_activation_where_the_layout_is_not_clips(file, state):
         load_pretrained(model, file, quick_gelu=asked)
         assert has_quick_gelu(model) == (on if asked is None else asked)
     refused(build("resnet18", 3, width=0.1), file, "quick_gelu", quick_gelu=False)
-
-
-def test_openais_halves_in_the_published_network(file):
-    model = build("vit_base_patch32_clip_224", 5, image_size=64, width=4 / 64)
-    tower = {name: tensor.half() for name, tensor in openai_tower(model).items()}
-    torch.save({**prefixed(tower, "visual."), **OPENAI}, file)
-    assert "tensors of another precision converted to float32" in " | ".join(load_pretrained(model, file).notes)
-    assert equals_openai(model, tower, quick, side=64, heads=12)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated; the files that people have are not
