@@ -209,7 +209,7 @@ def write(path, data: bytes) -> None:
 def read(file) -> Packed:
     """Return what is in a packed file (a path, or its bytes), without unpacking its tensors. Raises InputError, one
     line, for a file that is absent, of another kind or version, truncated or edited."""
-    if isinstance(file, (bytes, bytearray, memoryview)):
+    if isinstance(file, bytes):
         where, size, source = "packed bytes", len(file), io.BytesIO(file)
     else:
         where = source = os.fspath(file)
@@ -385,8 +385,8 @@ def info(packed: Packed) -> str:
 
 
 def export(file, out, source: str = "") -> str:
-    """Write the narrow network of a packed file through torch.export to ``out``; returns lines that say what came of
-    it. source: module:function or file.py:function that makes a network of one's own. Raises InputError."""
+    """Write the narrow network of a packed file through torch.export to ``out``; return lines on what came of it.
+    source: module:function or file.py:function that makes a network of one's own. Raises InputError."""
     network = read(file).network
     size = network.get("image_size")
     shape = [2, network.get("channels", 3), *(size if type(size) is list else [size, size])]

@@ -68,9 +68,6 @@ def give_back(config: NetworkConfig, sensitivity, count: int, limits) -> Network
     return NetworkConfig(tuple(blocks))
 
 
-# --- What a run does about them --------------------------------------------------------------------------------
-
-
 def resolved(config: Config, params: int, model_bytes: int) -> Config:
     """The settings with rho_target and delta_max as the goal has them; as they are without a goal. Of a file's size the
     target is what the kernels may take, as if it had no index.
@@ -109,9 +106,9 @@ def check_sizes(config: Config, shapes, model_bytes: int) -> None:
 class Demands:
     """What a goal, an enforced target and relaxing add to the loop.
 
-    config: of :func:`resolved`; blocks: they hold theta_0 whenever :meth:`chosen` is called; ``sensitivity``: s_i;
-    ``baseline_acc``: points; ``file_bytes(NetworkConfig)``: size of the packed file of theta_0 so compressed, asked
-    only where the goal has a size; log: support.log.Log. A row has acc, deployed_acc (points), packed_bytes and cr.
+    config: of :func:`resolved`; blocks: hold theta_0 whenever :meth:`chosen` is called; ``sensitivity``: s_i;
+    ``baseline_acc``: points; ``file_bytes(NetworkConfig)``: of the packed file of theta_0 so compressed; log:
+    support.log.Log. A row has acc, deployed_acc (points), packed_bytes and cr.
     """
 
     def __init__(self, config: Config, blocks, sensitivity, baseline_acc: float, file_bytes, log):
@@ -120,10 +117,8 @@ class Demands:
         self.goal = parse_goal(config.goal)
 
     def chosen(self, voted: NetworkConfig) -> NetworkConfig:
-        """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for.
-
-        A search that chooses for the target itself (plus) is left as it is where it meets it.
-        """
+        """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for; as it is
+        where the search chose it for the target (plus) and it meets that."""
         chosen, target = voted, self.config.search.target
         ratio = _asks_ratio(self.config, self.goal) and self.config.search.method not in BASELINES
         if ratio and not (self.config.search.method == "plus" and voted.retained <= target):

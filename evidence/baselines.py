@@ -66,8 +66,7 @@ def find(method: str, problem: Problem, seed: int) -> Choice:
 
 
 def joint_blocks(blocks, sensitivity, estimator, config, note) -> list[JointBlock]:
-    """Make the searches of all blocks for the method config.search.method; the network holds theta_0 whenever one is
-    asked. ``note(text)`` is called with what there is to say about a choice."""
+    """Make the searches of all blocks for config.search.method; ``note(text)`` takes what is to be said."""
     method, most = config.search.method, budget(len(blocks), len(config.lla.algorithms), config.lla)
     problem = Problem(blocks, sensitivity, config.compress, config.search.target, estimator.drops, most)
 
@@ -79,8 +78,7 @@ def joint_blocks(blocks, sensitivity, estimator, config, note) -> list[JointBloc
 
 
 class JointBlock:
-    """A block's part of a search of the whole network, with the interface of the low-level agents.
-    ``find_in(cycle)``: the search, a function of seed and cycle, made once per cycle for all blocks."""
+    """A block's part of a search of the whole network, ``find_in(cycle)``, with the low-level agents' interface."""
 
     bad_rewards = 0
 
@@ -88,8 +86,7 @@ class JointBlock:
         self.index, self.find_in, self.note, self.cycle = index, find_in, note, 0
 
     def search(self, budget) -> Found:
-        """Return the block's configuration in the next cycle, and with the first block of the network the evaluations
-        of the whole; the network has one size, so that ``budget`` plays no part."""
+        """Return the block's configuration in the next cycle, with the first block the evaluations of the whole."""
         self.cycle += 1
         choice = self.find_in(self.cycle)
         for text in () if self.index else choice.notes:
@@ -197,8 +194,8 @@ class Space:
 
 
 def uniform(space: Space, rng) -> None:
-    """The same bits and keep everywhere; of every number of bits (type and granularity, where they are free) the
-    largest keep that meets the target, and of these the least drop."""
+    """The same bits and keep everywhere: for every number of bits (type, granularity) the largest keep that meets the
+    target, and of these the least drop."""
     target, configs = space.problem.target, []
 
     def network(bits, keep, qtype=space.qtypes[0], granularity=space.granularities[0]):

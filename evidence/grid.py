@@ -32,8 +32,7 @@ NETWORKS = {"resnet18": (4, "scratch.epochs=6", "finetune.lr=1e-4"),
             "mobilenetv2": (5, "scratch.epochs=10", "finetune.lr=5e-4")}
 DATA = "threads=1 data.name=cifar10 data.image_size=32 baseline.epochs=0"
 CELL = f"{DATA} data.train_images=3000 search.proxy_batches=1 finetune.epochs=1 eval.full=false"
-# As the paper has it: sizes are what the votes give, and after a warm-up the surrogate takes over from the proxy.
-PAPER = "search.cycles=4 surrogate.warmup=3"
+PAPER = "search.cycles=4 surrogate.warmup=3"  # sizes are what the votes give; after a warm-up the surrogate estimates
 # At one size, with as many evaluations, fine-tuned on the grid.
 MATCHED = "surrogate=off lla.timesteps=32 search.target=0.10 enforce_target=true finetune.mode=qat search.cycles="
 # One part of the method left out or replaced, with the proxy, at the votes' sizes (CHANGED) or at one.
@@ -58,10 +57,10 @@ KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "final_acc", 
 
 def run(args, exp: int, name: str, seed: int, settings: str) -> int:
     """Run hirelc.py, which goes on with what was stopped; return its exit code. Ctrl-C reaches it as well."""
-    command = f"--exp {exp} --seed {seed} --name {name} --no-table --resume --set {settings}".split()
-    folders = f"out={args.out}", f"data.dir={args.data_dir}"
+    flags = f"--exp {exp} --seed {seed} --name {name} --no-table --resume --set {settings}".split()
+    flags += [f"out={args.out}", f"data.dir={args.data_dir}"]
     try:
-        return subprocess.call([sys.executable, str(ROOT / "hirelc.py"), *command, *folders])
+        return subprocess.call([sys.executable, ROOT / "hirelc.py", *flags])
     except KeyboardInterrupt:
         return 130
 

@@ -153,8 +153,7 @@ def with_interval(group: Group, key: str) -> str:
 
 
 def packed_drop(group: Group) -> str:
-    """Return the drop of the packed network against the baseline with BatchNorm statistics estimated again, on the
-    whole split; with a dagger where the statistics of the baseline were left as they were."""
+    """Return the drop of the packed network against the baseline with BatchNorm estimated again, else with a dagger."""
     for key, mark in ("deployed_bn_drop_full", ""), ("deployed_drop_full", DAGGER):
         if group.has(key):
             return with_interval(group, key) + mark
@@ -212,8 +211,7 @@ def verdict_table(experiments: dict[int, list[Group]]) -> Table:
         "against the null controller"), rows, (
         "Accuracies in percent, on the whole test split where that was scored. BN again: the baseline with BatchNorm "
         "statistics estimated again like the packed file's; drop: of the packed file from there, in points. FP32 KB: "
-        "all parameters and buffers (1 KB = 1000 bytes). Null: the controller whose actions are drawn uniformly, on "
-        "the same seeds.",))
+        "all parameters and buffers (1 KB = 1000 bytes). Null: actions drawn uniformly, on the same seeds.",))
 
 
 def runs_table(results) -> Table:
@@ -294,8 +292,7 @@ def variants_table(experiments: dict[int, list[Group]]) -> Table:
     return Table("variants", "Methods and ablations", (
         "exp", "network, data", "seeds", "what differs", "drop", "CR", "cycle 1: drop", "cycle 1: CR", "packed KB",
         "evaluations", "accuracy minus the experiment's", "paper: drop"), rows, (
-        "drop: of the fine-tuned network; evaluations: candidates that the search judged, over all cycles; accuracy: "
-        "of the packed file, on the seeds that both have. ± as in the table of the paper.",))
+        "drop: of the fine-tuned network; evaluations: candidates judged; accuracy: of the packed file.",))
 
 
 def all_tables(runs) -> list[Table]:

@@ -124,7 +124,7 @@ def test_a_file_byte_by_byte():
 
 @pytest.mark.parametrize("qtype, granularity", EVERY)
 def test_packed_and_unpacked_is_equal_bit_for_bit(qtype, granularity):
-    """Shapes and values made to catch a packer out, every bitwidth, keep-ratios and types by turns."""
+    """Odd shapes and values, every bitwidth, keep-ratios and types by turns."""
     linear, conv, *more = map(torch.randn, ((13, 7), (9, 3, 3, 3), (11, 1, 3, 3), (1, 5), (1, 1), (8, 3), (16, 2)))
     five = linear[:5, :4]
     more += [torch.zeros(5, 3), torch.full((3, 5), 0.37), -five.abs() - 0.1, 1e-42 * five, 1e-39 * five, 1e4 * five,
@@ -285,6 +285,15 @@ def test_a_crafted_file_with_a_right_digest_is_refused(way, value):
     assert index["blocks"][0][1][0][3:] == [[8, 1, 3, 3], 3, 4, "INT", "uniform"]
     functools.reduce(lambda place, key: place[key], way[:-1], index)[way[-1]] = value
     refused(assembled(index, blob), "copy the file again")
+
+
+@pytest.mark.parametrize("kernel", [KernelConfig(3), KernelConfig(4, 1.0, "FLOAT", "per-channel"), KernelConfig(32)])
+def test_scales_and_weights_that_are_not_finite_are_refused(kernel):
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    index, blob = parts(pack.pack(model, *compressed(model, [kernel]), OWN))
+    for value in (math.nan, math.inf):
+        blob[:4] = struct.pack("<f", value)
+        refused(assembled(index, blob), "kernel 0: scales or weights that are not finite")
 
 
 def test_few_bytes_do_not_become_many_weights(monkeypatch):

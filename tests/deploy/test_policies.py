@@ -81,9 +81,8 @@ def test_what_is_no_policy_is_refused(tmp_path):
     for text, said in (("", "not a policy"), ("null", "format 1"), ("[" * 10 ** 6, "nested")):
         with pytest.raises(InputError, match=said):
             fit(tmp_path, text)
-    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe{}")
     for source, said in ((tmp_path, "directory"), ("none.json", "No such file"), ("/dev/zero", "larger"),
-                         (tmp_path / "bytes.json", "utf-8"), (3j, "complex"), ({"a": {1, 2}}, "set")):
+                         (3j, "complex"), ({"a": {1, 2}}, "set")):
         with pytest.raises(InputError, match=said):
             policies.read(source)
 
