@@ -116,11 +116,8 @@ def test_a_search_goes_on_behind_a_block(six):
 
 
 def test_what_there_is_to_say_is_noted_once(six):
-    broken = SimpleNamespace(blocks=six.blocks, drops=lambda i, configs: [math.inf] * len(configs))
-    blocks, notes = joint(broken, "uniform")
-    for block in blocks:
-        block.search(None)
-    assert notes == ["6 drops were not finite and became 50"]
+    blocks, notes = joint(SimpleNamespace(blocks=six.blocks, drops=lambda i, c: [math.inf] * len(c)), "uniform")
+    assert [block.search(None) for block in blocks] and notes == ["6 drops were not finite and became 50"]
 
 
 def test_keeps_are_the_agents_that_mean_other_channels():
