@@ -128,11 +128,6 @@ class BlockConfig:
         """Mean fraction of channels really kept, over the kernels, unweighted."""
         return sum(self.kept) / len(self.kernels)
 
-    @property
-    def cr(self) -> float:
-        """1 / rho_i."""
-        return 1 / self.retained
-
 
 @dataclass(frozen=True)
 class NetworkConfig:
@@ -345,13 +340,14 @@ def compress_kernel(weight: Tensor, config: KernelConfig) -> tuple[Tensor, Tenso
 @contextlib.contextmanager
 def eval_mode(model: torch.nn.Module):
     """Eval mode inside, and afterwards every module back in its mode before, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

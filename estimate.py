@@ -57,11 +57,8 @@ class Proxy:
         self.stages, self.chain = tuple(stages(model)), _Chain(model)
         self.reference: list[Tensor] = []  # theta_0's logits, per batch
         self.block: int | None = None  # whose states are kept
-        self.states: list[Tensor] = []  # what enters the block's first stage, per batch
-
-    def cost(self, index: int) -> float:
-        """Return about what a candidate of block ``index`` costs, in stages of the network."""
-        return float(len(self.stages) - self._first_stage(index))
+        self.links = ()  # the stages from the block's first on
+        self.states: list[Tensor] = []  # what enters them, per batch
 
     @torch.inference_mode()
     def drops(self, index: int, configs) -> list[float]:
@@ -74,27 +71,24 @@ class Proxy:
         rows = torch.stack(errors).tolist() if errors else []  # one transfer for all, because a GPU waits for each
         return [proxy_drop(sum(row) / len(row)) for row in rows]
 
-    def _first_stage(self, index):
-        weights = [holder.weight for holder in self.blocks[index].kernels.values()]
-        return next(n for n, stage in enumerate(self.stages) if stage.holds(weights))
-
     def _enter(self, index):
         """Keep what enters the first stage of block ``index``, instead of that of another block."""
         if index != self.block:
             self.block, self.states = None, []  # releases the memory first
-            before = self.stages[:self._first_stage(index)]
-            self.states = [self.chain(before, batch) for batch in self.batches]
-            self.block = index
+            weights = [holder.weight for holder in self.blocks[index].kernels.values()]
+            first = next(n for n, stage in enumerate(self.stages) if stage.holds(weights))
+            self.states = [self.chain(self.stages[:first], batch) for batch in self.batches]
+            self.block, self.links = index, self.stages[first:]
 
     def _errors(self, index, config):
         """Mean squared logit error of one candidate, [batches]."""
-        block, links = self.blocks[index], self.stages[self._first_stage(index):]
+        block, links = self.blocks[index], self.links
         weights = block.replaced(compress_kernel(holder.weight, kernel)[0]
                                  for holder, kernel in zip(block.kernels.values(), config.kernels))
         weights = {f"model.{name}": weight for name, weight in weights.items()}
         errors = []
         for state, reference in zip(self.states, self.reference):
-            if links == self.stages:
+            if len(links) == len(self.stages):
                 state = state.clone()  # a user's network may write into its images
             logits = functional_call(self.chain, weights, (links, state), tie_weights=False)
             errors.append(F.mse_loss(logits.float(), reference.float()))

@@ -69,7 +69,7 @@ def read(source) -> Policy:
 def to_policy(blocks, config: NetworkConfig, budgets=None) -> dict:
     """Return a configuration and budgets as plain data for policy.json: requested values and what follows from them."""
     policy = {"format": 1, "blocks": [
-        {"name": block.name, "retained": block_config.retained, "cr": block_config.cr, "kernels": [
+        {"name": block.name, "retained": block_config.retained, "cr": 1 / block_config.retained, "kernels": [
             {"name": name, **asdict(kernel), "channels": shape.n_out,
              "channels_kept": channels_kept(kernel.keep, shape.n_out),
              "keep_actual": channels_kept(kernel.keep, shape.n_out) / shape.n_out,
