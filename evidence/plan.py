@@ -19,10 +19,10 @@ import torch
 import data
 import models
 from compress import model_bytes
-from config import BASELINES, Config, InputError
+from config import BASELINES, Config, Data, InputError
 from estimate import Proxy
 from search import random_config
-from support import images
+from support import layouts
 from support.log import Log, duration
 from support.networks import device_of, make
 from support.ranks import Ranks
@@ -37,24 +37,21 @@ def plan(config: Config, path: Path, make_run) -> str:
 
     Raises InputError for whatever the run would refuse before it starts, and where a disk has no room.
     """
-    device, needs = device_of(config), []
+    device, needs, silent = device_of(config), [], Log(open(os.devnull, "w"))
     torch.set_num_threads(config.threads or torch.get_num_threads())
     lines = [f"device: {device}, {torch.get_num_threads()} threads", f"run directory: {path} "
              f"({'holds a run with these settings' if (path / 'config.json').exists() else 'new'})"]
     splits, counts = _images(config, lines, needs)
     torch.manual_seed(config.seed)
-    notes = Log(open(os.devnull, "w"))
-    config = _weights(config, lines, needs)
-    model, survey = make(config, splits, device, Ranks(), notes)
+    model, survey = make(_weights(config, lines, needs), splits, device, Ranks(), silent)
     size = model_bytes(model)
     lines.append(f"network: {config.model.source or config.model.name}, {len(survey.compressed)} kernels in "
                  f"{len(survey.blocks)} blocks, {size / 1e6:,.1f} MB")
-    lines += [f"note: {note}" for note in notes.notes]
+    lines += [f"note: {note}" for note in silent.notes]
     run = make_run(model, survey, splits.train, splits.test)
     needs.append(("run directory", path, 9 * size + RESERVE))  # theta_0, tuned, best and a training, one written anew
-    lines += [_room(*need) for need in needs]
     rows = _times(run, counts)
-    lines += ["", f"{'phase':12}{'of':38}{'count':>12}{'s each':>12}{'s':>12}"]
+    lines += [*(_room(*need) for need in needs), "", f"{'phase':12}{'of':38}{'count':>12}{'s each':>12}{'s':>12}"]
     lines += [f"{phase:12}{what:38}{count:>12,.0f}{each:>12.4f}{count * each:>12,.1f}"
               for phase, what, count, each in rows if count]
     lines.append(f"about {duration(sum(count * each for *_, count, each in rows))} as busy as the machine is now, less "
@@ -62,23 +59,41 @@ def plan(config: Config, path: Path, make_run) -> str:
     return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sample(Data):
+    """Settings under which at most ``at_most`` images of a split are read; the number asked for is still checked."""
+    at_most: int = 0
+
+
+def _absent(settings: Data) -> tuple[str, float] | None:
+    """Return what would be done first to get a data set, and the bytes that it takes then; None where it is there."""
+    if settings.name not in layouts.ARCHIVES:
+        return None
+    (url, folder, packed, unpacked), archive = layouts.ARCHIVES[settings.name], layouts.archive_of(settings)
+    if (archive.parent / settings.name).exists() or (archive.parent / folder).exists():
+        return None
+    if archive.is_file():
+        return f"unpacked from {archive}", unpacked
+    return f"downloaded from {url} to {archive} (about {packed / 1e6:.0f} MB)", packed + unpacked
+
+
 def _images(config: Config, lines, needs):
     """Return a few images of both splits, drawn ones where the data set is absent, and the numbers that a run has."""
     settings, wanted = config.data, 2 * max(config.data.batch_size, config.eval.batch_size)
-    absent = None if settings.name == "synthetic" else images.absent(settings)
+    absent = _absent(settings)
     if not absent:
-        sample = images.Sample(**{**vars(settings), "cache": False, "workers": 0}, at_most=wanted)
+        sample = Sample(**{**vars(settings), "cache": False, "workers": 0}, at_most=wanted)
         splits = data.load(sample, pretrained_stats=models.PRETRAINED_STATS[config.model.name])
         lines.append(f"data: {settings.name}, {splits.asked[0]} training and {splits.asked[1]} test images, "
                      f"{splits.num_classes} classes, {settings.image_size} px")
         return splits, splits.asked
-    classes, *most = images.PUBLISHED[settings.name]
+    classes, *most = layouts.PUBLISHED[settings.name]
     counts = settings.train_images or most[0], settings.test_images or most[1]
     if counts[0] > most[0] or counts[1] > most[1]:
         raise InputError(f"data.train_images, data.test_images: {settings.name} has {most[0]} and {most[1]}, not "
                          f"{counts[0]} and {counts[1]}; 0 = all")
-    lines.append(f"data: {settings.name} {absent.what}; tried with drawn images")
-    needs.append(("data set", Path(settings.dir), absent.bytes))
+    lines.append(f"data: {settings.name} would be {absent[0]}; tried with drawn images")
+    needs.append(("data set", Path(settings.dir), absent[1]))
     drawn = dataclasses.replace(settings, name="synthetic", classes=classes, train_images=wanted, test_images=wanted,
                                 normalize="dataset")
     return data.load(drawn), counts

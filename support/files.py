@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-import struct
 import sys
-import zipfile
-import zlib
 from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,10 +12,6 @@ from urllib.parse import urlsplit
 import torch
 
 from config import InputError
-
-DAMAGED = (OSError, ValueError, SyntaxError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
-           AssertionError, EOFError, MemoryError, struct.error, zlib.error, zipfile.BadZipFile,
-           pickle.UnpicklingError)  # of readers of damaged files; not Exception, as which a signal may end a run
 
 
 def download(url: str, target, progress=None, sha256: str = "", hint: str = "") -> None:

@@ -14,10 +14,8 @@ index = place in the sorted class names; for tiny-imagenet, line of wnids.txt.
 from __future__ import annotations
 
 import os
-import tarfile
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +24,8 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.datasets.folder import make_dataset
 
-from config import Data, InputError
-from support.files import DAMAGED, download, one_line, shown
+from config import InputError
+from support.files import download, one_line, shown
 
 ORDER_SEED = 2606                  # of the fixed permutation of files; no setting, so that test subsets stay the same
 PUBLISHED = {"cifar10": (10, 50_000, 10_000), "cifar100": (100, 50_000, 10_000),
@@ -70,43 +68,20 @@ def _permuted(files):
     return Listing(*zip(*(files[i] for i in fixed_order(len(files)))))
 
 
-@dataclass(frozen=True)
-class Sample(Data):
-    """Settings under which at most ``at_most`` images of a split are read; the number asked for is still checked."""
-    at_most: int = 0
-
-
-class Absent(NamedTuple):
-    """``what`` would be done to get a data set, and the ``bytes`` that it takes on the disk then."""
-    what: str
-    bytes: float
-
-
-def absent(settings) -> Absent | None:
-    """Return what :func:`find` would download or unpack first; None where nothing is missing, or never fetched."""
-    if settings.name not in ARCHIVES:
-        return None
-    (url, folder, packed, unpacked), archive = ARCHIVES[settings.name], _archive(settings)
-    if (archive.parent / settings.name).exists() or (archive.parent / folder).exists():
-        return None
-    if archive.is_file():
-        return Absent(f"would be unpacked from {archive}", unpacked)
-    return Absent(f"would be downloaded from {url} to {archive} (about {packed / 1e6:.0f} MB)", packed + unpacked)
-
-
-def _archive(settings):
+def archive_of(settings) -> Path:
+    """Return where the archive of a published data set is kept."""
     return Path(settings.dir) / ARCHIVES[settings.name][0].rpartition("/")[2]
 
 
 def _published(settings, progress, unpack, other):
     """Return ``unpack(archive)`` of a published data set, downloaded where neither archive nor folder is there.
     InputError names the archive and the ``other`` way to provide the images."""
-    (url, folder, *_), archive, hint = ARCHIVES[settings.name], _archive(settings), f", or {other}; {ELSEWHERE}"
+    (url, folder, *_), archive, hint = ARCHIVES[settings.name], archive_of(settings), f", or {other}; {ELSEWHERE}"
     if not archive.is_file() and not (archive.parent / folder).exists():
         download(url, archive, progress, hint=hint)
     try:
         return unpack(archive)
-    except (*DAMAGED, tarfile.TarError) as error:
+    except Exception as error:  # readers of damaged files raise almost anything
         raise InputError(f"{archive} cannot be used ({one_line(error)}); delete it and start again to fetch a new one"
                          f"{hint}") from None
 

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import pickle
 import platform
 import random
 import re
@@ -22,7 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -37,11 +35,9 @@ from support.ranks import Ranks
 # where things lie, and how they are read, does not change the result
 PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
 OUTPUTS = ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv")
-UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-              pickle.UnpicklingError, zipfile.BadZipFile)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # no Exception: nothing that handles errors may take it for one
     """The run was asked to stop by a signal. ``code``: exit code, 128 + the signal's number."""
 
     def __init__(self, number: int):
@@ -108,7 +104,7 @@ class Phases:
             return
         try:
             differing = _differing(dict(read_json(path)[0]), self.identity)
-        except UNREADABLE as error:
+        except Exception as error:
             raise _damaged(path, error) from None
         if differing:
             raise InputError(f"{self.folder}: a state with other settings or versions: {differing}; give those, or "
@@ -179,7 +175,7 @@ class Phases:
             try:
                 with torch.serialization.safe_globals(self.classes):
                     value = torch.load(path, map_location="cpu", weights_only=True)
-            except UNREADABLE as caught:
+            except Exception as caught:
                 error = _damaged(path, caught)
         self.ranks.agree(error)
         return self.ranks.same(value)
@@ -226,7 +222,7 @@ def check_directory(path: Path, config: Config) -> Path:
         return path
     try:
         before = read_settings(read_json(old)[0]["settings"])[0]
-    except UNREADABLE as error:
+    except Exception as error:
         raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away or "
                          "choose another --out or --name") from None
     if differing := _differing(identity(before), identity(config)):
@@ -284,7 +280,7 @@ def finished(path: Path) -> dict | None:
         return None
     try:
         result = dict(read_json(path / "result.json")[0])
-    except UNREADABLE:
+    except Exception:
         raise InputError(f"{path}/result.json: no result of this program; begin anew with --restart") from None
     shutil.rmtree(path / "state", ignore_errors=True)  # the process before may have ended between the two
     return result
@@ -333,8 +329,8 @@ def provenance(device, processes: int) -> dict:
 
 def moved(path: Path, device, processes: int) -> list[str]:
     """Return a line for each thing in which this machine differs from the one that the run began on."""
-    before, now = read_json(path / "config.json")[0], provenance(device, processes)
-    before, now = ({**entry["hardware"], "number of processes": entry["processes"]} for entry in (before, now))
+    before, now = ({**entry["hardware"], "number of processes": entry["processes"]} for entry in (
+        read_json(path / "config.json")[0], provenance(device, processes)))
     return [f"goes on with another {key} than it began with ({before.get(key)}, now {value}): the last bits may differ "
             "from those of a run in one go" for key, value in now.items() if before.get(key) != value]
 

@@ -8,7 +8,6 @@ import torch
 
 import hirelc
 from evidence import plan
-from support import images
 
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "data.train_images=64", "data.test_images=40",
          "sensitivity.images=2", "finetune.epochs=1", "model.width=0.05"]
@@ -58,7 +57,7 @@ def test_what_is_missing_is_named_with_its_size_and_not_downloaded(tmp_path, cap
     assert "100000" in dry_run(tmp_path, capsys, "data.train_images=100001", which=places, code=2)
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "cifar-10-python.tar.gz").write_bytes(b"archive")
-    assert "unpacked" in images.absent(SimpleNamespace(dir=str(tmp_path / "d"), name="cifar10")).what
+    assert "unpacked" in plan._absent(SimpleNamespace(dir=str(tmp_path / "d"), name="cifar10"))[0]
 
 
 def test_a_disk_without_room_is_refused_and_one_with_just_enough_is_not(tmp_path, capsys, monkeypatch):

@@ -64,12 +64,8 @@ def silent():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_broken_off_at_every_boundary_ends_as_one_left_alone(tmp_path, monkeypatch, variant):
-    def log():
-        return Log(open(os.devnull, "w"))
-
-    whole = runs.run_directory(settings(tmp_path / "whole", variant))
-    hirelc.run_experiment(settings(tmp_path / "whole", variant), log())
-    config = settings(tmp_path / "broken", variant)
+    whole, config = settings(tmp_path / "whole", variant), settings(tmp_path / "broken", variant)
+    hirelc.run_experiment(whole, Log(open(os.devnull, "w")))
     path, replace, breaks, seen = runs.run_directory(config), runs.replace_file, 0, set()
 
     class Killed(BaseException):
@@ -90,12 +86,12 @@ def test_a_run_broken_off_at_every_boundary_ends_as_one_left_alone(tmp_path, mon
     resume = False
     while not (path / "result.json").exists():
         try:
-            hirelc.run_experiment(config, log(), resume=resume)
+            hirelc.run_experiment(config, Log(open(os.devnull, "w")), resume=resume)
         except Killed:
             assert breaks < 400
         resume = True
     assert breaks > 15
-    assert_same(path, whole)
+    assert_same(path, runs.run_directory(whole))
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, silent):
@@ -117,9 +113,6 @@ def test_a_broken_off_run_needs_a_word(tmp_path, silent, monkeypatch):
         hirelc.run_experiment(config, silent)
     with pytest.raises(InputError, match="--resume goes on with it, --restart begins anew"):
         hirelc.run_experiment(config, silent)
-
-
-# Phases alone
 
 
 class Counter:
@@ -211,9 +204,6 @@ def test_without_a_folder_nothing_is_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()) and set(ours.seconds) == {"a"}
 
 
-# The directory
-
-
 @pytest.mark.parametrize("exp, name, expected", [(4, "", "exp4-seed7"), (4, "null", "exp4-null-seed7"),
                                                  (0, "mine", "mine-seed7")])
 def test_run_directories(exp, name, expected):
@@ -223,7 +213,7 @@ def test_run_directories(exp, name, expected):
 
 def test_a_folder_with_other_settings_is_refused_with_their_names(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"settings": {"search.cycles": 3, "lla.rounds": 2}}))
-    with pytest.raises(InputError, match=r"other settings: search.cycles \(there 3, now 4\); give the variant a --name"):
+    with pytest.raises(InputError, match=r"other settings: search.cycles \(there 3, now 4\); give the variant a"):
         runs.check_directory(tmp_path, hirelc.Config())
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as this program's settings"):
@@ -248,9 +238,6 @@ def test_another_machine_is_noted(tmp_path):
     assert note.startswith("goes on with another threads than it began with (96, now ")
 
 
-# Real signals
-
-
 def start(out, *more):
     command = [sys.executable, str(ROOT / "hirelc.py"), "--exp", "4", "--smoke", "--out", str(out), "--no-table", *more,
                "--set", *SMALL, "scratch.epochs=8", "surrogate.min_samples=2", "carry=rest"]
@@ -259,7 +246,7 @@ def start(out, *more):
 
 
 def killed(out, waits):
-    """Run to the end, killed by SIGKILL whenever ``waits()`` says so many seconds have passed; how often it was killed."""
+    """Run to the end, killed whenever the seconds that ``waits()`` gives have passed; return how often that was."""
     kills = 0
     while True:
         process = start(out, "--resume")
