@@ -5,8 +5,6 @@ on. The rest of this file prepares an experiment or a user's network::
 
     python hirelc.py --exp 3               # one of the paper's experiments
     python hirelc.py --exp 3 --smoke       # the same code path in seconds, without any download
-    python hirelc.py --exp 3 --load FILE   # accuracy of a packed file
-    python hirelc.py --list                # the experiments and the paper's numbers
     python hirelc.py --model net.py:make   # a network of your own, from a Python file or module
 """
 

@@ -21,15 +21,13 @@ def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, ge
         return False
     momenta = [norm.momentum for norm in norms]
     with eval_mode(model):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the cumulative mean
-                norm.train()
-            for x, _ in images.batches(batch_size, device_of(model), generator=generator, limit=limit):
-                if len(x) > 1:
-                    model(x)
-        finally:
-            for norm, momentum in zip(norms, momenta):
-                norm.momentum = momentum
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the cumulative mean
+            norm.train()
+        for x, _ in images.batches(batch_size, device_of(model), generator=generator, limit=limit):
+            if len(x) > 1:
+                model(x)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
     return True

@@ -29,19 +29,12 @@ class GivenBudgets(UniformBudgets):
         """Return the policy's budgets."""
         return self.given
 
-    def state_dict(self) -> dict:
-        """Return nothing, as nothing changes."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Do nothing."""
-
 
 class GivenBlock:
     """In place of a block's low-level agents: its configuration in a policy."""
 
     bad_rewards = 0
-    state_dict, load_state_dict = GivenBudgets.state_dict, GivenBudgets.load_state_dict
+    state_dict, load_state_dict = UniformBudgets.state_dict, UniformBudgets.load_state_dict
 
     def __init__(self, config: BlockConfig):
         self.config = config

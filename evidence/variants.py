@@ -42,8 +42,7 @@ def main(argv=None) -> int:
                                      "hirelc.py.", allow_abbrev=False)
     parser.add_argument("--exp", type=int, required=True, metavar="N", help="experiment of the paper")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
-                        help=f"some of {', '.join(VARIANTS)}")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="some of the variants")
     args, flags = parser.parse_known_args(argv)
     failed = []
     for seed in args.seeds:

@@ -47,7 +47,7 @@ class SixKernels:
         (sizes_a, drops_a), (sizes_b, drops_b) = tables
         meets = sizes_a[:, None] + sizes_b <= TARGET * self.params
         drops = (drops_a[:, None] + drops_b)[meets]
-        self.configurations, self.optimum, self.mean = meets.size, drops.min(), drops.mean()
+        self.optimum, self.mean = drops.min(), drops.mean()
 
     def drop(self, index, config) -> float:
         """Drop of one candidate."""
