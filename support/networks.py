@@ -25,7 +25,7 @@ def device_of(config: Config, ranks: Ranks = Ranks()) -> torch.device:
         return torch.device("cpu")
     # cuBLAS keeps its results the same from run to run with this workspace alone; it reads it at its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return torch.device("cuda", ranks.local) if ranks.size > 1 else torch.device("cuda")
+    return torch.device("cuda", ranks.rank) if ranks.size > 1 else torch.device("cuda")
 
 
 def check(config: Config, ranks: Ranks) -> None:
