@@ -34,6 +34,7 @@ from support.ranks import Ranks
 
 # where things lie, and how they are read, does not change the result
 PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
+NETWORKS = {"network", "tuned", "best"}  # parts as large as a network: one file for each, the newest alone
 OUTPUTS = ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv")
 
 
@@ -116,8 +117,8 @@ class Phases:
         """Return compute(), or what it returned to an earlier process of this run.
 
         ``name``: "kind: details", unique in the run. ``parts``: the objects that ``compute`` changes, each with
-        ``state_dict`` and ``load_state_dict``; the state of each is kept until a later phase stores a newer one under
-        the same key. Notes, random states and seconds of the phase are kept with the value.
+        ``state_dict`` and ``load_state_dict``; their states, notes, random states and seconds of the phase are kept
+        with the value, those of NETWORKS until a later phase stores a newer one under the same key.
         """
         stem, self.phase = re.sub(r"[^a-z0-9.]+", "-", name.lower()), name
         entry = self._read(f"{stem}.pt")
@@ -125,13 +126,14 @@ class Phases:
             notes, start = len(self.log.notes), time.monotonic()
             entry = {"value": compute(), "notes": self.log.notes[notes:], "random": random_states(),
                      "seconds": time.monotonic() - start, "elapsed": self.elapsed + time.monotonic() - self.started}
-            for key, part in parts.items():
-                self._write(f"{stem}@{key}.pt", part.state_dict())
+            entry["parts"] = {key: part.state_dict() for key, part in parts.items() if key not in NETWORKS}
+            for key in parts.keys() & NETWORKS:
+                self._write(f"{stem}@{key}.pt", parts[key].state_dict())
             self._write(f"{stem}.pt", entry)  # makes the phase one that has ended
             self._drop_superseded(stem, parts)
         else:
             for key, part in parts.items():
-                state = self._read(f"{stem}@{key}.pt")
+                state = self._read(f"{stem}@{key}.pt") if key in NETWORKS else entry["parts"][key]
                 if state is not None:  # else a later phase has stored a newer one
                     part.load_state_dict(state)
             self.log.notes += entry["notes"]
@@ -156,7 +158,7 @@ class Phases:
     def _drop_superseded(self, stem, parts) -> None:
         if self.folder is not None and self.ranks.first:
             (self.folder / "training.pt").unlink(missing_ok=True)
-            for path in (path for key in parts for path in self.folder.glob(f"*@{key}.pt")):
+            for path in (path for key in parts.keys() & NETWORKS for path in self.folder.glob(f"*@{key}.pt")):
                 if not path.name.startswith(f"{stem}@"):
                     path.unlink()
 

@@ -134,20 +134,21 @@ def phases(folder, resume, **identity):
     return made
 
 
-def test_phases_return_what_they_returned_and_restore_what_changed(tmp_path):
+@pytest.mark.parametrize("key", ["counter", "best"])
+def test_phases_return_what_they_returned_and_restore_what_changed(tmp_path, key):
     def advance(counter, ours):
         counter.count += 1
         ours.log.note(f"step {counter.count}")
         return counter.count, torch.rand(2)
 
     first, counter = phases(tmp_path / "state", False), Counter()
-    values = [first.once(f"a: {n}", lambda: advance(counter, first), counter=counter) for n in range(3)]
+    values = [first.once(f"a: {n}", lambda: advance(counter, first), **{key: counter}) for n in range(3)]
     following = torch.rand(2)
-    assert sum("@counter" in path.name for path in (tmp_path / "state").iterdir()) == 1  # older states are superseded
+    assert sum("@" in path.name for path in (tmp_path / "state").iterdir()) == (key == "best")  # the newest network
 
     second, again = phases(tmp_path / "state", True), Counter()
     torch.manual_seed(99)
-    restored = [second.once(f"a: {n}", lambda: pytest.fail("computed again"), counter=again) for n in range(3)]
+    restored = [second.once(f"a: {n}", lambda: pytest.fail("computed again"), **{key: again}) for n in range(3)]
     assert [value[0] for value in restored] == [1, 2, 3] and again.count == 3
     assert all(torch.equal(a[1], b[1]) for a, b in zip(values, restored))
     assert torch.equal(torch.rand(2), following)  # the random states of the last phase
