@@ -165,8 +165,7 @@ def html_table(table: Table) -> str:
              *(f'<th scope="col">{escape(c)}</th>' for c in table.columns), "</tr></thead><tbody>"]
     for row in table.rows:
         lines += ["<tr>", f'<th scope="row" data-label="{escape(table.columns[0])}">{escape(row[0])}</th>',
-                  *(f'<td data-label="{escape(c)}">{escape(cell).replace(" ± ", "&#160;±&#160;")}</td>'
-                    for c, cell in zip(table.columns[1:], row[1:])),
+                  *(f'<td data-label="{escape(c)}">{escape(cell)}</td>' for c, cell in zip(table.columns[1:], row[1:])),
                   "</tr>"]
     notes = (f'<p class="note">{escape(note)}</p>' for note in table.notes)
     return "\n".join([*lines, "</tbody></table>", *notes, "</section>"])
