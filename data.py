@@ -233,8 +233,7 @@ def as_images(source, what="the images"):
 
     Such an object comes back as it is; (x, y) with y int64 [N]: x float [N, C, H, W] is taken as normalised, x uint8
     [N, C, h, h] only divided by 255, neither is augmented; a map-style Dataset of (float tensor [C, H, W], int) or a
-    DataLoader over one: :func:`support.images.adapt`. ``what``: name of the set in messages. Raises InputError.
-    """
+    DataLoader over one: :func:`support.images.adapt`. ``what``: name of the set in messages. Raises InputError."""
     if all(hasattr(source, name) for name in ("batch", "batches", "__len__")):
         return source
     if not isinstance(source, (tuple, list)) or [isinstance(part, torch.Tensor) for part in source] != [True, True]:
@@ -248,8 +247,8 @@ def as_images(source, what="the images"):
 
 
 def check_finite(images, what):
-    """Raise InputError with the index of the first image of the set ``what`` that is not finite, if it is in memory;
-    those of a Dataset are checked batch by batch as they are used."""
+    """Raise InputError with the index of the first image of the set ``what`` that is not finite, if it is in memory
+    (tensors, TensorDataset); those of another Dataset are checked batch by batch as they are used."""
     x = getattr(images.whole if isinstance(images, Part) else images, "images", None)
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         for index in torch.arange(len(x)).split(64):

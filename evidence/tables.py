@@ -104,6 +104,7 @@ def differing(settings: dict | None, reference: dict | None) -> dict:
 
 
 def shown_settings(values: dict) -> str:
+    """Return the settings as ``--set`` takes them, in the order of their names."""
     return " ".join(f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
                     for key, value in sorted(values.items()))
 

@@ -231,6 +231,7 @@ class Loaded(ImageSet):
             raise InputError(f"{what}: the data set is empty")
         self.dataset, self.what, self.collate = dataset, what, collate
         self.workers, self.worker_init = workers, worker_init
+        self.images = dataset.tensors[0] if type(dataset) is torch.utils.data.TensorDataset else None    # in memory
         with torch.random.fork_rng(devices=[]):             # a look at an item must not shift the run's random numbers
             try:
                 self.batch([0])

@@ -277,10 +277,10 @@ def test_what_cannot_be_read_in_full_is_refused(source, word):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])          # the last is infinite as float32
-@pytest.mark.parametrize("kind", ["tensors", "part"])
+@pytest.mark.parametrize("kind", ["tensors", "part", "TensorDataset"])
 def test_images_in_memory_that_are_not_finite_are_named(kind, value):
     x, y = torch.zeros(200, 1, 4, 4, dtype=torch.float64), torch.arange(200)
-    images = data.as_images((x, y))
+    images = data.as_images(TensorDataset(x, y) if kind == "TensorDataset" else (x, y))
     images = data.hold_out(images)[0] if kind == "part" else images
     data.check_finite(images, "training images")
     x[130, 0, 2, 3] = value
