@@ -17,11 +17,13 @@ from torch import Tensor
 
 QTYPES = ("INT", "FLOAT")  # in the order of the action's type index
 GRANULARITIES = ("uniform", "log", "per-channel", "learned")  # in the order of the action's granularity index
-PER_CHANNEL = ("per-channel", "learned")  # those with a grid for every row
+PER_CHANNEL = ("per-channel", "learned", "fitted")  # those with a grid for every row
+SIGNED = ("learned", "fitted")  # those that are signed whatever the type
 LOG = ("log", "log-script")
 STRATEGIES = ("quantization", "pruning", "auto")  # in the order of the action's strategy index
 FULL_BITS = 32
 SMALLEST_SCALE = 1e-8
+FITTED_STARTS = tuple(0.9 ** n for n in range(20))  # of a fitted scale, in parts of max|W| / q_max
 
 
 # --- Configurations and their sizes -----------------------------------------------------------------------
@@ -29,8 +31,9 @@ SMALLEST_SCALE = 1e-8
 class KernelConfig:
     """Compression of one kernel: bits b, keep-ratio kappa as requested, numeric type tau, granularity mu (§3.1.1).
 
-    ``granularity`` is one of GRANULARITIES or ``log-script``, the log grid of the authors' script, kept for
-    comparison (ledger D3). Raises ValueError for a value outside its range.
+    ``granularity`` is one of GRANULARITIES; or ``log-script``, the log grid of the authors' script, kept for
+    comparison (ledger D3); or ``fitted``, past the paper: per channel, the scale of least squared error. Raises
+    ValueError for a value outside its range.
     """
     bits: int = FULL_BITS
     keep: float = 1.0
@@ -42,7 +45,7 @@ class KernelConfig:
             raise ValueError(f"bits={self.bits!r}: expected a whole number of at least 2")
         if isinstance(self.keep, bool) or not 0.0 < self.keep <= 1.0:
             raise ValueError(f"keep={self.keep!r}: expected a number in (0, 1]")
-        for name, options in (("qtype", QTYPES), ("granularity", (*GRANULARITIES, "log-script"))):
+        for name, options in (("qtype", QTYPES), ("granularity", (*GRANULARITIES, "log-script", "fitted"))):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(options)}")
         if self.granularity in LOG and 16 < self.bits < FULL_BITS:
@@ -83,7 +86,7 @@ def kernel_bytes(config: KernelConfig, shape: KernelShape) -> int:
     bitmap = 0 if kept == shape.n_out else math.ceil(shape.n_out / 8)
     if config.bits >= FULL_BITS:
         return 4 * weights + bitmap
-    zero_point = math.ceil(config.bits / 8) if config.qtype == "FLOAT" and config.granularity != "learned" else 0
+    zero_point = math.ceil(config.bits / 8) if config.qtype == "FLOAT" and config.granularity not in SIGNED else 0
     ends = 8 if config.granularity in LOG else (kept if config.granularity in PER_CHANNEL else 1) * (4 + zero_point)
     return math.ceil(weights * config.storage_bits / 8) + ends + bitmap
 
@@ -216,8 +219,9 @@ def prune_mask(weight: Tensor, keep: float) -> Tensor:
 class Grid:
     """What the codes of one kernel's kept rows stand for (§3.5.2); codes are whole numbers held as float32.
 
-    INT, learned: signed code c is c * scale. FLOAT: code c in 0…2^b - 1 is (c - zero) * scale. log, log-script: code
-    0 is zero, ±m the (m - 1)-th of the magnitudes that lie in equal steps of log2 between the two ends in ``scale``.
+    INT, learned, fitted: signed code c is c * scale. FLOAT: code c in 0…2^b - 1 is (c - zero) * scale. log,
+    log-script: code 0 is zero, ±m the (m - 1)-th of the magnitudes that lie in equal steps of log2 between the two ends
+    in ``scale``.
     ``scale``: float32, [] for a tensor, [n, 1, …] for channels, [2] for a log grid's smallest and largest magnitude;
     ``zero``: like ``scale``, FLOAT only. ``high``: upper ends of the weights that a FLOAT grid was made for.
     """
@@ -263,6 +267,7 @@ def find_grid(values: Tensor, config: KernelConfig) -> Grid:
     INT and learned: scale = max|W| / q_max, at least 1e-8. FLOAT: 2^b levels from min to max, widened to hold 0, with
     an integer zero-point. log: from the smallest to the largest magnitude of the non-zero weights (1 without any).
     ``uniform`` and ``log`` have one range for the tensor, ``per-channel`` and ``learned`` one per output channel.
+    ``fitted`` takes per channel the scale of least squared error instead of max|W| / q_max (:func:`fitted_scale`).
     """
     bits, qtype, granularity = config.bits, config.qtype, config.granularity
     make, per_channel = partial(Grid, bits, qtype, granularity), granularity in PER_CHANNEL
@@ -272,8 +277,10 @@ def find_grid(values: Tensor, config: KernelConfig) -> Grid:
         magnitude = rows.abs()
         ends = torch.stack([torch.where(magnitude > 0, magnitude, torch.inf).amin(), magnitude.amax()])
         return make(torch.where(ends[1] > 0, ends, 1.0))
-    if qtype == "INT" or granularity == "learned":
+    if qtype == "INT" or granularity in SIGNED:
         q_max = 2 ** (bits - 1) - 1
+        if granularity == "fitted":
+            return make(fitted_scale(rows, q_max).reshape(shape))
         largest = rows.abs().amax(dim=1).reshape(shape)
         # The divisor is a tensor because CUDA divides by a plain number through its rounded reciprocal. With a
         # correctly rounded quotient, (q_max * scale) / q_max gives scale back, so that a second pass changes no bit.
@@ -283,6 +290,22 @@ def find_grid(values: Tensor, config: KernelConfig) -> Grid:
     usable = (scale >= SMALLEST_SCALE) & (high > 0)
     scale = scale.clamp_min(SMALLEST_SCALE)
     return make(scale, (-low / scale).round_(), torch.where(usable, high, torch.inf))
+
+
+def fitted_scale(rows: Tensor, q_max: int) -> Tensor:
+    """Return, per row of [n, m], the scale s of about the least |W - s c|^2 over codes c in -q_max…q_max: [n].
+
+    From each of a geometric series of starts below max|W| / q_max, one step of Lloyd's method: codes by rounding, then
+    the scale that fits them best, s = <W, c> / <c, c>. With b = 2 the grid is ternary.
+    """
+    largest = rows.abs().amax(dim=1) / q_max
+    best, least = largest.clamp_min(SMALLEST_SCALE), torch.full_like(largest, torch.inf)
+    for share in FITTED_STARTS:
+        codes = (rows / (share * largest).clamp_min(SMALLEST_SCALE)[:, None]).round_().clamp_(-q_max, q_max)
+        scale = ((rows * codes).sum(1) / codes.square().sum(1).clamp_min(1)).clamp_min(SMALLEST_SCALE)
+        error = (rows - codes * scale[:, None]).square_().sum(1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
 
 
 def encode(values: Tensor, grid: Grid) -> Tensor:
@@ -315,7 +338,7 @@ def quantize(weight: Tensor, bits: int, qtype: str = "INT", granularity: str = "
 
     weight [n_out, …], any float type, in and out; arithmetic is float32. Zero stays exactly zero. A second pass
     changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT, float32 in). bits >= 32 returns a copy.
-    ``log`` and ``learned`` ignore ``qtype``. Raises ValueError for values outside KernelConfig's ranges.
+    ``log``, ``learned`` and ``fitted`` ignore ``qtype``. Raises ValueError for values outside KernelConfig's ranges.
     """
     config = KernelConfig(bits, 1.0, qtype, granularity)  # checks the values
     if bits >= FULL_BITS or weight.numel() == 0:

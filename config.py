@@ -27,7 +27,7 @@ NETWORKS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch1
             "resnet18", "resnet50", "mobilenetv2_100")
 ALGORITHMS = ("PPO", "A2C")
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
-BASELINES = ("uniform", "random", "greedy", "evolution", "sequential")
+BASELINES = ("uniform", "random", "greedy", "evolution", "sequential", "table", "plus")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Data:
     image_size: int = setting(224, "side in pixels after the resize", low=8, high=1024)
     train_images: int = setting(0, "number of training images, a fixed pseudo-random subset; 0 = all", low=0)
     test_images: int = setting(0, "number of test images, the first of the test order; 0 = all", low=0)
-    normalize: str = setting("dataset", "mean and std: of the data set, or those of the published weights",
-                             choices=("dataset", "pretrained"))
+    normalize: str = setting("dataset", "mean and std: of the data set, as the published weights have them, …",
+                             choices=("dataset", "pretrained", "imagenet", "none"))
     skip_corrupt: bool = setting(False, "leave out images that cannot be read, counted in the log and result.json")
     cache: bool = setting(True, "keep decoded images in a memory-mapped file beside the data")
     workers: int = setting(-1, "processes that stream images from disk; -1 = one per core, 0 = none", low=-1)
@@ -83,6 +83,9 @@ class Finetune:
                         choices=("paper", "qat"))
     scales: str = setting("learned", "scales of mode=qat: follow the weights (Eq. 19-20), or are learned (LSQ)",
                           choices=("follow", "learned"))
+    distill: float = setting(0.0, "weight of the distillation from theta_0 beside the cross-entropy's 1", low=0.0)
+    keep: str = setting("best", "epoch that is kept: the most accurate, or the last", choices=("best", "last"))
+    temperature: float = setting(4.0, "temperature of the distillation", low=0.1)
     bn_images: int = setting(2048, "training images that estimate BatchNorm's statistics on the grid; 0 = none", low=0)
 
 
@@ -98,7 +101,7 @@ class Compress:
     max_pruning: float = setting(0.6, "largest fraction of a kernel's channels that may go", low=0.0, high=0.99)
     qtype: str = setting("INT", "numeric type; any = the agents choose", choices=("INT", "FLOAT", "any"))
     granularity: str = setting("uniform", "any = the agents choose",
-                               choices=("uniform", "log", "per-channel", "learned", "log-script", "any"))
+                               choices=("uniform", "log", "per-channel", "learned", "log-script", "fitted", "any"))
     scope: str = setting("paper", "all: also patch embedding, shortcut projections, last convolution, classifier",
                          choices=("paper", "all"))
 
@@ -106,22 +109,24 @@ class Compress:
 @dataclass(frozen=True)
 class Search:
     method: str = setting("hirelc", "no-hla: uniform budgets; null: uniform draws; the others meet search.target",
-                          choices=("hirelc", "no-hla", "null", "plus", *BASELINES))
+                          choices=("hirelc", "no-hla", "null", *BASELINES))
     cycles: int = setting(4, "C, number of cycles", low=1)
     target: float = setting(0.25, "rho_target, retained fraction to reach", low=0.01, high=1.0)
     max_drop: float = setting(1.0, "delta_max, allowed accuracy drop in points", low=0.0)
+    estimate: str = setting("proxy", "of drops; table = of every kernel measured alone", choices=("proxy", "table"))
     proxy_batches: int = setting(2, "calibration batches (of data.batch_size) of the logit-MSE proxy", low=1)
 
 
 @dataclass(frozen=True)
 class LLA:
     algorithms: tuple[str, ...] = setting(("PPO", "A2C", "PPO"), "one policy per entry", choices=ALGORITHMS)
-    timesteps: int = setting(256, "environment steps per block, agent and cycle", low=1)
+    timesteps: int = setting(256, "environment steps per block, agent and cycle", low=0)
     episode: int = setting(20, "steps of an episode", low=1)
     envs: int = setting(2, "environments per agent", low=1)
     alpha: tuple[float, ...] = setting((30.0, 30.0, 30.0), "weight of R_acc, per agent")
     beta: tuple[float, ...] = setting((1.5, 5.0, 8.0), "weight of R_comp, per agent")
     gamma_s: tuple[float, ...] = setting((1.0, 1.0, 1.0), "weight of R_stab, per agent")
+    standardize: bool = setting(False, "rewards of a rollout minus their mean, divided by their standard deviation")
 
 
 @dataclass(frozen=True)
@@ -157,8 +162,8 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Eval:
-    protocol: str = setting("paper", "what chooses epoch and cycle: the first test images (ledger D15), or 5 % of the "
-                                     "training images, which are then not trained on", choices=("paper", "holdout"))
+    protocol: str = setting("paper", "what chooses epoch and cycle: the first test images (ledger D15), or 5 % of "
+                            "the training images, which are then not trained on", choices=("paper", "holdout"))
     images: int = setting(1280, "first test images that choose epoch and cycle, and that the paper scores", low=1)
     batch_size: int = setting(256, "images per evaluation batch", low=1)
     full: bool = setting(True, "score the whole test split too, once per reported network")
@@ -201,8 +206,8 @@ class Config:
 
 PRESETS = {
     "none": {},
-    # The search of evidence/plus.py, held to the size and trained on the grid.
-    "plus": {"search.method": "plus", "enforce_target": True, "finetune.mode": "qat", "surrogate.enabled": False},
+    "plus": {"search.method": "plus", "surrogate.enabled": False, "compress.scope": "all", "compress.bits_min": 2,
+             "compress.granularity": "fitted", "finetune.mode": "qat", "finetune.distill": 1.0, "pack.rest": "float16"},
 }
 # Settings of older versions. They were measured and did not help, or changed no result (docs/RESULTS.md).
 RETIRED = frozenset((
@@ -235,17 +240,13 @@ def get(config, key: str):
 
 
 def override(config: Config, assignments) -> Config:
-    """Apply settings in order and check the result.
-
-    ``assignments``: strings ``key=value`` as on the command line, or a mapping key → value. A section's first
-    field may be set by the section's name alone: ``search=no-hla`` is ``search.method=no-hla``. ``preset`` sets what
-    PRESETS lists, which later assignments may change again.
+    """Apply settings in order and check the result. ``assignments``: strings ``key=value`` as on the command line, or a
+    mapping key → value. A section's first field may be set by the section's name alone: ``search=no-hla`` is
+    ``search.method=no-hla``. ``preset`` sets what PRESETS lists, which later assignments may change again.
     Raises InputError for an unknown key (naming the nearest known ones), a wrong type, or a value out of range.
     """
-    if hasattr(assignments, "items"):
-        assignments = list(assignments.items())
     known = fields_of(config)
-    for item in assignments:
+    for item in assignments.items() if hasattr(assignments, "items") else assignments:
         if isinstance(item, str):
             key, equals, value = item.partition("=")
             if not equals:
@@ -294,8 +295,7 @@ def _replace(config, key, value):
 
 def _typed(key, item, value):
     """``value`` (text or already typed) as the field's type, checked against its choices or range."""
-    wanted = typing.get_type_hints(_OWNER[key])[item.name]
-    if typing.get_origin(wanted) is not tuple:
+    if typing.get_origin(wanted := typing.get_type_hints(_OWNER[key])[item.name]) is not tuple:
         return _scalar(key, wanted, value, item.metadata)
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not parts:
@@ -370,9 +370,8 @@ class Experiment:
 
 
 def _experiment(number, title, network, data, cycles, epochs, paper, more=()):
-    settings = {"exp": number, "model.name": network, "data.name": data, "search.cycles": cycles,
-                "finetune.epochs": epochs, **dict(more)}
-    return Experiment(number, title, settings, paper)
+    return Experiment(number, title, {"exp": number, "model.name": network, "data.name": data, "search.cycles": cycles,
+                                      "finetune.epochs": epochs, **dict(more)}, paper)
 
 
 _LOG = {"compress.qtype": "any", "compress.granularity": "log", "surrogate.enabled": False}

@@ -210,10 +210,11 @@ def load(settings: Data, progress=lambda what, done, total: None, pretrained_sta
     if settings.normalize == "pretrained" and pretrained_stats is None:
         raise InputError("data.normalize=pretrained needs the mean and std of a network's published weights")
     splits = _load_synthetic(settings) if settings.name == "synthetic" else _load_files(settings, progress)
-    if settings.normalize == "pretrained":
-        mean, std = (tuple(values) for values in pretrained_stats)
+    if settings.normalize != "dataset":
+        stats = {"pretrained": pretrained_stats, "imagenet": IMAGENET_STATS, "none": ((0.0,) * 3, (1.0,) * 3)}
+        mean, std = (tuple(values) for values in stats[settings.normalize])
         train, test = (dataclasses.replace(part, mean=mean, std=std) for part in (splits.train, splits.test))
-        note = f"{settings.name}: normalised with the mean {mean} and std {std} of the network's weights"
+        note = f"{settings.name}: normalised with the mean {mean} and std {std}, data.normalize={settings.normalize}"
         splits = dataclasses.replace(splits, train=train, test=test, notes=splits.notes + (note,))
     return splits
 

@@ -19,7 +19,8 @@ from models import stages
 
 WORST = 50.0  # points, the largest drop that the proxy gives
 UNKNOWN_KERNEL = [0.8, 1.0, 0.0, 0.0, 0.5]  # features of a kernel that has no consensus yet (ledger D10)
-GRANULARITY_FEATURE = {"uniform": 0.0, "log": 0.33, "log-script": 0.33, "per-channel": 0.67, "learned": 1.0}
+GRANULARITY_FEATURE = {"uniform": 0.0, "log": 0.33, "log-script": 0.33, "per-channel": 0.67, "learned": 1.0,
+                       "fitted": 1.0}
 
 
 # --- Logit-MSE proxy -------------------------------------------------------------------------------------------
@@ -60,33 +61,43 @@ class Proxy:
         self.links = ()  # the stages from the block's first on
         self.states: list[Tensor] = []  # what enters them, per batch
 
-    @torch.inference_mode()
     def drops(self, index: int, configs) -> list[float]:
         """Estimate the drop in points of each candidate configuration of block ``index``."""
+        return [proxy_drop(mse) for mse in self.errors(index, configs)]
+
+    @torch.inference_mode()
+    def errors(self, index: int | None, configs) -> list[float]:
+        """Return the logit MSE of each candidate: a BlockConfig of block ``index``, or with None a NetworkConfig."""
         with eval_mode(self.model):
             if not self.reference:
                 self.reference = [self.chain(self.stages, batch.clone()) for batch in self.batches]
             self._enter(index)
-            errors = [self._errors(index, config) for config in configs]
+            blocks = self.blocks if index is None else [self.blocks[index]]
+            errors = [self._errors(blocks, config) for config in configs]
         rows = torch.stack(errors).tolist() if errors else []  # one transfer for all, because a GPU waits for each
-        return [proxy_drop(sum(row) / len(row)) for row in rows]
+        return [sum(row) / len(row) for row in rows]
+
+    def check(self, chosen: NetworkConfig) -> None:
+        """Return None: there is nothing to compare the proxy with (a table of estimates has)."""
 
     def _enter(self, index):
-        """Keep what enters the first stage of block ``index``, instead of that of another block."""
-        if index != self.block:
+        """Keep what enters the first stage of block ``index`` (None: the images), instead of that of another block."""
+        if index is None:
+            self.block, self.links, self.states = None, self.stages, self.batches
+        elif index != self.block:
             self.block, self.states = None, []  # releases the memory first
             weights = [holder.weight for holder in self.blocks[index].kernels.values()]
             first = next(n for n, stage in enumerate(self.stages) if stage.holds(weights))
             self.states = [self.chain(self.stages[:first], batch) for batch in self.batches]
             self.block, self.links = index, self.stages[first:]
 
-    def _errors(self, index, config):
-        """Mean squared logit error of one candidate, [batches]."""
-        block, links = self.blocks[index], self.links
-        weights = block.replaced(compress_kernel(holder.weight, kernel)[0]
-                                 for holder, kernel in zip(block.kernels.values(), config.kernels))
-        weights = {f"model.{name}": weight for name, weight in weights.items()}
-        errors = []
+    def _errors(self, blocks, config):
+        """Mean squared logit error of one candidate, [batches]; ``config``: of the one block, or of the network."""
+        links, weights, errors = self.links, {}, []
+        for block, chosen in zip(blocks, getattr(config, "blocks", [config])):
+            compressed = block.replaced(compress_kernel(holder.weight, kernel)[0]
+                                        for holder, kernel in zip(block.kernels.values(), chosen.kernels))
+            weights |= {f"model.{name}": weight for name, weight in compressed.items()}
         for state, reference in zip(self.states, self.reference):
             if len(links) == len(self.stages):
                 state = state.clone()  # a user's network may write into its images
@@ -212,6 +223,11 @@ class DropEstimator:
                  for chosen, block in zip(self.consensus, self.proxy.blocks)]
         rows = [sum([*parts[:index], block_features(config), *parts[index + 1:]], []) for config in configs]
         return [self.baseline_acc - acc for acc in self.surrogate.predict(rows)]
+
+    def settle(self, chosen: NetworkConfig) -> dict | None:
+        """Take the configuration of a cycle as the blocks' consensus; return how good a table of estimates is there."""
+        self.consensus = list(chosen.blocks)
+        return self.proxy.check(chosen)
 
     def state_dict(self) -> dict:
         """Return the consensus of every block and the number of evaluations."""

@@ -31,12 +31,13 @@ from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
 from deploy.cycle import Best, Cycle, measure
 from deploy.given import GivenBlock, GivenBudgets, fitted
-from deploy.qat import GridTraining
+from deploy.qat import Distillation, GridTraining
 from deploy.target import Demands, check_sizes, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
-from evidence import baselines, plan, plus, sensitivities, summary
+from evidence import baselines, plan, plus, sensitivities, summary  # noqa: F401 (plus registers itself)
 from evidence.null import NullHLA, NullLLA
 from evidence.report import results_table
+from evidence.table import Entries, tabulated
 from search import TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config
 from support import networks, runs
 from support.files import check_writable, survive_ascii
@@ -64,9 +65,10 @@ class Outcome:
     budgets: list[dict] = field(default_factory=list)  # per cycle
     failed_samples: int = 0  # of the warm-up, whose training diverged
     bad_rewards: int = 0
+    table: dict | None = None  # how far the table of estimates is from the proxy
 
 
-STORED = [KernelConfig, KernelShape, BlockConfig, NetworkConfig, LayerBudget, Grid, Epoch, Found, plus.PlusFound, Cycle]
+STORED = [KernelConfig, KernelShape, BlockConfig, NetworkConfig, LayerBudget, Grid, Epoch, Found, Cycle, Entries]
 
 
 def algorithm_1(run: Run) -> Outcome:
@@ -82,10 +84,13 @@ def algorithm_1(run: Run) -> Outcome:
     theta0 = run.weights()
     sensitivity = once("sensitivity: blocks", run.estimate_sensitivity)
     surrogate = Surrogate(5 * sum(map(len, run.shapes)), c.surrogate, derive_seed(c.seed, "surrogate"))
-    estimator = DropEstimator(Proxy(run.model, run.blocks, run.calibration_batches()), surrogate, baseline["acc"])
-    hla, lla, combine = choose_search(run, sensitivity, estimator)
-    out = Outcome(theta0, baseline, sensitivity, run.demands(theta0, sensitivity, baseline["acc"]), surrogate,
-                  carried=theta0, rows=[Cycle(0, baseline["acc"], 0.0, baseline["acc"], baseline["acc"])])
+    demands = run.demands(theta0, sensitivity, baseline["acc"])
+    problem = baselines.make_problem(run.blocks, sensitivity, c, demands.allowance(run.shapes))
+    proxy = Proxy(run.model, run.blocks, run.calibration_batches())
+    estimator = DropEstimator(proxy if run.given else tabulated(proxy, problem, c, once), surrogate, baseline["acc"])
+    hla, lla = choose_search(run, sensitivity, estimator, problem)
+    out = Outcome(theta0, baseline, sensitivity, demands, surrogate, carried=theta0,
+                  rows=[Cycle(0, baseline["acc"], 0.0, baseline["acc"], baseline["acc"])])
     warm_up(run, out)
     train_hla(run, hla, c.hla.timesteps, out)
 
@@ -98,10 +103,10 @@ def algorithm_1(run: Run) -> Outcome:
         # 3. a budget for every block
         budgets = once(f"hla: budgets of cycle {cycle}", lambda: run.ranks.same(hla.budgets(cycle == cycles)), hla=hla)
         # 4, 5. train each block's low-level agents under its budget, and vote
-        voted = combine(search_blocks(run, lla, budgets, cycle, out))
+        voted = NetworkConfig(tuple(found.config for found in search_blocks(run, lla, budgets, cycle, out)))
         # past the paper: a size that is to be met; by itself what was voted
         chosen = once(f"target: cycle {cycle}", lambda: out.demands.chosen(voted))
-        estimator.consensus = list(chosen.blocks)
+        out.table = estimator.settle(chosen)
         # 6, 7. prune and quantise theta_0, fine-tune, measure
         row = compress_and_finetune(run, cycle, chosen, voted, budgets, out)
         # 8. add the pair to the buffer and train the surrogate
@@ -115,29 +120,20 @@ def algorithm_1(run: Run) -> Outcome:
     return out
 
 
-def choose_search(run: Run, sensitivity, estimator):
-    """Return the high-level agents, the low-level agents of every block, and what joins their configurations."""
+def choose_search(run: Run, sensitivity, estimator, problem):
+    """Return the high-level agents, and the low-level agents of every block."""
     c, method = run.config, run.config.search.method
     params = [sum(shape.params for shape in block) for block in run.shapes]
-
-    def together(found) -> NetworkConfig:
-        return NetworkConfig(tuple(block.config for block in found))
-
     if run.given:
-        return GivenBudgets(run.given[1]), [GivenBlock(block) for block in run.given[0].blocks], together
+        return GivenBudgets(run.given[1]), [GivenBlock(block) for block in run.given[0].blocks]
     if method in BASELINES:
-        blocks = baselines.joint_blocks(run.blocks, sensitivity, estimator, c, run.log.note)
-        return UniformBudgets(params, sensitivity, c), blocks, together
-    if method == "plus":
-        return (plus.PlusHLA(params, sensitivity, c), plus.plus_blocks(run.blocks, sensitivity, estimator, c),
-                lambda found: plus.combine(found, c.search.target, run.log.note))
+        return UniformBudgets(params, sensitivity, c), baselines.joint_blocks(problem, estimator, c, run.log.note)
     high, low = {"hirelc": (HLAEnsemble, LLAEnsemble), "no-hla": (UniformBudgets, LLAEnsemble),
                  "null": (NullHLA, NullLLA)}[method]
     if method != "no-hla" and c.compress.bits_max < max(TIER_MIN_BITS):
         run.log.note(f"budgets that ask for more bits than compress.bits_max={c.compress.bits_max} are cut to it")
     pairs = enumerate(zip(run.blocks, sensitivity))
-    return (high(params, sensitivity, c), [low(i, block, s, estimator, c, len(run.blocks)) for i, (block, s) in pairs],
-            together)
+    return high(params, sensitivity, c), [low(i, block, s, estimator, c, len(run.blocks)) for i, (block, s) in pairs]
 
 
 class Run:
@@ -168,6 +164,11 @@ class Run:
         most = self.config.eval.images if self.config.eval.protocol == "paper" else len(self.choice_set)
         return min(most, len(self.choice_set))
 
+    @property
+    def half(self) -> bool:
+        """Whether training steps compute in bfloat16."""
+        return self.config.precision == "bfloat16" or self.config.precision == "auto" and self.device.type == "cuda"
+
     def weights(self) -> dict:
         """Return a copy of the network's state dict."""
         return {key: value.detach().clone() for key, value in self.model.state_dict().items()}
@@ -184,11 +185,10 @@ class Run:
     def trainer(self, phase: str, recipe: Recipe, **more) -> Trainer:
         """Return a training of the network as it stands."""
         c = self.config
-        half = c.precision == "bfloat16" or c.precision == "auto" and self.device.type == "cuda"
         return Trainer(self.model, self.train_set, self.choice_set, recipe, batch_size=c.data.batch_size,
                        eval_images=self.eval_images, eval_batch_size=c.eval.batch_size, generator=self.generator(phase),
-                       blocks=self.blocks, ranks=self.ranks, unused_parameters=c.model.weights == "given", half=half,
-                       **more)
+                       blocks=self.blocks, ranks=self.ranks, unused_parameters=c.model.weights == "given",
+                       half=self.half, **more)
 
     def train(self, what: str, trainer: Trainer) -> Epoch:
         """Run a training, which goes on from its last saved epoch; return its best epoch."""
@@ -340,7 +340,8 @@ def compress_and_finetune(run: Run, cycle: int, chosen: NetworkConfig, voted: Ne
     kernels = {key for block in run.blocks for key in block.state_names}
     run.model.load_state_dict({key: out.theta0[key] if key in kernels else value for key, value in out.carried.items()})
     masks = compress_network(run.blocks, chosen)
-    tuned = run.phases.once(f"finetune: cycle {cycle}", lambda: finetune(run, cycle, chosen, masks), tuned=run.model)
+    tuned = run.phases.once(f"finetune: cycle {cycle}", lambda: finetune(run, cycle, chosen, masks, out.theta0),
+                            tuned=run.model)
     network = run.weights()
     if run.config.carry == "rest":
         out.carried = network
@@ -358,12 +359,13 @@ def compress_and_finetune(run: Run, cycle: int, chosen: NetworkConfig, voted: Ne
     return row
 
 
-def finetune(run: Run, cycle: int, chosen: NetworkConfig, masks: dict) -> dict:
+def finetune(run: Run, cycle: int, chosen: NetworkConfig, masks: dict, theta0: dict) -> dict:
     """Fine-tune the compressed network, leave it at its best epoch; return what was measured."""
     f, before = run.config.finetune, run.score()
     on_grid = GridTraining(run.blocks, chosen, masks, f.scales == "learned") if f.mode == "qat" else None
-    trainer = run.trainer(f"finetune {cycle}", Recipe("finetune.lr", f.epochs, f.lr, f.weight_decay, f.patience),
-                          masks=masks, on_grid=on_grid)
+    loss = {"loss": Distillation(run.model, theta0, f.distill, f.temperature, run.half)} if f.distill else {}
+    trainer = run.trainer(f"finetune {cycle}", Recipe("finetune.lr", f.epochs, f.lr, f.weight_decay, f.patience,
+                                                         keep=f.keep), masks=masks, on_grid=on_grid, **loss)
     best = run.train(f"cycle {cycle}, fine-tuning", trainer)
     return {"before": before, "best": best, "epochs": len(trainer.history), "grids": trainer.best_grids}
 

@@ -34,9 +34,10 @@ PADDING = -1e30  # log-probability of an option that a head lacks; finite, becau
 # minibatch: samples per gradient step     epochs: passes over a rollout
 # gamma: discount                          lam: lambda of GAE
 # clip: range of the probability ratio     max_grad_norm: bound on the norm of all gradients together
+# standardize: not 0: rewards of a rollout minus their mean, divided by their standard deviation
 # value_coef, entropy_coef: loss = policy + value_coef * squared value error - entropy_coef * entropy
 LLA_A2C = {"lr": 7e-4, "n_steps": 64, "gamma": 0.99, "lam": 1.0,
-           "value_coef": 0.5, "entropy_coef": 0.01, "max_grad_norm": 0.5}
+           "value_coef": 0.5, "entropy_coef": 0.01, "max_grad_norm": 0.5, "standardize": 0.0}
 LLA_PPO = {**LLA_A2C, "lr": 3e-4, "n_steps": 128, "minibatch": 32, "epochs": 10, "lam": 0.95, "clip": 0.2}
 HLA_PPO = {**LLA_PPO, "lr": 1e-4, "n_steps": 64}
 HLA_A2C = {**LLA_A2C, "lr": 3e-4}
@@ -180,6 +181,8 @@ class _Agent:
         """Train on a rollout, shaped as in ``_collect``; returns the dictionary that ``learn`` describes."""
         self._demand_finite(observations, "an observation of the environment")
         self._demand_finite(rewards, "a reward of the environment")
+        if self.hyper["standardize"]:
+            rewards = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
         obs, actions = observations[:-1].flatten(0, 1), actions.flatten(0, 1)
         with torch.no_grad():
             values = self.critic(observations).squeeze(-1)  # [T + 1, N]

@@ -51,7 +51,7 @@ def _split(action, nvec, count) -> list[list[int]]:
     return parts.tolist()
 
 
-def _options(limits):
+def numeric_options(limits):
     """Return the numeric types and the granularities that ``limits`` (config.Compress) leaves to choose from."""
     return (QTYPES if limits.qtype == "any" else (limits.qtype,),
             GRANULARITIES if limits.granularity == "any" else (limits.granularity,))
@@ -66,7 +66,7 @@ def decode_lla(action, budget: LayerBudget, limits, shapes) -> tuple[KernelConfi
     """
     b_lo = min(max(limits.bits_min, budget.min_bits), limits.bits_max)
     p_hi = min(limits.max_pruning, budget.max_pruning)
-    qtypes, granularities = _options(limits)
+    qtypes, granularities = numeric_options(limits)
     return tuple(KernelConfig(bits=b_lo + a_b * (limits.bits_max - b_lo) // (LEVELS - 1),
                               keep=1.0 - a_p / (LEVELS - 1) * p_hi if shape.prunable else 1.0,
                               qtype=qtypes[a_t % len(qtypes)], granularity=granularities[a_g % len(granularities)])
@@ -107,9 +107,12 @@ def vote_actions(actions, weights=None) -> np.ndarray:
 def confidence_weights(rewards, temperature: float = 1.0) -> np.ndarray:
     """Return omega_n = softmax_n(mean of agent n's last rewards / T) (Eq. 17); ``rewards``: one sequence per agent.
 
-    They are standardised over the ensemble first: raw ones of about 3,000 would make the softmax a maximum.
+    They are standardised over the ensemble first: raw ones of about 3,000 would make the softmax a maximum. Without any
+    reward (lla.timesteps=0) all weigh the same.
     """
     pooled = np.concatenate([np.asarray(r, dtype=np.float64) for r in rewards])
+    if not len(pooled):
+        return np.full(len(rewards), 1 / len(rewards))
     means = np.array([(np.mean(r) - pooled.mean()) / (pooled.std() + 1e-8) for r in rewards]) / temperature
     powers = np.exp(means - means.max())
     return powers / powers.sum()
@@ -357,9 +360,10 @@ class LLAEnsemble(_Ensemble):
         self.envs = [self.environment(index, self.shapes, sensitivity, estimator, config.compress, s, weights,
                                       blocks=blocks, penalty_scale=penalty)
                      for weights in zip(s.alpha, s.beta, s.gamma_s)]
+        more = {"standardize": float(s.standardize)}
         self._make(s.algorithms, f"block {index}, agent", lla_nvec(len(self.shapes)),
-                   [derive_seed(config.seed, "lla", index, n) for n in range(len(s.algorithms))], LLA_PPO, LLA_A2C,
-                   level="LLA", block=index)
+                   [derive_seed(config.seed, "lla", index, n) for n in range(len(s.algorithms))], {**LLA_PPO, **more},
+                   {**LLA_A2C, **more}, level="LLA", block=index)
 
     def search(self, budget: LayerBudget) -> Found:
         """Train every agent under ``budget`` and vote (§3.7 steps 4 and 5)."""
@@ -461,7 +465,7 @@ def random_config(shapes, limits, rng: np.random.Generator) -> NetworkConfig:
     """Draw a configuration for the surrogate's warm-up: bits in {4…8}, keep uniform in [0.6, 1], within ``limits``
     (§3.6). shapes: per block the kernels' KernelShape."""
     low, high = max(4, limits.bits_min), min(8, limits.bits_max)
-    least, (qtypes, granularities) = max(0.6, 1 - limits.max_pruning), _options(limits)
+    least, (qtypes, granularities) = max(0.6, 1 - limits.max_pruning), numeric_options(limits)
     return NetworkConfig(tuple(BlockConfig(tuple(
         KernelConfig(bits=int(rng.integers(min(low, high), high + 1)),
                      keep=float(rng.uniform(least if shape.prunable else 1.0, 1.0)),

@@ -66,6 +66,7 @@ class Recipe:
     weight_decay: float
     patience: int = 0  # epochs without a better accuracy before training ends; 0 = never early
     warmup_epochs: float = 0.0
+    keep: str = "best"  # epoch: the most accurate, or the "last"
 
     def rate(self, epoch: int, fraction: float) -> float:
         """Return the learning rate in epoch ``epoch`` (from 0) after ``fraction`` of its batches.
@@ -115,13 +116,15 @@ class Trainer:
     weights are those, and ``best_grids`` are their grids. Several ``ranks`` divide each batch, their gradients are
     averaged, BatchNorm's statistics are the first one's; with ``unused_parameters`` some may have no gradient.
     ``half``: a training step's forward pass under bfloat16 autocast; accuracies are always measured in float32.
+    ``loss(logits, y, x)``: mean over a batch; the cross-entropy unless given.
     """
 
     def __init__(self, model, train, choice, recipe: Recipe, *, batch_size, eval_images, eval_batch_size, generator,
-                 blocks=None, masks=None, on_grid=None, ranks=Ranks(), unused_parameters=False, half=False):
+                 blocks=None, masks=None, on_grid=None, ranks=Ranks(), unused_parameters=False, half=False,
+                 loss=lambda logits, y, x: F.cross_entropy(logits, y)):
         self.model, self.train_set, self.choice_set, self.recipe = model, train, choice, recipe
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
-        self.generator, self.half, self.on_grid, self.ranks = generator, half, on_grid, ranks
+        self.generator, self.half, self.on_grid, self.ranks, self.loss = generator, half, on_grid, ranks, loss
         self.factors = None if masks is None else mask_factors(blocks, masks)
         if masks is not None:
             apply_masks(blocks, masks)
@@ -137,8 +140,8 @@ class Trainer:
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the highest accuracy, the first of equals."""
-        return max(self.history, key=lambda e: (e.acc, -e.epoch))
+        """The epoch that is kept: that of the highest accuracy, the first of equals; or the last."""
+        return max(self.history, key=lambda e: e.epoch if self.recipe.keep == "last" else (e.acc, -e.epoch))
 
     @property
     def finished(self) -> bool:
@@ -166,10 +169,7 @@ class Trainer:
         return self.best
 
     def run_epoch(self, progress=None, what="training") -> Epoch:
-        """Train one epoch and measure it.
-
-        A last batch of a single image is left out where batches are larger: BatchNorm has no statistics of one.
-        """
+        """Train one epoch and measure it. A last batch of a single image is left out: BatchNorm has no statistics."""
         epoch, device = len(self.history), device_of(self.model)
         steps = math.ceil(len(self.train_set) / self.batch_size)
         total_loss, seen = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -207,7 +207,7 @@ class Trainer:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
             logits = self.parallel(x)
         # DistributedDataParallel averages over the processes; the factor makes it the mean over the whole batch.
-        loss = F.cross_entropy(logits.float() if self.half else logits, y) * (len(y) * self.ranks.size / whole)
+        loss = self.loss(logits.float() if self.half else logits, y, x) * (len(y) * self.ranks.size / whole)
         self.optimizer.zero_grad(set_to_none=True)
         if loss.requires_grad:  # not where every parameter is frozen
             loss.backward()

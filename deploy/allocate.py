@@ -67,14 +67,19 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float,
     return moved, f"the target of {budget:,.6g} is not met: {why}, the configuration takes {total:,.6g}"
 
 
-def allocations(blocks, shapes, sensitivity, limits, target: float) -> list[tuple[NetworkConfig, str]]:
-    """Everything at its largest, then the steps down of least damage per weight saved, until at most ``target`` is
-    retained: with bits alone, as HAWQ-V2 allocates, where that can meet it, and with bits and keep.
+def allocations(blocks, shapes, sensitivity, limits, budget: float,
+                cost=retained_weights) -> list[tuple[NetworkConfig, str]]:
+    """Everything at its largest, then the steps down of least damage per cost saved, until ``budget`` is met: with bits
+    alone, as HAWQ-V2 allocates, where that can meet it, and with bits and keep.
 
-    Where types and granularities are free, each kernel has those of the least error at the bits that the target means.
-    shapes: per block the kernels' KernelShape. Raises InputError where the target is out of reach.
+    Where types and granularities are free, each kernel has those of the least error at the bits that the budget means.
+    shapes: per block the kernels' KernelShape; budget, cost: as :func:`enforce`. Raises InputError where the budget is
+    out of reach.
     """
-    middle = min(max(round(FULL_BITS * target), limits.bits_min), limits.bits_max)
+    def total(config):
+        return sum(cost(config, shape) for block in shapes for shape in block)
+
+    middle = min(max(round(FULL_BITS * budget / total(KernelConfig())), limits.bits_min), limits.bits_max)
     types = QTYPES if limits.qtype == "any" else (limits.qtype,)
     granularities = GRANULARITIES if limits.granularity == "any" else (limits.granularity,)
 
@@ -86,8 +91,8 @@ def allocations(blocks, shapes, sensitivity, limits, target: float) -> list[tupl
 
     largest = NetworkConfig(tuple(BlockConfig(tuple(map(start, block.kernels.values())), tuple(own))
                                   for block, own in zip(blocks, shapes, strict=True)))
-    alone = limits.bits_min / FULL_BITS <= target
-    return [enforce(blocks, largest, sensitivity, bounds, target * largest.params)
+    alone = total(KernelConfig(limits.bits_min, 1.0, types[0], granularities[0])) <= budget
+    return [enforce(blocks, largest, sensitivity, bounds, budget, cost)
             for bounds in ([replace(limits, max_pruning=0.0)] if alone else []) + [limits]]
 
 

@@ -9,9 +9,11 @@ al. 2020). A log grid's ends always follow.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress import FULL_BITS, Grid, NetworkConfig, decode, encode, find_grid
@@ -98,3 +100,20 @@ class GridTraining:
                 for weight, _, _ in self.kernels.values():
                     weight.copy_(self.kept[id(weight)])
             self.kept = {}
+
+
+class Distillation:
+    """The loss of a student: mean cross-entropy + weight T^2 KL(teacher || student) of their logits / T (Hinton et al.
+    2015, 1503.02531). ``model``: the network whose state dict ``theta0`` is the teacher; ``half``: as train.Trainer."""
+
+    def __init__(self, model: nn.Module, theta0: dict, weight: float, temperature: float, half: bool):
+        self.weight, self.temperature, self.half = weight, temperature, half
+        self.teacher = copy.deepcopy(model).eval()
+        self.teacher.load_state_dict(theta0)
+
+    def __call__(self, logits, y, x) -> Tensor:
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+            target = self.teacher(x)
+        soft, taught = (F.log_softmax(v.float() / self.temperature, dim=1) for v in (logits, target))
+        distance = F.kl_div(soft, taught, reduction="batchmean", log_target=True)
+        return F.cross_entropy(logits, y) + self.weight * self.temperature ** 2 * distance

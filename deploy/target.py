@@ -117,17 +117,30 @@ class Demands:
         self.goal = parse_goal(config.goal)
 
     def chosen(self, voted: NetworkConfig) -> NetworkConfig:
-        """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for; as it is
-        where the search chose it for the target (plus) and it meets that."""
+        """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for."""
         chosen, target = voted, self.config.search.target
         ratio = _asks_ratio(self.config, self.goal) and self.config.search.method not in BASELINES
-        if ratio and not (self.config.search.method == "plus" and voted.retained <= target):
+        if ratio:
             chosen = self._moved(voted, target * voted.params, retained_weights)
         if self.goal and self.goal.max_bytes is not None:
-            room = self.goal.max_bytes - (self.file_bytes(voted) - _kernels_bytes(voted)) - INDEX_ROOM
+            room = self._room(voted)
             if not ratio or _kernels_bytes(chosen) > room:  # under a ratio the bytes are only a bound
                 chosen = self._moved(chosen, room, kernel_bytes)
         return chosen
+
+    def allowance(self, shapes) -> tuple:
+        """Return (cost, budget): what a kernel takes, and what all may take together. Bytes where the goal is a file's
+        size and no ratio; else the weights of Eq. 21, of which search.target may stay. shapes: of the kernels."""
+        if self.goal and self.goal.max_bytes is not None and not _asks_ratio(self.config, self.goal):
+            limits = self.config.compress
+            kind = {} if limits.granularity == "any" else {"granularity": limits.granularity}
+            return kernel_bytes, self._room(NetworkConfig(tuple(
+                BlockConfig((KernelConfig(limits.bits_max, **kind),) * len(block), tuple(block)) for block in shapes)))
+        return retained_weights, self.config.search.target * sum(s.params for block in shapes for s in block)
+
+    def _room(self, config) -> float:
+        """Bytes that the kernels may take; ``config``: any, which is packed to see what the rest takes."""
+        return self.goal.max_bytes - (self.file_bytes(config) - _kernels_bytes(config)) - INDEX_ROOM
 
     def _moved(self, config, budget, cost) -> NetworkConfig:
         moved, note = enforce(self.blocks, config, self.sensitivity, self.config.compress, budget, cost)

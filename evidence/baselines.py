@@ -1,7 +1,8 @@
 """What the hierarchy is compared with: searches over the same configurations, the same estimates and the same budget.
 
 Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each
-block judged with the others at theta_0 as the low-level agents' candidates are, that retains at most ``target``. One
+block judged with the others at theta_0 as the low-level agents' candidates are, that takes at most what is allowed:
+bytes of the packed file where the goal is its size, else Eq. 21's weights. One
 *evaluation* is one estimate of one block's candidate, so that a method is charged alike whether it looks at blocks or
 at networks; one that was made before costs nothing. No method makes more than the hierarchy (:func:`budget`).
 
@@ -13,14 +14,14 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, channels_kept,
-                      kernel_retained, kernel_shapes)
+                      kernel_shapes)
 from config import LEVELS
-from deploy.allocate import allocations
+from deploy.allocate import allocations, least_sum
 from estimate import WORST
 from rl import LLA_PPO, PPO
 from search import Found, derive_seed
@@ -37,9 +38,11 @@ class Problem:
     blocks: list  # with theta_0 in them
     sensitivity: list  # s_i
     limits: object  # config.Compress
-    target: float  # retained fraction
-    drops: object  # drops(index, configs) → estimated drops of candidates of a block, points
+    cost: object  # cost(KernelConfig, KernelShape), deploy.allocate.retained_weights or compress.kernel_bytes
+    allowed: float  # sum of the costs, at most
     budget: int  # evaluations, at most
+    drops: object = None  # drops(index, configs) → estimated drops of candidates of a block, points
+    table: object = None  # evidence.table.Table, where the estimates are its
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,16 @@ class Choice:
     notes: tuple[str, ...]  # one line each
 
 
+def make_problem(blocks, sensitivity, config, allowance) -> Problem:
+    """Return the problem of a run, without estimates; ``allowance``: its (cost, allowed)."""
+    most = budget(len(blocks), len(config.lla.algorithms), config.lla)
+    return Problem(blocks, sensitivity, config.compress, *allowance, most)
+
+
 def budget(blocks: int, agents: int, lla) -> int:
     """Return the evaluations of one cycle of the hierarchy: every agent of every block takes lla.timesteps steps,
     rounded up to whole steps of its environments. ``lla``: config.LLA."""
-    return blocks * agents * math.ceil(lla.timesteps / lla.envs) * lla.envs
+    return blocks * agents * max(math.ceil(lla.timesteps / lla.envs), 1) * lla.envs
 
 
 def find(method: str, problem: Problem, seed: int) -> Choice:
@@ -65,16 +74,16 @@ def find(method: str, problem: Problem, seed: int) -> Choice:
     return Choice(space.best, problem.budget - space.remaining, tuple(filter(None, (note, bad))))
 
 
-def joint_blocks(blocks, sensitivity, estimator, config, note) -> list[JointBlock]:
+def joint_blocks(problem: Problem, estimator, config, note) -> list[JointBlock]:
     """Make the searches of all blocks for config.search.method; ``note(text)`` takes what is to be said."""
-    method, most = config.search.method, budget(len(blocks), len(config.lla.algorithms), config.lla)
-    problem = Problem(blocks, sensitivity, config.compress, config.search.target, estimator.drops, most)
+    method = config.search.method
+    problem = replace(problem, drops=estimator.drops, table=estimator.proxy)
 
     @functools.lru_cache(maxsize=1)
     def find_in(cycle: int) -> Choice:
         return find(method, problem, derive_seed(config.seed, "baseline", method, cycle))
 
-    return [JointBlock(i, find_in, note) for i in range(len(blocks))]
+    return [JointBlock(i, find_in, note) for i in range(len(problem.blocks))]
 
 
 class JointBlock:
@@ -115,10 +124,10 @@ class Space:
         self.keeps = [self._keeps(shape) for shape in self.shapes]
         bits = limits.bits_max - limits.bits_min + 1
         self.levels = np.array([[bits, len(keeps), len(self.qtypes), len(self.granularities)] for keeps in self.keeps])
-        self.sizes = np.array([[[kernel_retained(self.kernel(k, b, min(j, len(keeps) - 1), 0, 0), shape.n_out)
-                                 * shape.params for j in range(LEVELS)] for b in range(bits)]
+        self.sizes = np.array([[[problem.cost(self.kernel(k, b, min(j, len(keeps) - 1), 0, 0), shape)
+                                 for j in range(LEVELS)] for b in range(bits)]
                                for k, (shape, keeps) in enumerate(zip(self.shapes, self.keeps))])
-        self.allowed = problem.target * sum(s.params for s in self.shapes) * (1 - 1e-12)  # room for another order
+        self.allowed = problem.allowed * (1 - 1e-12)  # room for another order
         self.remaining, self.bad = problem.budget, 0  # evaluations to go; those that were not finite
         self.known: dict[tuple[int, BlockConfig], float] = {}
         self.best, self.best_drop = None, math.inf
@@ -139,14 +148,26 @@ class Space:
         """Return the configuration that a genome stands for."""
         return self.grouped([self.kernel(k, *row) for k, row in enumerate(genome.tolist())])
 
+    def genome(self, config) -> np.ndarray:
+        """Return the genome of a configuration, or the nearest in channels."""
+        low = self.problem.limits.bits_min
+        return np.array([[kernel.bits - low, int(np.abs(np.array(keeps) - kernel.keep).argmin()),
+                          self.qtypes.index(kernel.qtype), self.granularities.index(kernel.granularity)]
+                         for kernel, keeps in zip((k for b in config.blocks for k in b.kernels), self.keeps)])
+
     def grouped(self, kernels) -> NetworkConfig:
         """Return kernel configurations in order as those of the blocks."""
         following = iter(kernels)
         return NetworkConfig(tuple(BlockConfig(tuple(next(following) for _ in block), block)
                                    for block in self.block_shapes))
 
+    def cost(self, config) -> float:
+        """Return what a configuration takes."""
+        return math.fsum(self.problem.cost(kernel, shape)
+                         for block in config.blocks for kernel, shape in zip(block.kernels, block.shapes))
+
     def size(self, genome) -> float:
-        """Return the FP32-equivalent weights that stay."""
+        """Return what a genome takes, at its kernels' first type and granularity."""
         return float(self.sizes[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum())
 
     def draw(self, rng) -> np.ndarray:
@@ -188,7 +209,7 @@ class Space:
                 self.known[i, block] = drop if math.isfinite(drop) else WORST
         drops = [math.fsum(self.known.get(pair, math.inf) for pair in enumerate(config.blocks)) for config in configs]
         for config, drop in zip(configs, drops):
-            if drop < self.best_drop and config.retained <= self.problem.target:
+            if drop < self.best_drop and self.cost(config) <= self.problem.allowed:
                 self.best, self.best_drop = config, drop
         return drops
 
@@ -196,7 +217,7 @@ class Space:
 def uniform(space: Space, rng) -> None:
     """The same bits and keep everywhere: for every number of bits (type, granularity) the largest keep that meets the
     target, and of these the least drop."""
-    target, configs = space.problem.target, []
+    allowed, configs = space.problem.allowed, []
 
     def network(bits, keep, qtype=space.qtypes[0], granularity=space.granularities[0]):
         return space.grouped([KernelConfig(bits, keep if shape.prunable else 1.0, qtype, granularity)
@@ -204,12 +225,12 @@ def uniform(space: Space, rng) -> None:
 
     for bits in range(space.problem.limits.bits_min, space.problem.limits.bits_max + 1):
         low, high = 1.0 - space.problem.limits.max_pruning, 1.0
-        if network(bits, low).retained > target:
+        if space.cost(network(bits, low)) > allowed:
             continue
-        low = high if network(bits, high).retained <= target else low
+        low = high if space.cost(network(bits, high)) <= allowed else low
         for _ in range(30):
             middle = (low + high) / 2
-            low, high = (middle, high) if network(bits, middle).retained <= target else (low, middle)
+            low, high = (middle, high) if space.cost(network(bits, middle)) <= allowed else (low, middle)
         configs += [network(bits, low, t, g) for t in space.qtypes for g in space.granularities]
     space.scores(configs)
 
@@ -226,7 +247,7 @@ def greedy(space: Space, rng) -> str:
     """The least damage s_i / P_i ||W - W^||^2 per weight saved, with bits alone as HAWQ-V2 allocates (Dong et al. 2020,
     1911.03852), and with bits and keep; the two choices' drops are all evaluations."""
     p = space.problem
-    found = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.target)
+    found = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.allowed, p.cost)
     space.scores([config for config, _ in found])
     return next(note for config, note in found if config == space.best)
 
@@ -313,4 +334,24 @@ class SequentialEnv:
         return self.reset(), rewards, np.full(self.num_envs, True), {}
 
 
-METHODS = dict(uniform=uniform, random=random_search, greedy=greedy, evolution=evolution, sequential=sequential)
+def table_optimum(space: Space, rng) -> None:
+    """The least sum of the table's entries, by dynamic programming, as integer programs allocate (HAWQ-V3, Yao et al.
+    2021, 2011.10680): the exact optimum of the additive estimate, up to the slots of ``least_sum``."""
+    space.scores([optimum(space, space.problem.allowed)])
+
+
+def optimum(space: Space, allowed: float) -> NetworkConfig:
+    """Return the configuration of the table's least sum that takes at most ``allowed``."""
+    table, options = space.problem.table, []
+    for k, (shape, levels) in enumerate(zip(space.shapes, space.levels)):
+        block = int(space.of_block[k])
+        entries, factor = table.entries[block][k - int(np.searchsorted(space.of_block, block))], table.factors[block]
+        kernels = [space.kernel(k, *genome) for genome in np.ndindex(*levels)]
+        options.append([(space.problem.cost(kernel, shape), factor * entries.mse(kernel, shape.n_out), kernel)
+                        for kernel in kernels])
+    chosen = least_sum([[(cost, damage) for cost, damage, _ in group] for group in options], allowed)
+    return space.grouped([group[index][-1] for group, index in zip(options, chosen)])
+
+
+METHODS = dict(uniform=uniform, random=random_search, greedy=greedy, evolution=evolution, sequential=sequential,
+               table=table_optimum)

@@ -1,14 +1,17 @@
-"""Methods against each other on real images, on a CPU: a grid of cells (network x method x seed), one after another.
+"""Methods against each other on published networks and real images, on a CPU: a grid of cells, one after another.
 
-    python -m evidence.grid --data-dir DIR     # what is not there yet; Ctrl-C and the same again goes on
-    python -m evidence.grid --table plus       # results/grid-*.json as Markdown, each method compared with plus
+    python -m evidence.grid --data-dir DIR --weights-dir DIR     # what is not there yet; Ctrl-C and the same goes on
+    python -m evidence.grid --table greedy     # results/*.json as Markdown, each method compared with greedy
+    python -m evidence.grid --figure           # results/frontier.csv and, of that, docs/frontier.svg
 
-CIFAR-10 at 32 px. A cell is a run of hirelc.py on one thread, from the same trained network, with the same fine-tuning,
-below ``--out``; when it is done, a small file in ``results/`` holds what was measured and, as hexadecimal digits, for
-every test image whether the packed file's network, read back here, is right, the first in the highest bit.
+A cell (network x size x method x seed) is a run of hirelc.py on one thread from the same trained network, with the same
+bytes, the same table of estimates and the same repair. When it is done, a small file in ``results/`` holds what was
+measured and, as hexadecimal digits, for every test image whether the packed file's network, read back here, is right,
+the first in the highest bit.
 """
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -22,120 +25,172 @@ import data
 import models
 from config import EXPERIMENTS, Config, override
 from deploy import pack
+from evidence import networks
+from evidence.figures import lines
 from evidence.stats import crossed_interval
-from support.files import write_json
+from support.files import write_json, write_text
 from train import correct
 
 ROOT = Path(__file__).resolve().parent.parent
-# name → experiment, training from scratch, learning rate of fine-tuning
-NETWORKS = {"resnet18": (4, "scratch.epochs=6", "finetune.lr=1e-4"),
-            "mobilenetv2": (5, "scratch.epochs=10", "finetune.lr=5e-4")}
-DATA = "threads=1 data.name=cifar10 data.image_size=32 baseline.epochs=0"
-CELL = f"{DATA} data.train_images=3000 search.proxy_batches=1 finetune.epochs=1 eval.full=false"
-PAPER = "search.cycles=4 surrogate.warmup=3"  # sizes are what the votes give; after a warm-up the surrogate estimates
-# At one size, with as many evaluations, fine-tuned on the grid.
-MATCHED = "surrogate=off lla.timesteps=32 search.target=0.10 enforce_target=true finetune.mode=qat search.cycles="
-# One part of the method left out or replaced, with the proxy, at the votes' sizes (CHANGED) or at one.
-PARTS = {"no-hla": "search=no-hla", "none": "sensitivity=none", "a2c": "lla.algorithms=A2C,A2C,A2C"}
-CHANGED = "surrogate=off lla.timesteps=32 search.cycles="
-METHODS = {
-    "hirelc": PAPER, "null": f"{PAPER} search=null", "hirelc-proxy": f"{PAPER} surrogate=off lla.timesteps=32",
-    "enforced": f"{MATCHED}4", "plus": f"preset=plus {MATCHED}4",
-    "plus-surrogate": f"preset=plus {MATCHED}4 surrogate=on surrogate.warmup=3",
-    **{name: f"{MATCHED}4 search={name}" for name in ("random", "uniform")},
-    **{name: f"{MATCHED}1 search={name}" for name in ("greedy", "evolution", "sequential")},
-    "held": f"{MATCHED}1", "null-held": f"{MATCHED}1 search=null",
-    **{f"{name}-held": f"{MATCHED}1 {own}" for name, own in PARTS.items()},
-    "proxy": f"{CHANGED}1", **{name: f"{CHANGED}1 {own}" for name, own in PARTS.items()},
-    **{name: f"{CHANGED}1 sensitivity={name}" for name in ("gradient", "snip", "grasp", "hessian")},
-    "confidence": f"{CHANGED}1 vote=confidence",
-    **{f"carry-{name}": f"{CHANGED}2 carry={name}" for name in ("none", "rest")}}
-FRESH = (45, 46, 47)  # seeds; plus was put together on 42, 43 and 44
-KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "final_acc", "deployed_acc", "cr", "retained",
-        "packed_bytes", "compliance", "evaluations", "best_cycle", "timings", "notes")
+CIFAR = "data.name=cifar10 data.image_size=32 data.normalize=imagenet data.batch_size=128"
+# name → flags; weights; images; training to theta_0, on them, where the weights are of other classes; repair
+NETWORKS = {
+    "resnet20": ("--model evidence/networks.py:resnet20", "resnet20-cifar10.pth", CIFAR, "",
+                 "data.train_images=20000 finetune.epochs=3 finetune.lr=1e-3"),
+    "resnet56": ("--model evidence/networks.py:resnet56", "resnet56-cifar10.pth", CIFAR, "",
+                 "data.train_images=20000 finetune.epochs=2 finetune.lr=1e-3"),
+    "mobilenetv2": ("--exp 5", "mobilenetv2_100.pth", "data.image_size=128 data.normalize=pretrained",
+                    "baseline.epochs=2 baseline.lr=5e-4 baseline.patience=5",
+                    "data.train_images=20000 finetune.epochs=1 finetune.lr=5e-4"),
+    "resnet18": ("--exp 4", "resnet18.pth", "data.image_size=128 data.normalize=pretrained",
+                 "baseline.epochs=4 baseline.lr=1e-4 baseline.patience=2",
+                 "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4"),
+    "deit_tiny": ("--exp 1", "deit_tiny.pth",
+                  "model.name=deit_tiny_patch16_224 data.image_size=112 data.normalize=pretrained",
+                  "baseline.epochs=4 baseline.lr=1e-4 baseline.patience=2",
+                  "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4")}
+RUN = "threads=1 precision=bfloat16 search.cycles=1 surrogate.warmup=0 search.proxy_batches=1"
+CELL = (f"{RUN} preset=plus search.estimate=table baseline.epochs=0 finetune.keep=last eval.protocol=holdout "
+        "eval.full=false")
+METHODS = {**{name: f"search={name}" for name in (
+    "uniform", "random", "greedy", "evolution", "sequential", "table", "plus", "null", "hirelc")},
+    "untrained": "search=hirelc lla.timesteps=0",
+    "trained": "search=hirelc lla.timesteps=10000 lla.envs=8 lla.standardize=true"}
+KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
+        "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings", "notes")
+# Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.
+PUBLISHED = {"resnet20": [("trained ternary quantisation, 200 epochs (Zhu et al. 2017)", 16, 91.13)],
+             "resnet56": [("trained ternary quantisation, 200 epochs (Zhu et al. 2017)", 16, 93.56)]}
 
 
-def run(args, exp: int, name: str, seed: int, settings: str) -> int:
+def run(args, flags: str, name: str, seed: int, settings: str) -> int:
     """Run hirelc.py, which goes on with what was stopped; return its exit code. Ctrl-C reaches it as well."""
-    flags = f"--exp {exp} --seed {seed} --name {name} --no-table --resume --set {settings}".split()
-    flags += [f"out={args.out}", f"data.dir={args.data_dir}"]
+    flags = f"{flags} --seed {seed} --name {name} --no-table --resume --set {settings} out={args.out}".split()
     try:
-        return subprocess.call([sys.executable, ROOT / "hirelc.py", *flags])
+        return subprocess.call([sys.executable, ROOT / "hirelc.py", *flags, f"data.dir={args.data_dir}"])
     except KeyboardInterrupt:
         return 130
 
 
+def folder(args, network: str, name: str, seed: int) -> Path:
+    """Return the run directory of a cell, or of the training to theta_0."""
+    exp = NETWORKS[network][0].partition("--exp ")[2]
+    return Path(args.out) / f"{f'exp{exp}-' if exp else ''}{name}-seed{seed}"
+
+
 def base(args, network: str) -> Path | None:
-    """Return the trained network that all cells begin with, made where it is missing; None where that failed."""
-    exp, scratch, _ = NETWORKS[network]
-    path = Path(args.out) / f"exp{exp}-base-seed42" / "baseline.pt"
-    settings = f"{DATA} {scratch} model.weights=none surrogate.warmup=0 search=null search.cycles=1 finetune.epochs=1"
-    return None if not path.exists() and run(args, exp, "base", 42, settings) else path
+    """Return the weights that all cells begin with, trained where they are missing; None where that failed."""
+    flags, weights, images, training, _ = NETWORKS[network]
+    weights, name = Path(args.weights_dir) / weights, f"{network}-base"
+    if not training:
+        return weights
+    path = folder(args, network, name, 42) / "baseline.pt"
+    settings = f"{RUN} {images} {training} model.weights={weights} search=null finetune.epochs=1 eval.full=false"
+    return None if not path.exists() and run(args, flags, name, 42, settings) else path
 
 
-def keep(args, network: str, method: str, seed: int) -> None:
+def keep(args, network: str, times: int, method: str, seed: int) -> None:
     """Score a finished cell and write its file."""
-    exp = NETWORKS[network][0]
-    folder = Path(args.out) / f"exp{exp}-{method}-seed{seed}"
-    result, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config"))
+    place, images = folder(args, network, f"{network}-{times}-{method}", seed), NETWORKS[network][2]
+    result, config = (json.loads((place / f"{name}.json").read_text()) for name in ("result", "config"))
     torch.set_num_threads(1)
-    where = override(Config(), [*DATA.split(), f"data.dir={args.data_dir}"])
-    test = data.load(where.data, lambda *_: None, models.PRETRAINED_STATS[EXPERIMENTS[exp].settings["model.name"]]).test
-    hit = correct(pack.load(folder / "packed.pt").to(memory_format=torch.channels_last), test)
-    write_json(cell_file(args, network, method, seed), {
+    name = config["settings"]["data.name"]
+    where = override(Config(), [*images.split(), f"data.name={name}", f"data.dir={args.data_dir}"])
+    test = data.load(where.data, pretrained_stats=models.PRETRAINED_STATS[where.model.name]).test
+    model = getattr(networks, network)() if hasattr(networks, network) else None
+    hit = correct(pack.load(place / "packed.pt", model=model).to(memory_format=torch.channels_last), test)
+    write_json(cell_file(args, network, times, method, seed), {
         **{key: result[key] for key in KEPT}, **{key: config[key] for key in ("started", "versions", "hardware")},
-        "network": network, "method": method, "settings": METHODS[method], "test_images": len(test),
-        "deployed_hits": np.packbits(hit.numpy()).tobytes().hex()})
+        "network": network, "times": times, "method": method, "settings": f"{NETWORKS[network][4]} {METHODS[method]}",
+        "test_images": len(test), "deployed_hits": np.packbits(hit.numpy()).tobytes().hex()})
 
 
-def cell_file(args, network: str, method: str, seed: int) -> Path:
+def cell_file(args, network: str, times: int, method: str, seed: int) -> Path:
     """Return where the results of a cell are kept."""
-    return Path(args.results) / f"grid-{network}-{method}-seed{seed}.json"
+    return Path(args.results) / f"{network}-{times}-{method}-seed{seed}.json"
 
 
-def table(cells: list[dict], network: str, reference: str) -> str:
-    """Return Markdown with a row per method that has cells of a network: the deployed network's accuracy in percent,
-    and how far it is from that of ``reference``, paired by seed and image over the seeds that both have."""
-    rows = [f"| {network} | seeds | CR | deployed | deployed - {reference}'s [95 %] |", "|---" * 5 + "|"]
-    of = {name: [cell for cell in cells if (cell["network"], cell["method"]) == (network, name)] for name in METHODS}
-    hits = {name: {cell["seed"]: np.unpackbits(np.frombuffer(bytes.fromhex(cell["deployed_hits"]), np.uint8))[
-        :cell["test_images"]] for cell in own} for name, own in of.items()}
-    for name in (name for name in METHODS if of[name]):
-        both, difference = sorted(hits[name].keys() & hits[reference]), ""
+def hits(cell: dict) -> np.ndarray:
+    """Return which test images a cell's packed file has right, uint8 [n]."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(cell["deployed_hits"]), np.uint8))[:cell["test_images"]]
+
+
+def table(cells: list[dict], network: str, times: int, reference: str) -> str:
+    """Return Markdown with a row per method that has cells of a network and size: the deployed accuracy in percent, and
+    how far it is from that of ``reference``, paired by seed and image over the seeds that both have."""
+    rows = [f"| {network}, file ÷ {times} | seeds | bytes | deployed | deployed - {reference}'s [95 %] | "
+            "search, repair |", "|---" * 6 + "|"]
+    of = {name: {cell["seed"]: cell for cell in cells if (cell["network"], cell["times"], cell["method"])
+                 == (network, times, name)} for name in METHODS}
+    for name, own in of.items():
+        both, difference = sorted(own.keys() & of[reference].keys()), ""
+        if not own:
+            continue
         if both and name != reference:
-            before, after = ([hits[side][seed] for seed in both] for side in (reference, name))
+            before, after = ([hits(of[side][seed]) for seed in both] for side in (reference, name))
             difference = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*crossed_interval(before, after))
-        rows.append(f"| {name} | {' '.join(map(str, sorted(hits[name])))} | {np.mean([c['cr'] for c in of[name]]):.2f} "
-                    f"| {100 * np.mean(list(hits[name].values())):.2f} | {difference} |")
+        mean = {key: np.mean([cell[key] for cell in own.values()]) for key in ("packed_bytes",)}
+        seconds = [np.mean([sum(c["timings"].get(part, 0) for part in parts) for c in own.values()])
+                   for parts in (("table", "sensitivity", "hla", "search", "target"), ("finetune", "deploy"))]
+        rows.append(f"| {name} | {' '.join(map(str, sorted(own)))} | {mean['packed_bytes']:,.0f} | "
+                    f"{100 * np.mean([hits(cell) for cell in own.values()]):.2f} | {difference} | "
+                    f"{seconds[0]:.0f} s, {seconds[1]:.0f} s |")
     return "\n".join(rows)
+
+
+def figure(args, cells: list[dict], network: str = "resnet20") -> None:
+    """Write results/frontier.csv, and docs/frontier.svg of its rows of one network."""
+    points = [(c["network"], c["method"], c["fp32_bytes"] / c["packed_bytes"], 100 * hits(c).mean()) for c in cells]
+    points += [(name, *point) for name, own in PUBLISHED.items() for point in own]
+    rows = [{"network": name, "series": series, "times smaller": round(float(x), 2), "accuracy": round(float(y), 2)}
+            for name, series, x, y in sorted(points)]
+    with open(Path(args.results) / "frontier.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    write_text(ROOT / "docs" / "frontier.svg", lines(
+        f"{network}, CIFAR-10: accuracy of the packed file against its size",
+        [row for row in rows if row["network"] == network], "times smaller", "accuracy",
+        ("FP32 file / packed file", "accuracy of the packed file, %")))
 
 
 def main() -> int:
     """Command line; exit code 0 when all is done, else that of the cell that failed or was stopped."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", default="data", help="folder of the data sets")
+    parser.add_argument("--weights-dir", default="weights", help="folder of the published weights")
     parser.add_argument("--out", default="runs-grid", help="folder of the run directories")
     parser.add_argument("--results", default=str(ROOT / "results"), help="folder of the small result files")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--times", type=int, nargs="+", default=[12, 8, 16], help="how many times smaller than FP32")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=FRESH)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[45, 46, 47])
     parser.add_argument("--table", choices=METHODS, metavar="METHOD", help="only print how others differ from METHOD")
+    parser.add_argument("--figure", action="store_true", help="only draw the frontier")
     args = parser.parse_args()
-    if args.table:
-        cells = [json.loads(path.read_text()) for path in sorted(Path(args.results).glob("grid-*.json"))]
-        print("\n\n".join(table(cells, network, args.table) for network in args.networks))
+    if args.table or args.figure:
+        cells = [json.loads(path.read_text()) for path in sorted(Path(args.results).glob("*-seed*.json"))]
+        cells = [cell for cell in cells if "times" in cell]
+        if args.figure:
+            figure(args, cells)
+        else:
+            pairs = sorted({(cell["network"], cell["times"]) for cell in cells})
+            print("\n\n".join(table(cells, *pair, args.table) for pair in pairs))
         return 0
     Path(args.results).mkdir(exist_ok=True)
-    for network, seed, method in product(args.networks, args.seeds, args.methods):
-        if cell_file(args, network, method, seed).exists():
+    for seed, times, method, network in product(args.seeds, args.times, args.methods, args.networks):
+        if cell_file(args, network, times, method, seed).exists():
             continue
-        weights, (exp, _, rate) = base(args, network), NETWORKS[network]
-        settings = f"{CELL} {rate} {METHODS[method]} model.weights={weights}"
-        code = run(args, exp, method, seed, settings) if weights else 1
+        weights, (flags, _, images, _, repair) = base(args, network), NETWORKS[network]
+        code = 1
+        if weights:
+            size = sum(t.numel() * t.element_size() for t in torch.load(weights, weights_only=True).values())
+            settings = f"{CELL} {images} {repair} {METHODS[method]} model.weights={weights} goal=size:{size // times}B"
+            code = run(args, flags, f"{network}-{times}-{method}", seed, settings)
         if code:
             print(f"grid: {network} {method} seed {seed} ended with {code}; the same command goes on", file=sys.stderr)
             return code
-        keep(args, network, method, seed)
+        keep(args, network, times, method, seed)
     return 0
 
 

@@ -19,9 +19,10 @@ import torch
 import data
 import models
 from compress import model_bytes
-from config import BASELINES, Config, Data, InputError
+from config import BASELINES, LEVELS, Config, Data, InputError
 from estimate import Proxy
-from search import random_config
+from evidence.table import needs_table
+from search import numeric_options, random_config
 from support import layouts
 from support.log import Log, duration
 from support.networks import device_of, make
@@ -147,7 +148,11 @@ def _times(run, counts):
     rows.append(("sensitivity", "images", c.sensitivity.images if c.sensitivity.method != "none" else 0,
                  3 * step / c.data.batch_size))
     agents = 1 if c.search.method in BASELINES else len(c.lla.algorithms)
-    candidates = c.search.cycles * agents * c.lla.timesteps if c.search.method != "null" and not run.given else 0
-    rows.append(("search", "candidates of every block", candidates, candidate))
+    tried = 0 if c.search.method == "null" or run.given else c.search.cycles * agents * c.lla.timesteps
+    if needs_table(c) and not run.given:  # after it an estimate is a look-up
+        kinds = math.prod(len(options) for options in numeric_options(c.compress))
+        tried = (c.compress.bits_max - c.compress.bits_min + 1) * kinds + LEVELS - 1  # per kernel, at most
+        tried = math.ceil(tried * sum(map(len, run.shapes)) / len(run.blocks))
+    rows.append(("search", "candidates of every block", tried, candidate))
     whole = math.ceil(counts[1] / c.eval.batch_size) if c.eval.full else 0
     return [*rows, ("report", "test batches of five networks", 5 * whole, test)]

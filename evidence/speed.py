@@ -1,18 +1,23 @@
 """What the search and training cost on this machine.
 
     python -m evidence.speed --sections proxy agents training
+    python -m evidence.speed --sections table job --data-dir DIR --weights-dir DIR    # published networks, real images
 
 ``proxy``: steps per second of the logit-MSE proxy, beside a loop that prunes, quantises and runs the whole network for
 the same candidates. ``agents``: environment steps per second with the surrogate active, updates included.
-``training``: images per second of ResNet18 at 64 px. What is compared takes turns, one round untimed; printed are
-medians and ranges.
+``training``: images per second of ResNet18 at 64 px. ``table``: environment steps per second with the table of
+estimates and with the proxy, updates left out, and the table's rank correlation with the proxy on 200 held-out
+candidates. ``job``: seconds of compress_model for ResNet-20 at a twelfth of its file. What is compared takes turns, one
+round untimed; printed are medians and ranges.
 """
 
 import argparse
 import copy
 import os
 import platform
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,11 +25,18 @@ import torch
 import torch.nn.functional as F
 
 import data
+import hirelc
 import models
-from compress import BlockConfig, LayerBudget, compress_kernel, kernel_shapes
+from compress import BlockConfig, LayerBudget, compress_kernel, kernel_shapes, model_bytes
 from config import Compress, Config
+from deploy.allocate import retained_weights
 from estimate import DropEstimator, Proxy, Surrogate, proxy_drop
-from search import HLAEnsemble, LLAEnsemble, decode_lla, lla_nvec, random_config
+from evidence import grid, networks
+from evidence.baselines import Problem, Space
+from evidence.table import Table, compare, measure
+from search import HLAEnsemble, LLAEnsemble, LLAEnv, decode_lla, lla_nvec, random_config
+from support.cli import arguments as resolve
+from support.log import Log
 from support.runs import keep_freed_memory
 from train import Recipe, Trainer
 
@@ -115,7 +127,67 @@ def training_section(args) -> None:
     print(f"training ResNet18 at {side} px, {count} images: {spread(count / seconds)} images/s", flush=True)
 
 
-SECTIONS = {"proxy": proxy_section, "agents": agents_section, "training": training_section}
+def published(args, name: str):
+    """Return a network of evidence.grid with its published weights, and its training images."""
+    flags, weights, images, *_ = grid.NETWORKS[name]
+    config = resolve([*flags.split(), "--data-dir", args.data_dir, "--set", *images.split()])[1][0]
+    splits = data.load(config.data, pretrained_stats=models.PRETRAINED_STATS[config.model.name])
+    model = getattr(networks, name)() if hasattr(networks, name) else models.build(
+        config.model.name, 1000, config.data.image_size)
+    models.load_pretrained(model, str(Path(args.weights_dir) / weights), args.weights_dir)
+    return model.to(memory_format=torch.channels_last).eval(), splits
+
+
+def table_section(args) -> None:
+    """Steps per second of low-level environments over all blocks, and how well the table ranks."""
+    limits, rng = Compress(bits_min=2, granularity="fitted"), np.random.default_rng(0)
+    for name in args.networks:
+        model, splits = published(args, name)
+        images, _ = splits.train.batch(torch.arange(args.images), generator=torch.Generator().manual_seed(0))
+        blocks = models.survey(model, images, scope="all").blocks
+        proxy, params = Proxy(model, blocks, [images]), sum(k.params for b in blocks for k in kernel_shapes(b))
+        space = Space(Problem(blocks, [0.5] * len(blocks), limits, retained_weights, 0.1 * params, 0))
+        start = time.perf_counter()
+        made = Table(proxy, **measure(proxy, space, rng))
+        taken, seconds = time.perf_counter() - start, np.zeros((2, args.rounds))
+        for i, block in enumerate(blocks):
+            told = [DropEstimator(source, SimpleNamespace(active=False), 90.0) for source in (made, proxy)]
+            envs = [LLAEnv(i, kernel_shapes(block), 0.5, estimator, limits, Config().lla, (30.0, 1.5, 1.0),
+                           blocks=len(blocks)) for estimator in told]
+            actions = [rng.integers(lla_nvec(len(block.kernels)), size=(2, 4 * len(block.kernels)))
+                       for _ in range(args.steps)]
+
+            def play(env):
+                env.budget = BUDGET
+                env.reset()
+                for action in actions:
+                    env.step(action)
+
+            seconds += in_turn([lambda: play(envs[0]), lambda: play(envs[1])], args)
+        ours, other = 2 * args.steps * len(blocks) / seconds
+        print(f"{name}, {args.images} images: table {spread(ours)} steps/s, proxy {spread(other)}, ratio "
+              f"{spread(ours / other)}; made in {taken:.0f} s, {made.quality['passes']} passes; " + ", ".join(
+                  f"{key.replace('_', ' ')} {value:.3g}" for key, value in compare(made, space, rng, 200).items()),
+              flush=True)
+
+
+def job_section(args) -> None:
+    """Seconds from ``compress_model(...)`` to the packed file, and the phases' shares."""
+    model, splits = published(args, "resnet20")
+    start, packed = time.perf_counter(), Path(tempfile.mkdtemp()) / "small.pt"
+    _, _, result = hirelc.compress_model(
+        model, data.hold_out(splits.train)[0].subset(torch.arange(20_000)), splits.test, packed=packed, preset="plus",
+        goal=f"size:{model_bytes(model) // 12}B", search__cycles=1, finetune__epochs=3, finetune__lr=1e-3,
+        data__batch_size=128, precision="bfloat16", log=Log(open(os.devnull, "w")))
+    seconds = time.perf_counter() - start
+    shares = sorted(result["timings"].items(), key=lambda item: -item[1])
+    print(f"job: ResNet-20, {result['fp32_bytes']:,} bytes to {packed.stat().st_size:,}, "
+          f"{result['deployed_acc_full']:.2f} % of {result['test_images']} images, {seconds:.0f} s: " + ", ".join(
+              f"{name} {100 * value / seconds:.0f} %" for name, value in shares if value > 0.01 * seconds), flush=True)
+
+
+SECTIONS = {"proxy": proxy_section, "agents": agents_section, "training": training_section, "table": table_section,
+            "job": job_section}
 
 
 def main() -> None:
@@ -126,6 +198,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--images", type=int, default=8, help="calibration images")
     parser.add_argument("--side", type=int, default=224, help="side of these images in pixels")
+    parser.add_argument("--networks", nargs="+", default=["resnet20"], choices=grid.NETWORKS, help="of the table")
+    parser.add_argument("--data-dir", default="data", help="folder of the data sets")
+    parser.add_argument("--weights-dir", default="weights", help="folder of the published weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
     keep_freed_memory()  # as hirelc.py does

@@ -47,6 +47,17 @@ def crossed_interval(before, after) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def rank_correlation(a, b) -> float:
+    """Return Spearman's rank correlation of two sequences, equal values at their mean rank; nan where one is flat."""
+    ranks = []
+    for values in (a, b):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return math.nan
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
 def mcnemar(lost: int, won: int) -> float:
     """Return the exact two-sided p of McNemar's test: the probability of so uneven a split of the images on which two
     networks differ, if each falls to either side with probability 1/2; 1 where there is none."""

@@ -11,7 +11,9 @@ from torch import nn
 
 from compress import BlockConfig, KernelConfig, channels_kept, compress_kernel, kernel_shapes
 from config import Compress
+from deploy.allocate import retained_weights
 from evidence import baselines
+from evidence.table import Entries, Table
 
 LIMITS = Compress(bits_min=3, bits_max=5, max_pruning=0.5)  # with two channels: 3, 4 or 5 bits, one channel or both
 CURVATURE = (1.0, 0.3)
@@ -36,6 +38,7 @@ class SixKernels:
         self.blocks = [SimpleNamespace(name=f"b{i}", kernels={f"k{i}{j}": kernels[3 * i + j] for j in range(3)})
                        for i in range(2)]
         self.errors, self.asked = {}, []
+        self.table = Table(self, [[self.entries(i, j) for j in range(3)] for i in range(2)], list(CURVATURE), {})
         self.params = sum(kernel.weight.numel() for kernel in kernels)
         tables = []
         for i, block in enumerate(self.blocks):
@@ -49,17 +52,22 @@ class SixKernels:
         drops = (drops_a[:, None] + drops_b)[meets]
         self.optimum, self.mean = drops.min(), drops.mean()
 
+    def entries(self, index, j) -> Entries:
+        """What a table has of a kernel."""
+        return Entries({(b, "INT", "uniform"): self.error(index, j, KernelConfig(b)) for b in (3, 4, 5)}, [1, 2],
+                       [self.error(index, j, KernelConfig(32, 0.5)), 0.0])
+
+    def error(self, index, j, kernel) -> float:
+        """Squared error of one kernel."""
+        key = index, j, kernel.bits, channels_kept(kernel.keep, 2)
+        if key not in self.errors:
+            weight = list(self.blocks[index].kernels.values())[j].weight.detach()
+            self.errors[key] = (compress_kernel(weight, kernel)[0] - weight).square().sum().item()
+        return self.errors[key]
+
     def drop(self, index, config) -> float:
         """Drop of one candidate."""
-        def error(j):
-            kernel = config.kernels[j]
-            key = index, j, kernel.bits, channels_kept(kernel.keep, 2)
-            if key not in self.errors:
-                weight = list(self.blocks[index].kernels.values())[j].weight.detach()
-                self.errors[key] = (compress_kernel(weight, kernel)[0] - weight).square().sum().item()
-            return self.errors[key]
-
-        errors = [error(j) for j in range(3)]
+        errors = [self.error(index, j, kernel) for j, kernel in enumerate(config.kernels)]
         return CURVATURE[index] * (sum(errors) + 0.3 * math.sqrt(errors[0] * errors[1]))
 
     def drops(self, index, configs) -> list[float]:
@@ -75,8 +83,8 @@ class SixKernels:
 
 def problem(six, **changes) -> baselines.Problem:
     """The six kernels as the baselines take them."""
-    values = dict(blocks=six.blocks, sensitivity=list(CURVATURE), limits=LIMITS, target=TARGET, drops=six.drops,
-                  budget=BUDGET)
+    values = dict(blocks=six.blocks, sensitivity=list(CURVATURE), limits=LIMITS, cost=retained_weights,
+                  allowed=TARGET * six.params, drops=six.drops, budget=BUDGET, table=six.table)
     return baselines.Problem(**{**values, **changes})
 
 

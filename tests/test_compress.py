@@ -147,6 +147,20 @@ def test_levels_error_and_zeros(name):
         assert bool(((rows - exact).abs() <= scale.clamp_min(1e-8) / 2 + slack).all()), what
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fitted_scales_have_about_the_least_squared_error(bits):
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    weight *= torch.tensor([[10.0 ** n] for n in range(6)])
+    result, most = quantize(weight, bits, "FLOAT", "fitted"), 2 ** (bits - 1) - 1  # signed, whatever the type
+    assert all(len(row.unique()) <= 2 * most + 1 for row in result)
+    scales = weight.abs().amax(1, keepdim=True) / most * torch.linspace(0.05, 1, 400)[:, None, None]  # a fine search
+    errors = ((weight / scales).round().clamp(-most, most) * scales - weight).square().sum(2).amin(0)
+    error = (result - weight).square().sum(1)
+    assert bool((error <= (1.03 if bits < 8 else 1.3) * errors).all()), error / errors
+    assert bool((error <= (quantize(weight, bits, "INT", "learned") - weight).square().sum(1) * (1 + 1e-5)).all())
+    assert not quantize(torch.zeros(2, 3), bits, "INT", "fitted").any()
+
+
 def check_log(exact, rows, magnitudes, dtype, what):
     """At most so many magnitudes; signs kept; log2 of the magnitude within half a step (float16's subnormals apart)."""
     assert len(rows[rows != 0].abs().unique()) <= magnitudes and torch.equal(rows.sign(), exact.sign()), what

@@ -82,7 +82,7 @@ def test_a_key_that_is_gone_says_so_and_old_files_name_them():
     *((f"smoke={text}", "true or false") for text in ("maybe", "", "2", "None", "not False")),
     *((f"lla.alpha={text}", "a number") for text in ("1,x,3", "1,2,", "", "1;2;3", "(1,2,3)", "1,nan,2")),
     ("lla.algorithms=PPO,A2C,DQN", "lla.algorithms=DQN"), ("lla.algorithms=PPO,,PPO", "PPO, A2C"),
-    ("search.method='null'", "hirelc, no-hla, null, plus"),
+    ("search.method='null'", "hirelc, no-hla, null, uniform"),
     *((("seed", value), "seed=") for value in (True, 1.5, None, [1], float("nan"), float("inf"))),
     *((("finetune.lr", value), "finetune.lr=") for value in (True, None, {}, float("nan"))),
     *((("smoke", value), "true or false") for value in (None, 2, 1.0, [])), (("name", 5), "text"),
@@ -110,8 +110,8 @@ def test_ranges_include_their_ends(key, allowed, forbidden):
 @pytest.mark.parametrize("key, choices", [
     ("data.name", ["cifar10", "cifar100", "tiny-imagenet", "imagenet", "folder", "synthetic"]),
     ("model.name", list(settings.NETWORKS)), ("compress.qtype", ["INT", "FLOAT", "any"]),
-    ("compress.granularity", ["uniform", "log", "per-channel", "learned", "log-script", "any"]),
-    ("search.method", ["hirelc", "no-hla", "null", "plus", "uniform", "random", "greedy", "evolution", "sequential"]),
+    ("compress.granularity", ["uniform", "log", "per-channel", "learned", "log-script", "fitted", "any"]),
+    ("search.method", ["hirelc", "no-hla", "null", "uniform", "random", "greedy", "evolution", "sequential", "table"]),
     ("sensitivity.method", ["fisher", "none", "gradient", "snip", "grasp", "hessian"]),
     ("vote", ["uniform", "confidence"]), ("carry", ["none", "rest"]), ("device", ["auto", "cpu", "cuda"])])
 def test_choices(key, choices):
@@ -163,7 +163,7 @@ def test_flat_form_round_trip_through_json(number):
 def test_a_preset_is_its_settings_and_gives_way_to_later_ones():
     plus = changed("preset=plus")
     assert {key: get(plus, key) for key in PRESETS["plus"]} == PRESETS["plus"]
-    assert plus.search.method == "plus" and plus.enforce_target and plus.finetune.mode == "qat"
+    assert plus.search.method == "plus" and plus.finetune.distill == 1 and plus.finetune.mode == "qat"
     assert changed("preset=plus", "finetune.mode=paper").finetune.mode == "paper" and changed("preset=none") == Config()
     assert read_settings(flatten(changed("preset=plus", "search=null")))[0] == changed("preset=plus", "search=null")
 

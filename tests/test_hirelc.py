@@ -86,7 +86,7 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
         monkeypatch.setattr(owner, name, call)
 
     def choose_and_tape(*args):
-        hla, lla, combine = choose(*args)
+        hla, lla = choose(*args)
         taped(hla, "feedback", lambda args: ("feedback", *args))
         taped(hla, "train", lambda args: ("train_hla", *args))
         taped(hla, "budgets", lambda args: ("budgets", *args))
@@ -94,7 +94,7 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
             taped(block, "search", lambda args, i=i: ("search", i, equal(run.weights(), theta0)))
         tape.append("agents")
         theta0 = run.weights()
-        return hla, lla, combine
+        return hla, lla
 
     for owner, names in ((run, "train_from_scratch train_baseline estimate_sensitivity"), (hirelc.Demands, "chosen"),
                          (hirelc, "warm_up compress_network finetune measure teach")):
@@ -216,7 +216,7 @@ KEYS = """accounting bad_rewards baseline_acc baseline_acc_full baseline_interva
     drop_met eval_images evaluations excluded exp final_acc final_acc_full final_interval_full fp32_bytes
     fp32_file_bytes goal kernels mcnemar_p_full mean_kl mode model msr name notes null_controller packed_bytes
     policy_source protocol retained scope search searches seed sensitivity skipped_images smoke sparsity strategies
-    surrogate_mae surrogate_samples target test_images time_shares timings voted_compliance voted_retained
+    table surrogate_mae surrogate_samples target test_images time_shares timings voted_compliance voted_retained
     whole_model_ratio""".split()
 NEW = """failed_samples given_acc grid_acc grid_acc_full grid_interval_full grid_drop_full grid_drop_interval_full
     grid_mcnemar_p_full baseline_bn_acc_full baseline_bn_interval_full deployed_bn_drop_full

@@ -247,6 +247,18 @@ def test_predict_takes_the_most_probable_option_or_samples(agent_class):
     assert (draws[:, :2] == 1).all(axis=1).mean() == pytest.approx(0.35, abs=0.0177)
 
 
+@both
+def test_standardised_rewards_teach_the_same_whatever_their_scale(agent_class):
+    torch.manual_seed(0)
+    rollout = torch.randn(5, 2, 2), torch.zeros(4, 2, 2, dtype=torch.int64), torch.randn(4, 2), torch.zeros(4, 2) > 0
+    plain, shifted, raw = (small(agent_class, seed=1, standardize=value) for value in (1.0, 1.0, 0.0))
+    for agent, factor in ((plain, 1.0), (shifted, 100.0), (raw, 100.0)):
+        agent.update(rollout[0], rollout[1], factor * rollout[2] + 30 * (factor > 1), rollout[3])
+    weights = [agent.critic[0].weight.detach() for agent in (plain, shifted, raw)]
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(weights[0], weights[2], atol=1e-5, rtol=1e-4)
+
+
 def test_wrong_settings_are_refused():
     for error, message, hyper in ((TypeError, "PPO has no rate; it has lr, n_steps", {"rate": 0.1}),
                                   (ValueError, "n_steps .* at least 1", {"n_steps": 0}),
@@ -257,7 +269,7 @@ def test_wrong_settings_are_refused():
 
 def test_the_four_columns():
     assert PPO(Taped(), (2,)).hyper == rl.LLA_PPO and A2C(Taped(), (2,)).hyper == rl.LLA_A2C
-    rest = {"gamma": 0.99, "value_coef": 0.5, "entropy_coef": 0.01, "max_grad_norm": 0.5}
+    rest = {"gamma": 0.99, "value_coef": 0.5, "entropy_coef": 0.01, "max_grad_norm": 0.5, "standardize": 0.0}
     ppo = {**rest, "lam": 0.95, "minibatch": 32, "epochs": 10, "clip": 0.2}
     assert rl.LLA_PPO == {**ppo, "lr": 3e-4, "n_steps": 128} and rl.HLA_PPO == {**ppo, "lr": 1e-4, "n_steps": 64}
     a2c = {**rest, "lam": 1.0, "n_steps": 64}

@@ -149,7 +149,7 @@ def test_confidence_weights_by_hand():
     # T = 2 halves the exponent: e^(-1.06066) = 0.346227, 1 / 1.692454 = 0.590858.
     assert search.confidence_weights([[1.0], [1.0], [4.0]], temperature=2.0) == pytest.approx(
         [0.204571, 0.204571, 0.590858], abs=1e-5)
-    for rewards in ([[3000.0] * 5] * 3, [[1.0, 3.0], [3.0, 1.0], [2.0]]):
+    for rewards in ([[3000.0] * 5] * 3, [[1.0, 3.0], [3.0, 1.0], [2.0]], [[], [], []]):
         assert search.confidence_weights(rewards) == pytest.approx([1 / 3] * 3)
 
 

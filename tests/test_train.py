@@ -1,5 +1,6 @@
 """train.py: Fisher against hand numbers and per-sample gradients, the training loop step by step on tiny networks."""
 
+import dataclasses
 import io
 import math
 from types import SimpleNamespace
@@ -245,6 +246,20 @@ def test_the_network_ends_at_the_first_of_the_best_epochs_with_its_statistics():
     assert model.seen == [(True, True), (True, True), (False, False)] * 4 and after[3]["norm.num_batches_tracked"] == 8
     assert t.run() == t.best == t.history[1] and same(snapshot(model), after[1]) and not model.norm.training
     assert not any(torch.equal(after[1]["norm.running_mean"], after[n]["norm.running_mean"]) for n in (0, 2, 3))
+
+
+def test_the_last_epoch_is_kept_where_it_is_asked_for():
+    model = nn.Linear(1, 2)
+    run = trainer(model, test=Script([5, 9, 2]), epochs=3, patience=1)
+    run.recipe = dataclasses.replace(run.recipe, keep="last")
+    assert run.run().epoch == 3 and len(run.history) == 3  # patience has nothing to wait for
+    assert all(torch.equal(value, run.best_state[key]) for key, value in model.state_dict().items())
+
+
+def test_another_loss_is_used_where_it_is_given():
+    model = nn.Linear(1, 2)
+    run = trainer(model, epochs=1, loss=lambda logits, y, x: (logits * 0).sum() + 7)
+    assert run.run().loss == pytest.approx(7)
 
 
 def test_the_state_before_training_is_no_candidate_and_only_the_first_images_choose():

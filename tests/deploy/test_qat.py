@@ -10,11 +10,11 @@ import data
 import models
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, decode, encode, kernel_shapes,
                       quantize, snap_to_grid)
-from deploy.qat import GridTraining
+from deploy.qat import Distillation, GridTraining
 from train import Recipe, Trainer, accuracy, correct
 
 KINDS = [(qtype, granularity) for qtype in ("INT", "FLOAT")
-         for granularity in ("uniform", "per-channel", "learned", "log", "log-script")]
+         for granularity in ("uniform", "per-channel", "learned", "fitted", "log", "log-script")]
 
 
 def compressed(model, kernel, example=None):
@@ -110,3 +110,18 @@ def test_gradients_are_those_of_a_network_that_holds_the_grid_values():
     F.cross_entropy(snapped(images), labels).backward()
     for at in (0, 3):
         torch.testing.assert_close(model[at].weight.grad, snapped[at].weight.grad * masks[str(at)].view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_distillation_by_hand_and_the_teacher_stays(half):
+    model, x, y = nn.Linear(2, 2, bias=False), torch.tensor([[1.0, 0.0]]), torch.tensor([1])
+    loss = Distillation(model, {"weight": 2 * torch.eye(2)}, weight=0.5, temperature=2.0, half=half)
+    nn.init.zeros_(model.weight)
+    model.train()
+    student = torch.tensor([[0.0, 4.0]], requires_grad=True)
+    p, q = torch.softmax(torch.tensor([1.0, 0.0]), 0), torch.softmax(torch.tensor([0.0, 2.0]), 0)  # logits / 2
+    expected = torch.log(1 + torch.exp(torch.tensor(-4.0))) + 0.5 * 4 * (p * (p / q).log()).sum()
+    torch.testing.assert_close(loss(student, y, x), expected)
+    loss(student, y, x).backward()
+    assert student.grad is not None and all(p.grad is None for p in loss.teacher.parameters())
+    assert not loss.teacher.training and float(loss.teacher.weight.detach().sum()) == 4

@@ -1,52 +1,82 @@
-"""The grid of methods: its commands, and its table from cells made by hand"""
+"""The grid of methods: its commands, its table and figure from cells made by hand"""
 
+import csv
 import json
 import sys
-from pathlib import Path
+import xml.etree.ElementTree as xml
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from config import flatten
 from evidence import grid
 from support.cli import arguments
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def test_every_cell_is_another_command_with_the_same_estimates_and_repair():
+    for flags, _, images, _, repair in grid.NETWORKS.values():
+        found = []
+        for settings in grid.METHODS.values():
+            text = f"{grid.CELL} {images} {repair} {settings}"
+            values = flatten(arguments([*flags.split(), "--set", *text.split()])[1][0])
+            found.append(json.dumps(values, sort_keys=True))
+            assert (values["search.estimate"], values["finetune.mode"]) == ("table", "qat")
+        assert len(set(found)) == len(found)
 
 
-def test_every_cell_is_another_command_of_one_size_and_as_many_evaluations():
-    found = []
-    for settings in grid.METHODS.values():
-        values = flatten(arguments(["--exp", "4", "--set", *f"{grid.CELL} {settings}".split()])[1][0])
-        found.append(json.dumps(values, sort_keys=True))
-        if grid.MATCHED in settings:
-            assert (values["search.target"], values["lla.timesteps"], values["finetune.mode"]) == (0.1, 32, "qat")
-    assert len(set(found)) == len(found)
-    kept = [json.loads(path.read_text()) for path in (ROOT / "results").glob("grid-*-seed45.json")]
-    assert kept and all(grid.METHODS.get(cell["method"], cell["settings"]) == cell["settings"] for cell in kept)
+def cell(method, seed, digits, times=12):  # of eight images
+    return {"network": "resnet20", "method": method, "seed": seed, "times": times, "test_images": 8, "fp32_bytes": 1210,
+            "packed_bytes": 100, "deployed_hits": digits, "timings": {"table": 1.0, "search": 2.0, "finetune": 9.0}}
 
 
 def test_the_table_by_hand():
-    def cell(method, seed, digits):  # of eight images
-        return {"network": "resnet18", "method": method, "seed": seed, "cr": 10.0 + seed % 2, "test_images": 8,
-                "deployed_hits": digits}
     cells = [cell("random", 44, "c0"), cell("random", 45, "f0"), cell("plus", 44, "f0"), cell("plus", 45, "fc"),
-             cell("plus", 46, "ff")]  # a seed that only one has is not compared
-    plus, random = grid.table(cells, "resnet18", "plus").splitlines()[2:]
-    assert plus == "| plus | 44 45 46 | 10.33 | 75.00 |  |"
+             cell("plus", 46, "ff"), cell("plus", 46, "00", times=8)]  # a seed that only one has is not compared
+    random, plus = grid.table(cells, "resnet20", 12, "plus").splitlines()[2:]
+    assert plus == "| plus | 44 45 46 | 100 | 75.00 |  | 3 s, 9 s |"
     # By image the differences are 0 0 1/2 1/2 1/2 1/2 0 0, of variance 1/14; the seeds' are equal.
     half = 100 * 1.959963984540054 * (1 / 14 / 8) ** 0.5
-    assert random == f"| random | 44 45 | 10.50 | 37.50 | -25.00 [{-25 - half:+.2f}, {-25 + half:+.2f}] |"
+    assert random == f"| random | 44 45 | 100 | 37.50 | -25.00 [{-25 - half:+.2f}, {-25 + half:+.2f}] | 3 s, 9 s |"
+
+
+def test_the_figure_has_every_cell_and_the_published_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    grid.figure(SimpleNamespace(results=tmp_path), [cell("plus", 44, "f0"), cell("table", 44, "fc")])
+    rows = list(csv.DictReader(open(tmp_path / "frontier.csv")))
+    assert {"network": "resnet20", "series": "plus", "times smaller": "12.1", "accuracy": "50.0"} in rows
+    assert len(rows) == 2 + sum(map(len, grid.PUBLISHED.values()))
+    assert len(list(xml.parse(tmp_path / "docs" / "frontier.svg").iter("{http://www.w3.org/2000/svg}circle"))) == 3
 
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_cell_that_is_stopped_is_repeated_the_next_time(tmp_path, monkeypatch, capsys, code):
     calls = []
-    monkeypatch.setattr(grid, "run", lambda args, exp, name, *rest: calls.append(name) or code * (name != "base"))
+    torch.save({"weight": torch.zeros(30)}, tmp_path / "resnet20-cifar10.pth")
+    monkeypatch.setattr(grid, "run", lambda args, flags, name, seed, settings: calls.append((name, settings)) or code)
     monkeypatch.setattr(grid, "keep", lambda *cell: grid.cell_file(*cell).write_text("{}"))
     monkeypatch.setattr(sys, "argv", ["grid.py", "--out", str(tmp_path), "--results", str(tmp_path), "--networks",
-                                      "resnet18", "--methods", "plus", "random", "--seeds", "45"])
+                                      "resnet20", "--methods", "plus", "random", "--seeds", "45", "--times", "12",
+                                      "--weights-dir", str(tmp_path)])
     assert grid.main() == code and grid.main() == code
+    names = [name for name, _ in calls]
+    assert all("goal=size:10B" in settings for _, settings in calls)
     if code == 0:  # a finished cell is not done again
-        assert calls == ["base", "plus", "base", "random"]
+        assert names == ["resnet20-12-plus", "resnet20-12-random"]
     else:
-        assert calls == ["base", "plus"] * 2 and "plus seed 45 ended with 3" in capsys.readouterr().err
+        assert names == ["resnet20-12-plus"] * 2 and "plus seed 45 ended with 3" in capsys.readouterr().err
+
+
+def test_a_base_is_trained_where_the_weights_are_of_other_classes(tmp_path, monkeypatch):
+    calls, args = [], SimpleNamespace(weights_dir="w", out=str(tmp_path))
+    monkeypatch.setattr(grid, "run", lambda args, flags, name, *more: calls.append((flags, name)) or 1)
+    assert str(grid.base(args, "resnet20")) == "w/resnet20-cifar10.pth" and not calls
+    assert grid.base(args, "mobilenetv2") is None and calls[0] == ("--exp 5", "mobilenetv2-base")
+    (tmp_path / "exp5-mobilenetv2-base-seed42").mkdir()
+    (tmp_path / "exp5-mobilenetv2-base-seed42" / "baseline.pt").write_bytes(b"")
+    assert grid.base(args, "mobilenetv2").name == "baseline.pt" and len(calls) == 1
+
+
+def test_hits_are_read_from_the_highest_bit():
+    assert grid.hits(cell("plus", 1, "a0")).tolist() == [1, 0, 1, 0, 0, 0, 0, 0]

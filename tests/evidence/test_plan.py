@@ -36,12 +36,13 @@ def counts(text):
     ([], {"scratch": 1, "baseline": 1, "warmup": 4, "finetune": 2, "sensitivity": 2, "search": 24, "report": 5}),
     (["search=null", "surrogate=off", "eval.full=off"], {"scratch": 1, "baseline": 1, "finetune": 2, "sensitivity": 2}),
     (["preset=plus", "sensitivity=none", "model.weights=given", "search.cycles=1", "baseline.epochs=0"],
-     {"finetune": 1, "search": 12, "report": 5})])
+     {"finetune": 1, "search": 74, "report": 5})])
 def test_the_plan_counts_what_the_settings_ask_for(tmp_path, capsys, monkeypatch, more, expected):
     monkeypatch.chdir(tmp_path)
     text = dry_run(tmp_path, capsys, *more)
     assert counts(text) == expected and "epochs of 2 steps" in text and "about" in text.splitlines()[-1]
-    assert f"run directory: {tmp_path / 'runs' / 'exp4-seed42'} (new)" in text and "17 kernels in 5 blocks" in text
+    assert f"run directory: {tmp_path / 'runs' / 'exp4-seed42'} (new)" in text
+    assert ("21 kernels in 6 blocks" if "preset=plus" in more else "17 kernels in 5 blocks") in text
     assert "64 training and 40 test images" in text and "device: cpu, 1 threads" in text
 
 

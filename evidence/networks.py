@@ -1,0 +1,53 @@
+"""The residual networks for CIFAR-10 of He et al. (2016), whose published weights are the base of docs/RESULTS.md.
+
+    python hirelc.py --model evidence/networks.py:resnet20 --weights resnet20-cifar10.pth …
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters (option A): every second pixel, missing channels zero."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.added = stride, outputs - inputs
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1 or self.added:
+            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.added // 2, self.added // 2))
+        return F.relu(y + x)
+
+
+class ResNet(nn.Module):
+    """6 n + 2 layers: a convolution, three stages of n blocks with 16, 32 and 64 channels, a classifier."""
+
+    def __init__(self, n: int, num_classes: int = 10):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(Block(inputs, outputs, stride), *(Block(outputs, outputs, 1) for _ in range(n - 1)))
+            for inputs, outputs, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)))
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+def resnet20(num_classes: int = 10) -> ResNet:
+    """Return ResNet-20: 0.27 M parameters, published accuracy on CIFAR-10 91.73 %."""
+    return ResNet(3, num_classes)
+
+
+def resnet56(num_classes: int = 10) -> ResNet:
+    """Return ResNet-56: 0.85 M parameters, published accuracy on CIFAR-10 93.39 %."""
+    return ResNet(9, num_classes)

@@ -1,0 +1,132 @@
+"""An additive estimate of the logit MSE (``search.estimate=table``): every kernel measured alone, candidates are sums.
+
+Once per search the proxy measures each kernel with all others at theta_0: every bit width (type, granularity) with all
+channels, and every keep of the agents' grid at full bits. The logit MSE of a candidate is then the sum of its kernels'
+entries times a factor per block, which a few joint candidates of the block give. A candidate costs a look-up in place
+of a forward pass. How far the table is from the proxy is measured on candidates that took no part in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress import FULL_BITS, BlockConfig, KernelConfig, NetworkConfig, channels_kept
+from estimate import Proxy, proxy_drop
+from evidence.baselines import Problem, Space
+from evidence.stats import rank_correlation
+from search import derive_seed
+
+JOINT = 8  # networks whose blocks give the factors
+HELD_OUT = 16  # networks that are measured to tell how far the table is from the proxy
+PER_BLOCK = 8
+LEAST = 1e-12  # of a logit MSE, for ratios
+
+
+@dataclass(frozen=True)
+class Entries:
+    """One kernel's logit MSEs, alone. bits: by (bits, type, granularity); kept: channels, ascending, and their MSEs."""
+    bits: dict[tuple[int, str, str], float]
+    kept: list[int]
+    kept_mse: list[float]
+
+    def mse(self, config: KernelConfig, n_out: int) -> float:
+        """Return the kernel's part of a candidate's MSE: of its bits, plus of its channels (linear between entries)."""
+        pruned = np.interp(channels_kept(config.keep, n_out), self.kept, self.kept_mse) if config.keep < 1 else 0.0
+        return float(pruned) + self.bits.get((config.bits, config.qtype, config.granularity), 0.0)
+
+
+class Table:
+    """The measured entries, with the interface of estimate.Proxy: ``blocks``, :meth:`drops`, :meth:`errors`.
+
+    entries: per block and kernel; ``factors``: per block; ``quality``: for result.json, see :func:`compare`.
+    """
+
+    def __init__(self, proxy: Proxy, entries: list[list[Entries]], factors: list[float], quality: dict):
+        self.proxy, self.blocks, self.entries, self.factors = proxy, proxy.blocks, entries, factors
+        self.quality = quality
+        self.chosen: list[dict] = []  # logit MSE of each chosen network: as estimated, as measured
+
+    def errors(self, index: int | None, configs) -> list[float]:
+        """Return the estimated logit MSE of each candidate, as estimate.Proxy.errors."""
+        if index is None:
+            return [math.fsum(self.errors(i, [block])[0] for i, block in enumerate(network.blocks))
+                    for network in configs]
+        return [self.factors[index] * sum(entry.mse(kernel, shape.n_out) for entry, kernel, shape in zip(
+            self.entries[index], config.kernels, config.shapes)) for config in configs]
+
+    def drops(self, index: int, configs) -> list[float]:
+        """Return the estimated drop of each candidate of a block, in points (Eq. 23)."""
+        return [proxy_drop(mse) for mse in self.errors(index, configs)]
+
+    def check(self, chosen: NetworkConfig) -> dict:
+        """Measure a chosen network by the proxy; return the quality with all that were chosen so far."""
+        told, measured = (source.errors(None, [chosen])[0] for source in (self, self.proxy))
+        self.chosen.append({"table_mse": told, "proxy_mse": measured})
+        return {**self.quality, "chosen": self.chosen}
+
+
+def needs_table(config) -> bool:
+    """Whether the search asks for a table."""
+    return config.search.estimate == "table" or config.search.method in ("table", "plus")
+
+
+def tabulated(proxy: Proxy, problem: Problem, config, once) -> Proxy | Table:
+    """Return the proxy, or the table that it measures, where the search asks for one; ``once``: Phases.once."""
+    if not needs_table(config):
+        return proxy
+    rng = np.random.default_rng(derive_seed(config.seed, "table"))
+    return Table(proxy, **once("table: entries", lambda: measure(proxy, Space(problem), rng)))
+
+
+def measure(proxy: Proxy, space: Space, rng) -> dict:
+    """Return entries, factors and quality of a :class:`Table`; ``space``: what candidates are drawn from."""
+    entries = measure_entries(proxy, space)
+    table = Table(proxy, entries, [1.0] * len(entries), {})
+    networks = [space.config(space.fitted(space.draw(rng), rng)) for _ in range(JOINT)]
+    for i in range(len(entries)):
+        parts = [network.blocks[i] for network in networks]
+        ratios = np.maximum(proxy.errors(i, parts), LEAST) / np.maximum(table.errors(i, parts), LEAST)
+        table.factors[i] = float(np.exp(np.log(ratios).mean()))
+    passes = sum(len(e.bits) + len(e.kept) - 1 for row in entries for e in row) + JOINT * len(entries)
+    return {"entries": entries, "factors": table.factors, "quality": {"passes": passes, **compare(table, space, rng)}}
+
+
+def compare(table: Table, space: Space, rng, count: int = HELD_OUT) -> dict:
+    """Return how far the table is from the proxy on ``count`` networks drawn on the size: rank correlation and mean
+    relative error of the whole networks, and of as many candidates of single blocks, PER_BLOCK or more of each (means
+    over the blocks)."""
+    networks = [space.config(space.fitted(space.draw(rng), rng)) for _ in range(count)]
+
+    def compared(index, configs):
+        told, measured = (np.maximum(source.errors(index, configs), LEAST) for source in (table, table.proxy))
+        return rank_correlation(told, measured), float(np.abs(told / measured - 1).mean())
+
+    each = max(PER_BLOCK, count // len(table.blocks))
+    blocks = [compared(i, [network.blocks[i] for network in networks[:each]]) for i in range(len(table.blocks))]
+    whole = compared(None, networks)
+    return {"held_out": count, "networks_rank_correlation": whole[0], "networks_mean_error": whole[1],
+            "blocks_rank_correlation": float(np.nanmean([rank for rank, _ in blocks])),
+            "blocks_mean_error": float(np.mean([error for _, error in blocks]))}
+
+
+def measure_entries(proxy: Proxy, space: Space) -> list[list[Entries]]:
+    """Measure every kernel alone at the bits, types, granularities and channels of ``space``."""
+    rows, limits, numbers = [], space.problem.limits, iter(range(len(space.shapes)))
+    for i, shapes in enumerate(space.block_shapes):
+        row = []
+        for k, n in zip(range(len(shapes)), numbers):
+            def alone(configs):
+                whole = [KernelConfig()] * len(shapes)
+                return proxy.errors(i, [BlockConfig((*whole[:k], own, *whole[k + 1:]), shapes) for own in configs])
+
+            widths = [KernelConfig(bits, 1.0, qtype, granularity) for qtype in space.qtypes
+                      for granularity in space.granularities for bits in range(limits.bits_min, limits.bits_max + 1)]
+            keeps = [keep for keep in space.keeps[n] if channels_kept(keep, shapes[k].n_out) < shapes[k].n_out]
+            row.append(Entries({(c.bits, c.qtype, c.granularity): mse for c, mse in zip(widths, alone(widths))},
+                               [*(channels_kept(keep, shapes[k].n_out) for keep in keeps), shapes[k].n_out],
+                               [*alone([KernelConfig(FULL_BITS, keep) for keep in keeps]), 0.0]))
+        rows.append(row)
+    return rows

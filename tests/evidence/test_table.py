@@ -1,0 +1,102 @@
+"""The table of estimates against an additive proxy and another; its optimum against all configurations."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from compress import KernelConfig
+from config import Config, override
+from estimate import Proxy
+from evidence import table
+from evidence.baselines import Space, optimum
+from evidence.stats import rank_correlation
+from problems import CURVATURE, TARGET, SixKernels, problem
+
+
+class World:
+    """A proxy of the six kernels: sums of squared errors, ``joint`` times as much where several kernels have one."""
+
+    def __init__(self, joint=1.0):
+        self.six, self.joint, self.asked = SixKernels(), joint, 0
+        self.blocks = self.six.blocks
+
+    def errors(self, index, configs):
+        if index is None:
+            return [sum(self.errors(i, [block])[0] for i, block in enumerate(network.blocks)) for network in configs]
+        self.asked += len(configs)
+        parts = [[self.six.error(index, j, kernel) for j, kernel in enumerate(c.kernels)] for c in configs]
+        return [CURVATURE[index] * sum(row) * (self.joint if np.count_nonzero(row) > 1 else 1) for row in parts]
+
+
+def measured(world):
+    space = Space(problem(world.six))
+    return table.Table(world, **table.measure(world, space, np.random.default_rng(0))), space
+
+
+def test_an_additive_proxy_is_met_where_kernels_keep_their_channels_or_their_bits():
+    world = World()
+    made, space = measured(world)
+    assert made.quality["passes"] == 2 * 3 * (3 + 1) + 2 * table.JOINT and made.quality["held_out"] == table.HELD_OUT
+    made.factors = [1.0, 1.0]
+    for bits, keep in itertools.product((3, 4, 5), (0, 1)):
+        if keep or bits == 5:
+            network = space.config(np.array([[bits - 3, 1, 0, 0], [2, keep, 0, 0]] * 3))
+            of_keep = [space.config(np.array([[2, keep, 0, 0]] * 6)), space.config(np.array([[2, 1, 0, 0]] * 6))]
+            assert made.errors(None, [network]) == pytest.approx(world.errors(None, [network]), rel=0.5 * (1 - keep))
+            if keep:
+                assert made.errors(None, of_keep)[0] == pytest.approx(world.errors(None, of_keep)[0])
+    assert made.drops(1, [network.blocks[1]]) == [min(20 * made.errors(1, [network.blocks[1]])[0], 50)]
+
+
+def test_what_kernels_do_together_is_in_the_factors():
+    alone, together = measured(World())[0], measured(World(joint=3.0))[0]
+    assert together.factors == pytest.approx([3 * factor for factor in alone.factors])
+    assert together.quality["networks_rank_correlation"] == pytest.approx(alone.quality["networks_rank_correlation"])
+    assert together.quality["networks_mean_error"] == pytest.approx(alone.quality["networks_mean_error"])
+    assert 0.9 < alone.quality["networks_rank_correlation"] <= 1 and alone.quality["blocks_mean_error"] < 0.6
+
+
+def test_between_its_entries_channels_are_interpolated_and_other_bits_cost_nothing():
+    entries = table.Entries({(4, "INT", "uniform"): 1.0}, [2, 6, 8], [5.0, 1.0, 0.0])
+    assert [entries.mse(KernelConfig(4, keep), 8) for keep in (1.0, 0.75, 0.5, 0.25, 0.125)] == [1, 2, 4, 6, 6]
+    assert entries.mse(KernelConfig(32), 8) == 0 and entries.mse(KernelConfig(32, 0.75), 8) == 1
+
+
+def test_the_optimum_is_the_least_sum_of_all_that_fit():
+    made, _ = measured(World())
+    space = Space(problem(made.proxy.six, table=made))
+    choices = [[(space.problem.cost(k, shape), made.factors[n // 3] * made.entries[n // 3][n % 3].mse(k, 2))
+                for k in (space.kernel(n, bits, keep, 0, 0) for bits in range(3) for keep in range(2))]
+               for n, shape in enumerate(space.shapes)]
+    sums = np.zeros((2, 1))
+    for pairs in choices:
+        sums = (sums[:, :, None] + np.array(pairs).T[:, None, :]).reshape(2, -1)
+    best = optimum(space, space.allowed)
+    assert made.errors(None, [best])[0] == pytest.approx(sums[1][sums[0] <= space.allowed].min(), rel=1e-3)
+    assert best.retained <= TARGET
+
+
+def test_a_chosen_network_is_checked_by_the_proxy():
+    world = World(joint=2.0)
+    made, space = measured(world)
+    network = space.config(np.array([[0, 1, 0, 0]] * 6))
+    found = made.check(network)
+    told, measured_mse = made.errors(None, [network])[0], world.errors(None, [network])[0]
+    assert found["chosen"] == [{"table_mse": told, "proxy_mse": measured_mse}]
+    assert found["passes"] == made.quality["passes"] and Proxy.check(None, network) is None
+
+
+def test_a_table_is_made_where_it_is_asked_for():
+    for settings, made in (("search.method=table", True), ("search.estimate=table", True), ("search=greedy", False)):
+        assert table.needs_table(override(Config(), [settings])) is made
+    proxy = object()
+    assert table.tabulated(proxy, None, Config(), None) is proxy
+
+
+def test_rank_correlation_by_hand():
+    assert rank_correlation([1, 2, 3, 9], [2, 3, 5, 7]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3], [3, 2, 2.5]) == pytest.approx(-0.5)
+    assert rank_correlation([1, 1, 2], [5, 4, 6]) == pytest.approx(math.sqrt(3) / 2)  # ranks 1.5 1.5 3 and 2 1 3
+    assert math.isnan(rank_correlation([1, 1], [1, 2]))
