@@ -362,15 +362,21 @@ def compress_kernel(weight: Tensor, config: KernelConfig) -> tuple[Tensor, Tenso
 # --- The operator on a network ---------------------------------------------------------------------------------
 @contextlib.contextmanager
 def eval_mode(model: torch.nn.Module):
-    """Eval mode inside, and afterwards every module back in its mode before, also after an exception."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
+    """Eval mode inside, and afterwards every module back in its mode before, also after an exception.
+
+    By calling train() and eval(), so that networks that merge, cache or convert something there work with the weights
+    that they have now.
+    """
+    before = [(module, module.training) for module in model.modules()]
+    model.train()
+    model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        if any(mode for _, mode in before):
+            for module, mode in before:
+                if module.training != mode:
+                    module.train(mode)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ NETWORKS = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch1
             "resnet18", "resnet50", "mobilenetv2_100")
 ALGORITHMS = ("PPO", "A2C")
 LEVELS = 15  # resolution of the bit and keep actions (§3.1.3)
-BASELINES = ("uniform", "random", "greedy", "evolution", "sequential", "table", "plus")
+BASELINES = ("uniform", "random", "greedy", "evolution", "sequential", "table")
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Config:
 
 PRESETS = {
     "none": {},
-    "plus": {"search.method": "plus", "surrogate.enabled": False, "compress.scope": "all", "compress.bits_min": 2,
+    "plus": {"search.method": "table", "surrogate.enabled": False, "compress.scope": "all", "compress.bits_min": 2,
              "compress.granularity": "fitted", "finetune.mode": "qat", "finetune.distill": 1.0, "pack.rest": "float16"},
 }
 # Settings of older versions. They were measured and did not help, or changed no result (docs/RESULTS.md).
@@ -214,6 +214,7 @@ RETIRED = frozenset((
     "lla.reward", "lla.project", "lla.choose", "lla.start", "lla.rounds", "lla.refine", "lla.gamma", "lla.rollout",
     "lla.lr_factor", "hla.tiers", "search.around", "search.cache", "search.cache_mb", "search.dtype", "search.fold",
     "search.winograd", "search.together"))
+GONE = (("vote", "mode"), ("carry", "all"), ("search.method", "plus"))  # values
 
 
 def fields_of(config) -> dict[str, dataclasses.Field]:
@@ -268,12 +269,12 @@ def override(config: Config, assignments) -> Config:
 def read_settings(values) -> tuple[Config, tuple[str, ...]]:
     """Return the settings in a config.json's flat dictionary, and the names of those among them that are gone.
 
-    A value that a setting no longer has (vote=mode, carry=all) counts as gone: the setting then has its default.
+    A value that a setting no longer has (GONE) counts as gone: the setting then has its default.
     Raises InputError as :func:`override` does.
     """
     if not isinstance(values, dict):
         raise InputError(f"settings are a dictionary, not a {type(values).__name__}")
-    gone = [key for key in values if key in RETIRED or (key, values[key]) in (("vote", "mode"), ("carry", "all"))]
+    gone = [key for key in values if key in RETIRED or (key, values[key]) in GONE]
     return override(Config(), {key: value for key, value in values.items() if key not in gone}), tuple(gone)
 
 

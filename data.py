@@ -235,6 +235,12 @@ def as_images(source, what="the images"):
     Such an object comes back as it is; (x, y) with y int64 [N]: x float [N, C, H, W] is taken as normalised, x uint8
     [N, C, h, h] only divided by 255, neither is augmented; a map-style Dataset of (float tensor [C, H, W], int) or a
     DataLoader over one: :func:`support.images.adapt`. ``what``: name of the set in messages. Raises InputError."""
+    images = _as_images(source, what)
+    check_finite(images, what)
+    return images
+
+
+def _as_images(source, what):
     if all(hasattr(source, name) for name in ("batch", "batches", "__len__")):
         return source
     if not isinstance(source, (tuple, list)) or [isinstance(part, torch.Tensor) for part in source] != [True, True]:

@@ -29,12 +29,13 @@ from compress import (BlockConfig, Grid, KernelConfig, KernelShape, LayerBudget,
 from config import BASELINES, EXPERIMENTS, Config, InputError, override
 from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
+from deploy.checks import check_given, check_modes
 from deploy.cycle import Best, Cycle, measure
 from deploy.given import GivenBlock, GivenBudgets, fitted
 from deploy.qat import Distillation, GridTraining
 from deploy.target import Demands, check_sizes, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
-from evidence import baselines, plan, plus, sensitivities, summary  # noqa: F401 (plus registers itself)
+from evidence import baselines, plan, sensitivities, summary
 from evidence.null import NullHLA, NullLLA
 from evidence.report import results_table
 from evidence.table import Entries, tabulated
@@ -157,6 +158,8 @@ class Run:
         self.shapes = [kernel_shapes(block) for block in self.blocks]
         self.config = resolved(config, sum(s.params for block in self.shapes for s in block), model_bytes(model))
         check_sizes(self.config, self.shapes, model_bytes(model))
+        if config.model.source:
+            check_modes(model, self.train_set)
 
     @property
     def eval_images(self) -> int:
@@ -409,14 +412,12 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     # The network is trained already: nothing is trained from scratch, nor before the compression unless asked for.
     config = override(Config(model=dataclasses.replace(Config().model, weights="given", source=type(model).__name__),
                              baseline=dataclasses.replace(Config().baseline, epochs=0)), settings)
+    check_given(model)
     if packed is not None:
         check_writable(packed)
-    policy = policies.read(policy) if policy is not None else None
-    config = policy.settings(config) if policy else config
+    policy, config = policies.given(policy, config)
     log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
     train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
-    data.check_finite(train, "training images")
-    data.check_finite(test, "test images")
     log.notes = []  # the result has those of this call
     with networks.switches(config), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -424,7 +425,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
         run = Run(network, survey, train, test, config, log, pack.describe(network, config, train),
                   given=fitted(policy, survey.blocks, config, log))
         out = algorithm_1(run)
-        result = summary.summarise(run, out) | {"data": "given", "timings": run.phases.seconds}
+        result = summary.summarise(run, out, copy_network(model)) | {"data": "given", "timings": run.phases.seconds}
         result["policy_source"] = policy and policy.source
         network = pack.load(out.best.packed, network)
         if packed is not None:
@@ -446,8 +447,7 @@ def run_experiment(config: Config, log: Log | None = None, resume: bool = False,
     path = runs.run_directory(config)
     with contextlib.ExitStack() as stack:
         with ranks.alike():
-            policy = policies.read(config.policy) if config.policy else None
-            config = policy.settings(config) if policy else config
+            policy, config = policies.given(config.policy or None, config)
             parse_goal(config.goal)
             networks.check(config, ranks)
             device = networks.device_of(config, ranks)
@@ -488,18 +488,17 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
             runs.open_directory(path, config, run, resume)
         phases.begin(resume)
     out = algorithm_1(run)
-    result = summary.summarise(run, out) | {"policy_source": policy and policy.source, "skipped_images": splits.skipped}
+    result = summary.summarise(run, out) | {
+        "policy_source": policy and policy.source, "skipped_images": splits.skipped}
     if ranks.first:
-        policy = policies.to_policy(run.blocks, out.best.config, out.best.budgets)
-        summary.finish(path, run, out, result, policy, runs.write)
+        summary.finish(path, run, out, result, runs.write)
     return result
 
 
 def dry_run(config: Config) -> str:
     """Return what :func:`run_experiment` would do, as text; nothing is written. Raises InputError where that would."""
     networks.check(config, Ranks())
-    policy = policies.read(config.policy) if config.policy else None
-    config, silent = policy.settings(config) if policy else config, Log(open(os.devnull, "w"))
+    (policy, config), silent = policies.given(config.policy or None, config), Log(open(os.devnull, "w"))
 
     def make_run(model, survey, train, test) -> Run:
         return Run(model, survey, train, test, config, silent, given=fitted(policy, survey.blocks, config, silent))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from compress import apply_factors, apply_masks, eval_mode, mask_factors
 from support.ranks import Ranks
@@ -93,17 +92,15 @@ class Epoch:
 
 
 class _Logits(nn.Module):
-    """The network as it computes in training: as it is, or with the grid values of its kernels."""
+    """The network in training, with the learned scales among its parameters."""
 
     def __init__(self, model, on_grid):
         super().__init__()
-        self.model, self.on_grid = model, on_grid
+        self.model = model
         self.scales = nn.ParameterList(on_grid.log_scales.values() if on_grid is not None else ())
 
     def forward(self, x):
-        if self.on_grid is None:
-            return self.model(x)
-        return functional_call(self.model, self.on_grid.weights(), (x,), tie_weights=False)
+        return self.model(x)
 
 
 class Trainer:
@@ -164,7 +161,7 @@ class Trainer:
                 log(f"  {what}: epoch {e.epoch}, loss {e.loss:.4f}, lr {e.lr:.2e}, accuracy {e.acc:.2f}")
             if checkpoint and not self.finished:  # the end is the phase's to store
                 checkpoint.save(self.state_dict())
-        self.model.load_state_dict(self.best_state)
+        self.model.train().load_state_dict(self.best_state)  # through train(): see eval_mode
         self.model.eval()
         return self.best
 
@@ -182,7 +179,8 @@ class Trainer:
                     continue
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.recipe.rate(epoch, step / steps) * group.get("lr_factor", 1.0)
-                total_loss += self._step(self.ranks.part(x), self.ranks.part(y), len(y))
+                with self.on_grid.swapped(self.model) if self.on_grid is not None else contextlib.nullcontext():
+                    total_loss += self._step(self.ranks.part(x), self.ranks.part(y), len(y))
                 seen += len(y)
                 if progress:
                     progress(f"{what}, epoch {epoch + 1} of {self.recipe.epochs}", step + 1, steps)

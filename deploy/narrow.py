@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import InputError
+from deploy.checks import demand, difference
 from support.files import replace_file
 from support.own import copy_network, forward, said, visible_attention
 
@@ -607,8 +608,8 @@ def materialize(model: nn.Module, example) -> fx.GraphModule:
     A channel is pruned where its row of a Conv2d or Linear weight is exactly zero. ``example``: images [n, C, H, W]
     of the size that the narrow network is for. The result takes batches of any size, is in eval mode for good, needs
     no gradients, and keeps the device, the type and, for what remains of them, the names of the parameters. ``model``
-    stays as it is. :func:`stays` says what could not shrink. Raises InputError for a network that fails on the images
-    or that torch.export cannot export.
+    stays as it is. :func:`stays` says what could not shrink. Raises InputError for a network that fails on the images,
+    that torch.export cannot export, or whose narrow form gives other logits on random images (deploy.checks).
     """
     images = _images(model, example)
     with torch.no_grad():
@@ -619,7 +620,10 @@ def materialize(model: nn.Module, example) -> fx.GraphModule:
         watch.values = values = {}
         watch.run(images.cpu().clone(), enable_io_processing=False)
         _plan(graph, values)
-        return _Narrow(graph, values).run().to(images.device)
+        narrowed = _Narrow(graph, values).run()
+        demand("the narrow network", difference(network, narrowed, images.cpu(), exact=False),
+               "the network does something with its channels that is not followed")
+        return narrowed.to(images.device)
 
 
 def stays(network: fx.GraphModule) -> dict[str, str]:
@@ -653,5 +657,7 @@ def export(network: fx.GraphModule, example, path) -> None:
     file appears, or is replaced, only when it is complete. Raises InputError where torch.export refuses, OSError where
     the file cannot be written.
     """
-    program = _program(network, _images(network, example))
+    images = _images(network, example)
+    program = _program(network, images)
+    demand("the exported program", difference(network, program.module(), images, exact=False), "export it otherwise")
     replace_file(os.fspath(path), lambda file: torch.export.save(program, file))

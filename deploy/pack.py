@@ -36,6 +36,7 @@ import models
 from compress import FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, decode, encode
 from config import Config, InputError
 from deploy import narrow
+from deploy.checks import demand, difference
 from support.files import replace_file, shown, survive_ascii
 from support.own import forward, own_network, untouched
 
@@ -330,7 +331,20 @@ def load(file, model: nn.Module | None = None) -> nn.Module:
                 models.set_quick_gelu(model, True)
     _check_fit(packed, model.state_dict(), built)
     model.load_state_dict(state(packed), assign=built)
+    model.train()  # what a network computes from its weights in eval mode is that of the new ones
     return model.to(memory_format=torch.channels_last if packed.channels_last else torch.preserve_format).eval()
+
+
+def compare(packed: bytes, network: nn.Module, fresh: nn.Module | None, images) -> None:
+    """Raise InputError unless a ``fresh`` network, made before anything ran (None: made of the file), gives the logits
+    of ``network`` to the bit once both are filled by the file; images [n, …] as the network takes them.
+    """
+    try:
+        found = difference(load(packed, network), load(packed, fresh).to(images.device), images)
+    except InputError as error:
+        found = f"it fails: {error}"
+    demand("a fresh network filled by the packed file", found, "the network keeps something outside its state dict, "
+           "or parameters that share their memory")
 
 
 def _check_fit(packed, target, built) -> None:

@@ -66,6 +66,12 @@ def read(source) -> Policy:
     return Policy(where, hashlib.sha256(raw).hexdigest(), content)
 
 
+def given(source, config):
+    """Return (the policy read from ``source``, the settings with it), or (None, the settings) where it is None."""
+    policy = read(source) if source is not None else None
+    return policy, policy.settings(config) if policy else config
+
+
 def to_policy(blocks, config: NetworkConfig, budgets=None) -> dict:
     """Return a configuration and budgets as plain data for policy.json: requested values and what follows from them."""
     policy = {"format": 1, "blocks": [

@@ -148,13 +148,6 @@ class Space:
         """Return the configuration that a genome stands for."""
         return self.grouped([self.kernel(k, *row) for k, row in enumerate(genome.tolist())])
 
-    def genome(self, config) -> np.ndarray:
-        """Return the genome of a configuration, or the nearest in channels."""
-        low = self.problem.limits.bits_min
-        return np.array([[kernel.bits - low, int(np.abs(np.array(keeps) - kernel.keep).argmin()),
-                          self.qtypes.index(kernel.qtype), self.granularities.index(kernel.granularity)]
-                         for kernel, keeps in zip((k for b in config.blocks for k in b.kernels), self.keeps)])
-
     def grouped(self, kernels) -> NetworkConfig:
         """Return kernel configurations in order as those of the blocks."""
         following = iter(kernels)

@@ -53,7 +53,7 @@ RUN = "threads=1 precision=bfloat16 search.cycles=1 surrogate.warmup=0 search.pr
 CELL = (f"{RUN} preset=plus search.estimate=table baseline.epochs=0 finetune.keep=last eval.protocol=holdout "
         "eval.full=false")
 METHODS = {**{name: f"search={name}" for name in (
-    "uniform", "random", "greedy", "evolution", "sequential", "table", "plus", "null", "hirelc")},
+    "uniform", "random", "greedy", "evolution", "sequential", "table", "null", "hirelc")},
     "untrained": "search=hirelc lla.timesteps=0",
     "trained": "search=hirelc lla.timesteps=10000 lla.envs=8 lla.standardize=true"}
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",

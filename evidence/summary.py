@@ -15,7 +15,7 @@ import data
 import models
 from compress import kernel_bytes, model_bytes, snap_to_grid
 from config import Config, InputError, flatten, override
-from deploy import pack
+from deploy import pack, policies
 from evidence.stats import mcnemar, paired_interval, wilson
 from evidence.null import null_controller
 from support.files import shown
@@ -32,8 +32,15 @@ DROPS = {"": ("baseline", "final"), "grid_": ("baseline", "grid"), "deployed_": 
          "deployed_bn_": ("baseline_bn", "deployed")}
 
 
-def summarise(run, outcome) -> dict:
-    """Return the content of result.json but for the times. ``run``: hirelc.Run; ``outcome``: hirelc.Outcome."""
+def summarise(run, outcome, fresh=None) -> dict:
+    """Return the content of result.json but for the times. ``run``: hirelc.Run; ``outcome``: hirelc.Outcome; ``fresh``:
+    a network as the given one was before anything ran; without it a new one is made. Raises InputError where the packed
+    file gives it other logits."""
+    if fresh is None and run.config.model.source:
+        fresh = own_network(run.config.model.source, run.network["num_classes"])
+    images, _ = run.train_set.batch(torch.arange(min(8, len(run.train_set))), run.device)
+    run.phases.once("compare: packed file",
+                    lambda: pack.compare(outcome.best.packed, run.model, fresh, images))
     c, best, hits = run.config, outcome.best.row, score_networks(run, outcome)
     strategies = [budget.strategy for budget in outcome.best.budgets]
     errors = [abs(row.surrogate_prediction - row.acc) for row in outcome.rows if row.surrogate_prediction is not None]
@@ -180,9 +187,10 @@ def save(path, out, write) -> None:
     write(path / "packed.pt", out.best.packed)
 
 
-def finish(path, run, out, result: dict, policy: dict, write) -> None:
+def finish(path, run, out, result: dict, write) -> None:
     """Write the networks, the policy and at last the result, with where the time went, and say so in the log."""
     save(path, out, write)
+    policy = policies.to_policy(run.blocks, out.best.config, out.best.budgets)
     write(path / "baseline.pt", lambda file: torch.save(out.theta0, file))
     best = {"format": 1, "settings": flatten(run.config), "cycle": out.best.row.cycle, "network": run.network,
             "model": out.best.network, "masks": out.best.masks, "policy": policy}

@@ -70,7 +70,7 @@ class Table:
 
 def needs_table(config) -> bool:
     """Whether the search asks for a table."""
-    return config.search.estimate == "table" or config.search.method in ("table", "plus")
+    return config.search.estimate == "table" or config.search.method == "table"
 
 
 def tabulated(proxy: Proxy, problem: Problem, config, once) -> Proxy | Table:

@@ -24,7 +24,7 @@ from support.files import one_line, replace_file, shown
 IN_MEMORY = 4 * 2**30              # bytes of a decoded split of imagenet or folder; a larger one is streamed
 MANY = 500                         # images from which on processes decode
 CHUNK, MESSAGE = 50, 2**20         # images and bytes at most that a process hands over at once; containers share 64 MB
-CACHE, FORMAT = ".hirelc-cache", 4 # folder of the cache files, beside the data, and their format
+CACHE, FORMAT = ".hirelc-cache", 5 # folder of the cache files, beside the data, and their format
 CHANGED, UNREADABLE = 1, 2         # flags of an image: resized or converted to RGB; not to be decoded
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 START = "fork" if "fork" in multiprocessing.get_all_start_methods() else None   # others import the user's script again
@@ -41,6 +41,10 @@ def decode(path, side):
             image.load()
             if side:
                 row[0] = CHANGED * (image.mode != "RGB" or image.size != (side, side))
+                if image.mode == "F" or image.mode.startswith("I") and image.getextrema()[0] < 0:
+                    raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
+                if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
+                    image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
                 image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
                 row[1:] = np.asarray(image).transpose(2, 0, 1).reshape(-1)
     except Exception as error:  # Pillow raises almost anything on damaged files

@@ -24,7 +24,6 @@ from config import InputError
 from support.own import forward, untouched
 
 GROUP = 4  # kernels of a block where the network does not say what its blocks are
-
 CLASSIFIER = "classifier: no kernel comes after it on the way to the logits"
 SHORTCUT = "1x1 projection on a residual shortcut"
 UNREACHED = "never reached by the forward"
@@ -236,6 +235,7 @@ def _registered(model, names) -> dict[int, Kernel]:
 
 # Operations that combine a tensor with a weight along a shared dimension, and where their two operands stand.
 PRODUCTS = {"convolution": (0, 1), "linear": (0, 1), "mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
+MOVES = {"cat", "stack", "index", "index_select", "gather", "embedding", "index_put", "index_put_", "constant_pad_nd"}
 COPIES = {"clone", "_to_copy", "copy_", "lift_fresh"}
 # Parts of norms that are not called norm, and elementwise operations without torch's tag for them.
 CHAIN = {"mean", "var", "var_mean", "std", "std_mean", "sum", "hardswish", "hardswish_", "_prelu_kernel", *COPIES}
@@ -295,6 +295,9 @@ class _Trace(TorchDispatchMode):
         node.chain = name in CHAIN or "norm" in name or torch.Tag.pointwise in func.tags
         if name in PRODUCTS:
             self._product(node, [args[i] for i in PRODUCTS[name]])
+        elif node.data and not node.chain and name not in MOVES:
+            node.uses = frozenset(id(p) for p in parameters if p.dim() >= 2)  # of an operation that is not followed
+            self.applied |= node.uses
         if name in COPIES and len(read) == 1 and parameters:
             self.owners.setdefault(_storage(made[0]), []).append(parameters[0])
         self._add(node, made)

@@ -34,8 +34,8 @@ def check(config: Config, ranks: Ranks) -> None:
         raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each "
                          "needs two images of a batch")
     if config.model.source and config.data.normalize == "pretrained":
-        raise InputError("data.normalize=pretrained: mean and std of a network of your own are not known; leave it at "
-                         "dataset, or normalise inside the network")
+        raise InputError("data.normalize=pretrained: mean and std of a network of your own are not known; use "
+                         "imagenet, none or dataset")
 
 
 def make(config: Config, splits, device, ranks: Ranks, log: Log) -> tuple[nn.Module, Survey]:
@@ -81,32 +81,34 @@ def prepare(network: nn.Module, train, test, log: Log, config: Config, exclude=(
     if not len(train) or not len(test):
         raise InputError(f"{len(train)} training and {len(test)} test images: there must be some of both")
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    images, labels = train.batch(torch.arange(min(8, len(train))), device)
+    images, _ = train.batch(torch.arange(min(8, len(train))), device)
     classes, channels_last = try_network(network, images)
-    for name, y in (("training", getattr(train, "labels", labels)), ("test", getattr(test, "labels", labels))):
-        if not 0 <= int(y.min()) <= int(y.max()) < classes:
+    for name, part in (("training", train), ("test", test)):  # of images that are read as they are used, a first pass
+        y = part.labels if hasattr(part, "labels") else torch.cat([y.cpu() for _, y in part.batches(256)])
+        for i in ((y < 0) | (y >= classes)).nonzero().flatten().tolist():
             raise InputError(f"{name} labels go from {int(y.min())} to {int(y.max())}, the network has logits for the "
-                             f"classes 0 to {classes - 1}")
+                             f"classes 0 to {classes - 1}; the first beyond is {int(y[i])}, of image {i}")
     if channels_last:
         network = network.to(memory_format=torch.channels_last)
     survey = models.survey(network, images, exclude, groups, config.compress.scope)
     log.info(f"{type(network).__name__}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
              f"{100 * survey.coverage:.2f} % of the kernel parameters besides the classifier's")
-    for kernel in survey.excluded:
-        say = log.info if kernel.classifier else log.note
-        say(f"not compressed: {kernel.name} ({kernel.params:,} parameters): {kernel.reason}")
+    for k in survey.excluded:
+        (log.info if k.classifier else log.note)(f"not compressed: {k.name} ({k.params:,} parameters): {k.reason}")
     return network, survey
 
 
 @contextlib.contextmanager
 def switches(config: Config):
-    """Set torch's threads and TF32 switches as the settings say inside, and as they were afterwards."""
+    """Set torch's threads and TF32 switches as the settings say inside, and as they were afterwards; with gradients and
+    without autocast, whatever it is called under."""
     before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     try:
-        yield
+        with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
     finally:
         torch.set_num_threads(before[0])
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1:]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import os
 import platform
 import random
@@ -313,7 +314,9 @@ VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__versio
 
 def identity(config: Config) -> dict:
     """Return what has to be the same for a run to go on: every setting that its result depends on, and the versions."""
-    return {**{key: value for key, value in flatten(config).items() if key not in PLACES}, **VERSIONS}
+    file = Path(config.model.source.rpartition(":")[0])
+    own = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" and file.is_file() else ""
+    return {k: v for k, v in flatten(config).items() if k not in PLACES} | VERSIONS | {"model file": own}
 
 
 def provenance(device, processes: int) -> dict:

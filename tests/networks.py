@@ -1,5 +1,7 @@
 """Small networks that are not of this project, images for them, and how to tell that a network was left alone."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -89,6 +91,26 @@ class Grouped(nn.Module):
         x = F.max_pool2d(F.pad(torch.cat([x * gate, x], 1), (1, 0, 2, 1)), 2)
         x = self.end(x)
         return self.fc((x.softmax(1) + x).flatten(1).view(-1, 12, x.shape[2] * x.shape[3]).mean(2))
+
+
+def randomised(model, seed=0):
+    """Weights, biases and statistics such that neither a constant nor the images are lost on the way; eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            mean, std = (0.2, 0.3) if name.endswith(("bias", "mean")) else (1, 0.15)
+            if tensor.dim() > 1:
+                mean, std = 0, (2 / tensor[0].numel()) ** 0.5
+            if tensor.is_floating_point():
+                tensor.copy_(mean + std * torch.randn(tensor.shape, generator=generator))
+    return model.eval()
+
+
+class Trap(str):
+    """No network: unpickled, it would make the folder that it names."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(self),)
 
 
 def fingerprint(model):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress import (GRANULARITIES, LOG, PER_CHANNEL, QTYPES, BlockConfig, KernelConfig, KernelShape,
                       NetworkConfig, apply_masks, compress_kernel, compress_network, kernel_bytes, kernel_retained,
-                      kernel_shapes, model_bytes, prune_mask, quantize, snap_to_grid)
+                      prune_mask, quantize, snap_to_grid)
 
 QUANTIZERS = [("INT", "uniform"), ("FLOAT", "uniform"), ("INT", "per-channel"), ("FLOAT", "per-channel"),
               ("INT", "learned"), ("INT", "log"), ("INT", "log-script")]
@@ -266,19 +266,6 @@ def test_number_of_channels_kept(keep, n_out, kept):
 
 
 # --- One kernel: prune, then quantise --------------------------------------------------------------------------
-def test_compress_kernel_by_hand():
-    # Norms 4 and 5: the first row goes and with it the largest weight, so that the scale is 2.5 / 1 and not 4 / 1.
-    weight = torch.tensor([[4.0, 0.0, 0.0, 0.0], [2.5, -2.5, 2.5, 2.4]])
-    result, mask = compress_kernel(weight, KernelConfig(2, 0.5))
-    assert mask.tolist() == [False, True]
-    torch.testing.assert_close(result, torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.5, -2.5, 2.5, 2.5]]))
-    # The tiny weights go and do not stretch the log grid: 1, 2, 4 remain of three bits.
-    weight = torch.tensor([[1e-6, 1e-6], [1.0, -4.0], [1.3, 2.7]])
-    result, mask = compress_kernel(weight, KernelConfig(3, 0.67, "INT", "log"))
-    assert mask.tolist() == [False, True, True]
-    torch.testing.assert_close(result, torch.tensor([[0.0, 0.0], [1.0, -4.0], [1.0, 2.0]]))
-
-
 @pytest.mark.parametrize("qtype, granularity", QUANTIZERS)
 def test_compress_kernel_is_quantisation_of_the_pruned_tensor(qtype, granularity):
     for (name, weight), keep, bits in itertools.product(CASES.items(), (1.0, 0.75, 0.4, 0.01), (2, 3, 5, 8, 32)):
@@ -382,11 +369,6 @@ def test_compress_network_by_hand():
     assert TEN.retained == pytest.approx(0.053125)  # (6 * 3/64 + 4 * 1/16) / 10
 
 
-def test_kernel_shapes():
-    block = SimpleNamespace(kernels={"x": nn.Conv2d(6, 4, 3, groups=2), "y": nn.Linear(5, 7)}, whole=("y",))
-    assert kernel_shapes(block) == (KernelShape(4, 108), KernelShape(7, 35, prunable=False))
-
-
 def fine_tuned():
     """The ten-weight network after 𝒯 and after steps that moved every kernel weight, the pruned ones too."""
     model = Ten()
@@ -447,15 +429,6 @@ def test_apply_masks_refuses(masks, message):
 def test_kernel_bytes_by_hand(bits, keep, qtype, granularity, expected):
     assert kernel_bytes(KernelConfig(bits, keep, qtype, granularity), KernelShape(10, 160)) == expected
     assert kernel_bytes(KernelConfig(3, 0.4), KernelShape(1, 3)) == 2 + 4  # nine bits; the one channel stays
-
-
-def test_model_bytes_by_hand():
-    # a: 6 + 2, norm: weight, bias, mean and variance of 2 and one int64, b: 4 + 2
-    assert model_bytes(Ten()) == (8 + 8 + 6) * 4 + 8
-    tied = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)).half()
-    assert model_bytes(tied) == 36
-    tied[1].weight = tied[0].weight
-    assert model_bytes(tied) == 18
 
 
 def test_a_configuration_or_masks_of_another_network_are_refused_before_anything_changes():

@@ -72,6 +72,7 @@ def test_a_key_that_is_gone_says_so_and_old_files_name_them():
     refused("vote=mode", "vote=mode", "uniform, confidence")
     old = {**flatten(changed("seed=7", "search.cycles=2")), "lla.rounds": 2, "vote": "mode", "search.dtype": "float32"}
     assert read_settings(old) == (changed("seed=7", "search.cycles=2"), ("vote", "lla.rounds", "search.dtype"))
+    assert read_settings({"search.method": "plus"}) == (Config(), ("search.method",))
     assert read_settings({"carry": "all"}) == (Config(), ("carry",)) and read_settings({"vote": "confidence"})[1] == ()
 
 
@@ -163,7 +164,7 @@ def test_flat_form_round_trip_through_json(number):
 def test_a_preset_is_its_settings_and_gives_way_to_later_ones():
     plus = changed("preset=plus")
     assert {key: get(plus, key) for key in PRESETS["plus"]} == PRESETS["plus"]
-    assert plus.search.method == "plus" and plus.finetune.distill == 1 and plus.finetune.mode == "qat"
+    assert plus.search.method == "table" and plus.finetune.distill == 1 and plus.finetune.mode == "qat"
     assert changed("preset=plus", "finetune.mode=paper").finetune.mode == "paper" and changed("preset=none") == Config()
     assert read_settings(flatten(changed("preset=plus", "search=null")))[0] == changed("preset=plus", "search=null")
 

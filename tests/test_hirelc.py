@@ -1,5 +1,6 @@
 """The loop in the paper's order, what a run leaves, networks of a user's, and bad input."""
 
+import copy
 import csv
 import json
 import os
@@ -61,7 +62,7 @@ def small_run(**settings) -> Run:
 
 
 def result_of(run, out):
-    return summary.summarise(run, out)
+    return summary.summarise(run, out, copy.deepcopy(run.model))
 
 
 def state(network):

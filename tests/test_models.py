@@ -10,24 +10,8 @@ from torch import nn
 import models
 from compress import kernel_shapes
 from config import NETWORKS, InputError
-from models import VisionTransformer, build, find_blocks, load_pretrained, stages
-
-
-def randomised(model, seed=0):
-    """Every tensor drawn anew, BatchNorm statistics and affine parameters included, so that each of them matters."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if not tensor.is_floating_point():
-                continue
-            noise = torch.randn(tensor.shape, generator=generator)
-            if name.endswith("running_var") or tensor.ndim == 1 and name.endswith("weight"):
-                tensor.copy_(1 + 0.3 * noise.tanh())
-            elif tensor.ndim > 1 and name not in ("pos_embed", "cls_token", "class_token", "encoder.pos_embedding"):
-                tensor.copy_(noise / tensor[0].numel() ** 0.5)
-            else:
-                tensor.copy_(0.3 * noise)
-    return model.eval()
+from models import VisionTransformer, build, find_blocks, load_pretrained
+from networks import randomised
 
 
 def images(count, side, seed=1):
@@ -95,35 +79,6 @@ def test_narrow_networks_have_the_same_shortcuts():
     assert build("resnet18", 2, width=0.1).layer1[0].downsample is None
 
 
-def test_blocks_of_the_cnns():
-    model = build("resnet18", 10, width=0.1)
-    blocks = find_blocks(model)
-    assert [list(block.kernels) for block in blocks] == [
-        ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"],
-        ["layer1.1.conv2", "layer2.0.conv1", "layer2.0.conv2", "layer2.1.conv1"],
-        ["layer2.1.conv2", "layer3.0.conv1", "layer3.0.conv2", "layer3.1.conv1"],
-        ["layer3.1.conv2", "layer4.0.conv1", "layer4.0.conv2", "layer4.1.conv1"], ["layer4.1.conv2"]]
-    assert blocks[1].kernels["layer2.0.conv1"] is model.layer2[0].conv1
-    assert blocks[4].parameters == ("layer4.1.conv2.weight",)
-    blocks = find_blocks(build("mobilenetv2_100", 10, width=0.1))
-    assert list(blocks[0].kernels) == ["conv_stem", "blocks.0.0.conv_dw", "blocks.0.0.conv_pw", "blocks.1.0.conv_pw"]
-    assert list(blocks[1].kernels) == ["blocks.1.0.conv_dw", "blocks.1.0.conv_pwl", "blocks.1.1.conv_pw",
-                                       "blocks.1.1.conv_dw"]
-    assert list(blocks[12].kernels) == ["blocks.6.0.conv_pw", "blocks.6.0.conv_dw", "blocks.6.0.conv_pwl"]
-
-
-leaves = lambda names: [f"{name}.{leaf}" for name in names.split() for leaf in ("weight", "bias")]
-VIT_BLOCK = leaves("norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2")
-
-
-def test_blocks_of_a_vit():
-    model = tiny()
-    block = find_blocks(model)[1]
-    assert list(block.kernels) == ["blocks.1.attn.qkv", "blocks.1.attn.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"]
-    assert block.kernels["blocks.1.mlp.fc1"] is model.blocks[1].mlp.fc1
-    assert block.parameters == tuple(f"blocks.1.{leaf}" for leaf in VIT_BLOCK)
-
-
 def test_blocks_of_any_module_without_an_example():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 6),
                           nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -142,27 +97,6 @@ def test_blocks_of_any_module_without_an_example():
 def test_nothing_to_compress(model):
     with pytest.raises(InputError, match="nothing to compress"):
         find_blocks(model)
-
-
-@pytest.mark.parametrize("name", ["deit_small_patch16_224", "vit_base_patch32_clip_224"])
-def test_names_of_the_vits_are_timms(name):
-    with torch.device("meta"):
-        names = list(build(name, 10).state_dict())
-    stem = ["patch_embed.proj.weight", *leaves("norm_pre")] if "clip" in name else leaves("patch_embed.proj")
-    assert names == ["cls_token", "pos_embed", *stem, *(f"blocks.{i}.{leaf}" for i in range(12) for leaf in VIT_BLOCK),
-                     *leaves("norm head")]
-
-
-def test_names_of_mobilenet_are_timms():
-    with torch.device("meta"):
-        names = list(build("mobilenetv2_100", 10).state_dict())
-    inverted = " ".join(f"blocks.{group}.{i}.{part}" for group, n in enumerate((2, 3, 4, 3, 3, 1), 1) for i in range(n)
-                        for part in ("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"))
-    separable = "blocks.0.0.conv_dw blocks.0.0.bn1 blocks.0.0.conv_pw blocks.0.0.bn2"
-    assert [name.removesuffix(".weight") for name in names if name.endswith("weight")] == \
-        f"conv_stem bn1 {separable} {inverted} conv_head bn2 classifier".split()
-    assert names[1:6] == [f"bn1.{leaf}" for leaf in ("weight", "bias", "running_mean", "running_var",
-                                                     "num_batches_tracked")] and names[-1] == "classifier.bias"
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -222,37 +156,9 @@ def test_vit_equals_torchvisions():
 def test_clip_differs_from_deit_as_its_definition_says():
     """Its forward is compared with OpenAI's definition where its file is loaded."""
     model = build("vit_base_patch32_clip_224", 3, width=0.01)
-    assert model.patch_embed.proj.bias is None and model.patch_embed.proj.kernel_size == (32, 32)
+    assert model.patch_embed.proj.kernel_size == (32, 32) and not models.has_quick_gelu(model)
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}
     assert {m.eps for m in tiny().modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
-    assert not models.has_quick_gelu(model)
-    models.set_quick_gelu(model, True)
-    assert models.has_quick_gelu(model) and model.blocks[11].mlp.act.quick
-
-
-@pytest.mark.parametrize("name, count", [("vit", 4), ("resnet18", 10), ("resnet50", 18), ("mobilenetv2_100", 19)])
-def test_stages_compose_to_forward_and_leave_their_input_as_it_is(name, count):
-    model = randomised(tiny() if name == "vit" else build(name, 5, width=0.1))
-    x = images(3, 16 if name == "vit" else 32)
-    chain = stages(model)
-    assert len(chain) == count
-    with torch.no_grad():
-        logits, state = model(x), x
-        for stage in chain:
-            before = state.clone()
-            result = stage.run(state)
-            assert torch.equal(state, before) and len(result) == 3
-            state = result
-    torch.testing.assert_close(state, logits, rtol=1e-5, atol=1e-6)
-    held = [[stage for stage in chain if stage.holds([parameter])] for name, parameter in model.named_parameters()
-            if name not in ("cls_token", "pos_embed")]
-    assert {len(holders) for holders in held} == {1}
-
-
-def test_a_network_of_another_kind_is_one_stage():
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    stage, = stages(model)
-    assert stage.run is model and stage.holds(model[1].parameters()) and not stage.holds(nn.Linear(2, 2).parameters())
 
 
 def test_initialisation_is_the_seeds():

@@ -419,18 +419,6 @@ def test_hla_budgets_are_the_vote_of_the_proposals():
         assert obs[0] == pytest.approx([0.2, 0.3, 0.25, 0.25, 0.1, 1.0, 0.5, 0.1, 0.5, 0.5, 0.5])
 
 
-def test_equal_seeds_give_equal_results():
-    def outcome(seed):
-        low, high = lla_ensemble(settings(seed=seed)), hla_ensemble(settings(seed=seed))
-        torch.manual_seed(seed + 7)  # the ensembles must not depend on it
-        high.train(6)
-        budgets = [high.budgets(deterministic=d) for d in (False, True)]
-        return budgets, low.search(budgets[0][0]).config, weights_of(low, high)
-
-    first, second, other = outcome(1), outcome(1), outcome(2)
-    assert first == second and first[2] != other[2]
-
-
 def test_the_low_level_goes_on_bit_for_bit_after_a_file():
     first, second = lla_ensemble(), lla_ensemble()
     first.search(FREE)

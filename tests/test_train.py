@@ -256,12 +256,6 @@ def test_the_last_epoch_is_kept_where_it_is_asked_for():
     assert all(torch.equal(value, run.best_state[key]) for key, value in model.state_dict().items())
 
 
-def test_another_loss_is_used_where_it_is_given():
-    model = nn.Linear(1, 2)
-    run = trainer(model, epochs=1, loss=lambda logits, y, x: (logits * 0).sum() + 7)
-    assert run.run().loss == pytest.approx(7)
-
-
 def test_the_state_before_training_is_no_candidate_and_only_the_first_images_choose():
     # w = 0.5 scores 100 % on x > 0; one step of rate 1 on mislabelled images makes w negative and the accuracy 0.
     model, test, lines, calls = Slope(0.5), Points(torch.ones(10, 1), [0] * 4 + [1] * 6), [], []

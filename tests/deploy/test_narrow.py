@@ -16,22 +16,9 @@ import models
 from compress import prune_mask
 from config import InputError
 from deploy import narrow
-from networks import Attend, Flattening, Grouped, Plain, Shared, fingerprint, same, tied
+from networks import Attend, Flattening, Grouped, Plain, Shared, fingerprint, randomised, same, tied
 
 LONG = pytest.mark.skipif(not os.environ.get("HIRELC_LONG"), reason="minutes; HIRELC_LONG=1 runs it")
-
-
-def randomised(model, seed=0):
-    """Weights, biases and statistics such that neither a constant nor the images are lost on the way; eval mode."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            mean, std = (0.2, 0.3) if name.endswith(("bias", "mean")) else (1, 0.15)
-            if tensor.dim() > 1:
-                mean, std = 0, (2 / tensor[0].numel()) ** 0.5
-            if tensor.is_floating_point():
-                tensor.copy_(mean + std * torch.randn(tensor.shape, generator=generator))
-    return model.eval()
 
 
 def pruned(model, example, keep=None, everything=False, seed=0):

@@ -53,15 +53,17 @@ GONE = object()
 
 @pytest.mark.parametrize("way, value, said", [
     (("format",), 2, "format"), (("blocks",), [], r"blocks\[0:\] are \[\], in the network \['first', 'second'\]"),
-    (("blocks",), {"a": 1}, "blocks"), (("blocks", 0, "kernels"), [3], r"blocks\[0\].*kernels"),
+    (("blocks",), {"a": 1}, "blocks=a dict of 1, expected a list"), (("blocks", 0, "kernels"), [3], "blocks.*kernels"),
     ((*FIRST, "name"), "b", r"kernels\[0:\] are \['b', 'b'\], in the network \['a', 'b'\]; .* another network"),
     ((*FIRST, "name"), "x\n\x1b[2J" + "y" * 1000, "another network"), (("blocks", 0, "name"), GONE, "None.*first"),
     ((*FIRST, "bits"), 2, r"blocks\[0\] \(first\), kernels\[0\] \(a\): bits=2, expected 3 to 8"),
-    ((*FIRST, "bits"), 10 ** 300, "bits=10{199}…"), ((*FIRST, "bits"), True, "whole number"),
+    ((*FIRST, "bits"), 10 ** 300, "bits=10{199}…"), ((*FIRST, "bits"), True, "bits=True, expected a whole number"),
     ((*FIRST, "keep"), 0.39, "keep=0.39, expected 0.4 to 1"), ((*FIRST, "keep"), 1.01, "0.4 to 1"),
-    ((*FIRST, "keep"), "0.5", "a number"), ((*FIRST, "keep"), float("nan"), "keep=nan, expected"),
-    ((*FIRST, "qtype"), "FLOAT", r"='FLOAT', expected INT \(compress.qtype\)"), ((*FIRST, "granularity"), [], "text"),
-    ((*HEAD, "keep"), 0.5, "classes"), ((*FIRST, "channels"), 5, "5 channels there, 4"),
+    ((*FIRST, "keep"), "0.5", "keep='0.5', expected a number"), ((*FIRST, "keep"), float("nan"), "keep=nan, expected"),
+    ((*FIRST, "keep"), True, "keep=True, expected a number"), ((*HEAD, "keep"), 0.5, "classes"),
+    ((*FIRST, "qtype"), "FLOAT", r"='FLOAT', expected INT \(compress.qtype\)"),
+    ((*FIRST, "granularity"), [1, 2], "granularity=a list of 2, expected text"),
+    ((*FIRST, "channels"), 5, "5 channels there, 4"), (BUDGET, "x", "budget='x', expected an object"),
     (BUDGET, GONE, r"blocks\[1\].*budget is missing"), ((*BUDGET, "target"), 0, "target=0, expected 0.01 to 1"),
     ((*BUDGET, "min_bits"), 4.5, "min_bits"), ((*BUDGET, "max_drop"), float("nan"), "max_drop"),
     ((*BUDGET, "strategy"), "slow", "strategy='slow'")])
@@ -81,8 +83,9 @@ def test_what_is_no_policy_is_refused(tmp_path):
     for text, said in (("", "not a policy"), ("null", "format 1"), ("[" * 10 ** 6, "nested")):
         with pytest.raises(InputError, match=said):
             fit(tmp_path, text)
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
     for source, said in ((tmp_path, "directory"), ("none.json", "No such file"), ("/dev/zero", "larger"),
-                         (3j, "complex"), ({"a": {1, 2}}, "set")):
+                         (tmp_path / "bytes.json", "utf-8"), (3j, "complex"), ({"a": {1, 2}}, "set")):
         with pytest.raises(InputError, match=said):
             policies.read(source)
 

@@ -1,5 +1,6 @@
 """Goals, blocks given back, and what a goal, an enforced target and relaxing add to the loop."""
 
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from torch import nn
 from compress import KernelConfig, kernel_bytes, kernel_shapes
 from config import Compress, Config, InputError, override
 from deploy.target import Demands, Goal, check_sizes, give_back, parse_goal, resolved
+from support.log import Log
 from test_allocate import configured, total
 
 
@@ -50,12 +52,6 @@ def test_the_most_sensitive_blocks_are_given_back():
     assert all(k.bits == 32 for b in kept.blocks for k in b.kernels)  # what a kernel has is never taken away
 
 
-class Log:
-    def __init__(self):
-        self.notes, self.lines = [], []
-        self.note, self.info = self.notes.append, self.lines.append
-
-
 BLOCKS = [SimpleNamespace(kernels={name: SimpleNamespace(weight=torch.linspace(-1, 1, 640).reshape(32, 20))})
           for name in "ab"]
 PARAMS, MODEL_BYTES = 1280, 4 * 1280 + 1000
@@ -63,7 +59,7 @@ PARAMS, MODEL_BYTES = 1280, 4 * 1280 + 1000
 
 def demands(file_bytes=None, **settings):
     config = override(Config(), {key.replace("__", "."): value for key, value in settings.items()})
-    return Demands(resolved(config, PARAMS, MODEL_BYTES), BLOCKS, [1.0, 0.5], 80.0, file_bytes, Log())
+    return Demands(resolved(config, PARAMS, MODEL_BYTES), BLOCKS, [1.0, 0.5], 80.0, file_bytes, Log(io.StringIO()))
 
 
 def row(acc=79.0, deployed_acc=79.0, packed_bytes=1000, cr=4.0):
@@ -103,7 +99,7 @@ def test_votes_are_moved_onto_the_target_and_what_a_search_chose_for_it_is_not()
     voted = configured(BLOCKS)
     for settings in ({"goal": "cr:8"}, {"enforce_target": True, "search__target": 1 / 8}):
         d = demands(**settings)
-        assert 0.99 / 8 <= d.chosen(voted).retained <= 1 / 8 and len(d.log.lines) == 1
+        assert 0.99 / 8 <= d.chosen(voted).retained <= 1 / 8 and d.log.stream.getvalue().count("\n") == 1
         assert demands(**settings, search__method="random").chosen(voted) is voted
     with pytest.raises(InputError):
         demands(goal="cr:31.999").chosen(voted)

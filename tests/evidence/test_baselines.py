@@ -45,7 +45,7 @@ def test_every_search_finds_the_optimum_within_its_budget(six, method):
     assert len(set(six.asked)) == len(six.asked)  # nothing is asked for twice
 
 
-@pytest.mark.parametrize("method", [name for name in BASELINES if name != "plus"])
+@pytest.mark.parametrize("method", BASELINES)
 @pytest.mark.parametrize("budget", [2, 11])
 def test_small_budgets_are_kept_and_seeds_repeat(six, method, budget):
     result = found(six, method, 5, budget=budget)

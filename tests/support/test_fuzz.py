@@ -4,7 +4,6 @@ InputError of one line that names it."""
 import collections
 import json
 import random
-import struct
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from compress import BlockConfig, KernelConfig, NetworkConfig, kernel_shapes
 from config import Config, InputError, override
 from deploy import policies
 from support import images, weights
+from test_weights import safetensors
 
 COUNT = 150  # spoilt files of each kind
 
@@ -45,12 +45,7 @@ def read_image(path, network):
 
 
 def write_safetensors(path, network):
-    header, data = {}, b""
-    for name, tensor in network.state_dict().items():
-        begin, data = len(data), data + tensor.numpy().tobytes()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, len(data)]}
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    path.write_bytes(safetensors(network.state_dict()))
 
 
 def write_torch(path, network):

@@ -179,6 +179,16 @@ def folder_settings(base, **settings):
     return Data(**{"name": "folder", "dir": str(base), "image_size": 16, **settings})
 
 
+def test_sixteen_bit_images_are_scaled_and_float_ones_refused(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "8.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "float.tif")
+    assert torch.equal(sources.decode(tmp_path / "16.png", 16), sources.decode(tmp_path / "8.png", 16))
+    with pytest.raises(InputError, match="float.tif: .* no known range"):
+        sources.decode(tmp_path / "float.tif", 16)
+
+
 @pytest.mark.parametrize("name, where, test", [
     ("cifar10", "cifar10", "test"), ("cifar100", "cifar100", "test"), ("folder", ".", "val"), ("folder", ".", "test"),
     ("imagenet", "imagenet", "val"), ("imagenet", ".", "val")])

@@ -1,7 +1,6 @@
 """A user's network: from a file whose imports are not this project's, tried, copied, and compressed end to end with
 every figure counted anew here."""
 
-import copy
 import json
 import math
 import os
@@ -9,19 +8,18 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import config
 import hirelc
 import models
-from compress import BlockConfig, KernelConfig, NetworkConfig, compress_network, kernel_shapes
 from config import InputError
-from estimate import Proxy, proxy_drop
+from estimate import Proxy
 from networks import Attend, Flattening, Shared, fingerprint, pictures, same, tied
 from support.log import Log
 from support.own import copy_network, own_network, try_network
 from deploy.policies import from_policy
+from test_estimate import alike, by_copy
 from train import accuracy
 
 TINY = {"search__cycles": 1, "lla__timesteps": 4, "hla__timesteps": 4, "baseline__epochs": 0, "finetune__epochs": 1,
@@ -172,19 +170,13 @@ def test_a_network_of_ones_own(make, channels, kernels, classifier, left_out):
 
 @pytest.mark.parametrize("make, channels", [(Shared, 1), (tied, 1), (Attend, 3)])
 def test_the_proxy_judges_a_kernel_without_a_module_and_a_shared_one(make, channels):
-    """Against a copy in which the kernels are really overwritten."""
     model, (x, _) = make().eval(), pictures(channels=channels)
     blocks = models.find_blocks(model, x[:4])
     for index, block in enumerate(blocks):
-        config = BlockConfig((KernelConfig(3, 0.5),) * len(block.kernels), kernel_shapes(block))
-        before = fingerprint(model)
+        config, before = alike(block, 3, 0.5), fingerprint(model)
         drop, = Proxy(model, blocks, [x]).drops(index, [config])
         assert same(before, fingerprint(model))
-        copied = copy.deepcopy(model)
-        compress_network([models.find_blocks(copied, x[:4])[index]], NetworkConfig((config,)))
-        with torch.no_grad():
-            expected = proxy_drop(F.mse_loss(copied(x), model(x)).item())
-        assert drop == pytest.approx(expected, rel=1e-4) and drop > 0
+        assert 0 < drop == pytest.approx(by_copy(model, blocks, index, config, [x]), rel=1e-4)
 
 
 def test_a_network_whose_parameters_are_all_frozen():
@@ -208,20 +200,9 @@ def test_exclude_and_groups():
     assert any("encoder.layers.1.linear1 (512 parameters)" in note for note in result["notes"])
 
 
-class Wrong(Shared):
-    """Returns what ``change`` makes of its logits."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.change = change
-
-    def forward(self, x):
-        return self.change(super().forward(x))
-
-
 @pytest.mark.parametrize("model, message", [
-    (lambda: Wrong(lambda z: z[0]), "expected logits: a float tensor"),
-    (lambda: Wrong(lambda z: z[:, :2]), "labels go from 0 to 2, the network has logits for the classes 0 to 1"),
+    (lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)),
+     "labels go from 0 to 2, the network has logits for the classes 0 to 1"),
     (lambda: nn.Flatten(), "no parameters"),
 ])
 def test_what_cannot_be_compressed_is_said_and_the_network_left_alone(model, message):
@@ -255,11 +236,7 @@ def test_model_from_a_file(net, tmp_path, capsys, monkeypatch):
     path = out / "make-seed42"
     result = json.loads((path / "result.json").read_text())
     assert result["exp"] == 0 and list(result["kernels"]) == ["0", "3"] and set(result["excluded"]) == {"7"}
-    settings = json.loads((path / "config.json").read_text())["settings"]
-    assert settings["model.source"] == f"{net}:make" and settings["model.weights"] == "given"
-    saved = torch.load(path / "best.pt", weights_only=True)
-    own_network(f"{net}:make", 3).load_state_dict(saved["model"])
-    assert saved["policy"] == json.loads((path / "policy.json").read_text())
+    assert json.loads((path / "config.json").read_text())["settings"]["model.source"] == f"{net}:make"
     monkeypatch.chdir(tmp_path)  # as a module, under another name, trained from scratch
     assert hirelc.main(["--model", "net:make", "--name", "mine", "--weights", "none", "--out", str(out), *SET]) == 0
     assert "scratch" in json.loads((out / "mine-seed42" / "result.json").read_text())["timings"]
@@ -272,6 +249,7 @@ def test_weights_for_a_model_are_read_strictly_by_name(net, tmp_path, capsys):
     torch.save(given.state_dict(), tmp_path / "w.pth")
     assert hirelc.main(args) == 0
     best = torch.load(tmp_path / "runs" / "make-seed42" / "best.pt", weights_only=True)["model"]
+    own_network(f"{net}:make", 3).load_state_dict(best)
     assert torch.equal(best["7.weight"], given.state_dict()["7.weight"])
     torch.save({"7.bias": torch.zeros(3)}, tmp_path / "w.pth")
     capsys.readouterr()
@@ -280,7 +258,6 @@ def test_weights_for_a_model_are_read_strictly_by_name(net, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--model", "{net}:nothing"], "has no function 'nothing'"),
     (["--model", "{net}:make", "--weights", "auto"], "there are no published weights for a network of your own"),
     (["--model", "{net}:make", "--weights", "{net}.pth"], "no such file"),
     (["--model", "{net}:make", "--exp", "3"], "either --exp N"),

@@ -15,19 +15,15 @@ import torch
 import hirelc
 import models
 from config import InputError
-from support import cli
 from support.ranks import Elsewhere, Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_alone_everything_is_mine():
+def test_images_and_blocks_are_divided_and_alone_everything_is_mine():
     alone, x = Ranks(), torch.arange(5)
     assert alone.gather(3) == [3] and alone.same(3) == 3 and alone.first
     assert torch.equal(alone.part(x), x) and alone.total(x) is x and alone.waves(3) == [[0], [1], [2]]
-
-
-def test_images_and_blocks_are_divided():
     assert [Ranks(n, 3).part(torch.arange(8)).tolist() for n in range(3)] == [[0, 3, 6], [1, 4, 7], [2, 5]]
     assert Ranks(1, 2).waves(5) == [[0, 1], [2, 3], [4]]
 
@@ -77,13 +73,6 @@ def test_what_one_process_cannot_do_ends_all_and_one_says_why(turns, bad, kind):
         assert entered[0] == 0 and len(entered) == (1 if 0 in bad else 3)
     assert [outcome.args for outcome in outcomes if type(outcome) is kind] == [(n,) for n in bad[:1]]
     assert [type(outcome) for outcome in outcomes].count(Elsewhere if bad else str) == (2 if bad else 3)
-
-
-def test_what_one_process_does_is_not_for_several(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for option in (["--load", "packed.pt"], ["--dry-run"], ["--list"]):
-        with pytest.raises(InputError, match="leave out torchrun"):
-            cli.arguments(["--exp", "4", "--smoke", *option])
 
 
 def launch(*arguments):

@@ -17,6 +17,7 @@ from torch import nn
 import models
 from config import InputError
 from models import build, has_quick_gelu, load_pretrained, weights_path
+from networks import Trap
 from support.published import Published
 from support.weights import LoadReport, read_checkpoint
 from test_models import images, randomised, same, snapshot, tiny
@@ -164,20 +165,13 @@ def test_safetensors_entries_that_lie(tmp_path, state, field, value):
     refused(tiny(), str(path), "4 bytes belong to no tensor")
 
 
-class Evil(str):
-    """Unpickled, it would make the folder that it names."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self),)
-
-
 @pytest.mark.parametrize("new", [True, False])
 def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path, file, state, new):
     mark = tmp_path / "executed"
-    torch.save({**state, "evil": Evil(mark)}, file, _use_new_zipfile_serialization=new)
+    torch.save({**state, "evil": Trap(mark)}, file, _use_new_zipfile_serialization=new)
     refused(tiny(), file, f"{file}: holds Python objects besides tensors")
     assert not mark.exists()
-    pickle.loads(pickle.dumps(Evil(mark)))
+    pickle.loads(pickle.dumps(Trap(mark)))
     assert mark.exists()  # the trap is a working one
 
 

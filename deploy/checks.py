@@ -1,0 +1,115 @@
+"""What is refused before a user's network is worked on, and what a packed file, a narrow network or an exported program
+must show before it is handed over: the same logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from config import InputError
+from support.own import copy_network, forward
+
+BATCHES = (1, 2, 3, 7)
+CLOSE = 1e-4  # of the largest logit, where another order of sums may differ
+CLOSE_IN_HALF = 0.02  # the same of a network in half precision
+SEED = 20261128
+
+
+def check_given(model) -> None:
+    """Raise InputError for what is no network that can be compressed, with the reason."""
+    what, refuse = type(model).__name__, None
+    if torch.is_inference_mode_enabled():
+        raise InputError("called under torch.inference_mode(), in which nothing can be trained; call it outside")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, not a {what}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{what} is compiled by torch.jit; give the module that it was made of")
+    if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
+        raise InputError(f"{what} holds parameters without a shape yet (lazy modules); call it on a batch once before")
+    seen = {}
+    for name, p in model.named_parameters():
+        if p.is_meta:
+            raise InputError(f"{what}: {name} is on the meta device and has no values; load the weights first")
+        if p.dtype != torch.float32:
+            raise InputError(f"{what}: {name} is {p.dtype}, images and weights are float32; give model.float(), or "
+                             "without complex numbers")
+        if not p.isfinite().all():
+            raise InputError(f"{what}: {name} holds values that are not finite (NaN or infinity)")
+        if 0 in [stride for stride, side in zip(p.stride(), p.shape) if side > 1]:
+            raise InputError(f"{what}: {name} is expanded, several of its values lie at one place; give a clone of it")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.layout == torch.strided and t.numel() and not t.is_meta:
+            begin = t.data_ptr()
+            end = begin + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size()
+            for other, (first, last, o) in seen.items():
+                if o is not t and first < end and begin < last and t.device == o.device:
+                    raise InputError(f"{what}: {other} and {name} share memory without being one parameter; tie them "
+                                     "by making them the same object, or give one a clone")
+            seen[name] = begin, end, t
+    for key, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{what}: {key} of its state dict is no tensor (get_extra_state); leave it out")
+
+
+def check_modes(model: nn.Module, train) -> None:
+    """Raise InputError for a network whose weights change by switching modes, or whose logits have no gradients; train:
+    its images, as data.Images."""
+    images, _ = train.batch(torch.arange(min(2, len(train))), next(model.parameters()).device)
+    if images.dim() != 4:
+        raise InputError(f"images are [C, H, W], batches of them [n, C, H, W], not {list(images.shape)}")
+    trial, what = copy_network(model), type(model).__name__
+    states = [{k: v.clone() for k, v in trial.train(mode).state_dict().items()} for mode in (True, False)]
+    if differing := [k for k, v in states[0].items() if not torch.equal(v, states[1][k])]:
+        raise InputError(f"{what}: {differing[0]} is another one in eval than in train mode; give a network whose "
+                         "weights do not change by switching modes alone (LoRA merged, or taken out)")
+    if len(images) > 1 and any(p.requires_grad for p in trial.parameters()):
+        with torch.enable_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+            if not trial.train()(images.clone()).requires_grad:
+                raise InputError(f"{what} gives logits without gradients: its forward runs under torch.no_grad or "
+                                 "detaches them")
+
+
+def like(images) -> torch.Tensor:
+    """Return random images [7, …] with each channel's mean and standard deviation over ``images`` [n, …]."""
+    x = images.detach().double()
+    over = [d for d in range(x.dim()) if d != 1]
+    mean, std = x.mean(over, keepdim=True), x.std(over, keepdim=True, correction=0)
+    noise = torch.randn(max(BATCHES), *x.shape[1:], generator=torch.Generator().manual_seed(SEED), dtype=torch.double)
+    return (noise.to(x.device) * (std + (std == 0)) + mean).to(images.dtype)
+
+
+def difference(reference: nn.Module, other, images, exact: bool = True) -> str:
+    """Return on which batch of :func:`like` two networks differ, and by how much; "" where they agree, to the bit or
+    with ``exact=False`` up to CLOSE of the largest logit.
+
+    Both are brought into eval mode through train() and eval(), so that what they compute on the way is theirs, and left
+    there. A batch size on which ``reference`` fails is left out. Raises InputError where ``other`` fails, or all do.
+    """
+    errors = []
+    for network in (reference, other):
+        if isinstance(network, nn.Module) and not isinstance(network, fx.GraphModule):  # which is in eval mode for good
+            network.train()
+            network.eval()
+    for size in BATCHES:
+        batch = like(images)[:size]
+        try:
+            first = forward(reference, batch.clone())
+        except InputError as error:
+            errors.append(error)
+            continue
+        second = forward(other, batch.clone())
+        close = CLOSE if first.dtype.itemsize >= 4 else CLOSE_IN_HALF
+        bound = 0.0 if exact else close * first.abs().max().item()
+        apart = (first.double() - second.double()).abs().max().item()
+        if first.shape != second.shape or not (apart <= bound or torch.equal(first, second)):
+            return f"on {size} random images the logits differ by {apart:.3g} of {first.abs().max().item():.3g}"
+    if len(errors) == len(BATCHES):
+        raise errors[0]
+    return ""
+
+
+def demand(what: str, found: str, why: str) -> None:
+    """Raise InputError with ``what``, the difference ``found`` and ``why`` it may be; nothing where it is ""."""
+    if found:
+        raise InputError(f"{what} gives other logits ({found}), so it is not handed over: {why}")

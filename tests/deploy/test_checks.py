@@ -1,0 +1,214 @@
+"""What is handed over gives the logits of what was measured, on twenty random networks and on those that try to hide
+something; what cannot be compressed is refused in one line before the work."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Subset
+
+import hirelc
+from compress import eval_mode
+from config import InputError
+from deploy import checks, narrow, pack
+from test_hirelc import silent
+
+QUICK = dict(search="greedy", search__cycles=1, finetune__epochs=1, sensitivity__images=4, baseline__epochs=0,
+             data__batch_size=8, eval__full=False, finetune__bn_images=16)
+
+
+def images(count=24, side=12, seed=0):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed)), torch.arange(count) % 3
+
+
+def quick(model, **more):
+    """Compress with few images: (network, policy, result)."""
+    return hirelc.compress_model(model, images(), images(seed=1), log=silent(), **QUICK | more)
+
+
+class Made(nn.Module):
+    """Modules by name, and ``run(self, x)`` that is their forward."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def random_network(seed):
+    """Branches, concatenations, groups, norms of several kinds, a shared module, maps or tokens at the end."""
+    rng = np.random.default_rng(seed)
+
+    def norm():
+        return rng.choice([nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8, affine=True), nn.Identity()])
+
+    parts = {"stem": nn.Conv2d(3, 8, 3, 2, 1), "shared": nn.Conv2d(8, 8, 3, padding=1), "head": nn.Linear(8, 3)}
+    kinds = rng.choice(["plain", "residual", "concatenated", "grouped", "shared"], 3)
+    for i, kind in enumerate(kinds):
+        groups, n = 1 + (kind == "grouped"), 4 if kind == "concatenated" else 8
+        parts |= {f"a{i}": nn.Conv2d(8, n, 3, padding=1, groups=groups), f"n{i}": norm(), f"b{i}": nn.Conv2d(8, n, 1)}
+    tokens = bool(rng.integers(2))
+    parts |= {"ln": nn.LayerNorm(8), "mlp": nn.Linear(8, 8)}
+
+    def forward(m, x):
+        x = F.relu(m.stem(x))
+        for i, kind in enumerate(kinds):
+            a, b, n = (getattr(m, f"{part}{i}") for part in "abn")
+            if kind == "concatenated":
+                x = F.relu(n(torch.cat([a(x), b(x)], 1)))
+            elif kind == "residual":
+                x = F.relu(x + b(F.gelu(n(a(x)))))
+            else:
+                x = F.relu(n(b(F.relu(a(m.shared(x) if kind == "shared" else x)))))
+        if tokens:
+            x = x.flatten(2).transpose(1, 2)
+            return m.head((x + m.mlp(m.ln(x))).mean(1))
+        return m.head(x.mean((2, 3)))
+
+    torch.manual_seed(seed)
+    return Made(forward, **parts)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_networks_are_the_same_returned_packed_fresh_narrow_and_exported(seed, tmp_path):
+    model, file = random_network(seed), str(tmp_path / "small.pt")
+    network, _, result = quick(model, packed=file, goal="cr:7", compress__scope="all")
+    fresh = pack.load(file, random_network(seed))
+    assert not checks.difference(network, fresh, images()[0])
+    listed = {name for kernel in result["kernels"].values() for name in kernel["tensors"]} | set(result["excluded"])
+    assert all(name in listed or name.removesuffix(".weight") in listed
+               for name, p in model.named_parameters() if p.dim() > 1)
+    small = narrow.materialize(fresh, images()[0])
+    narrow.export(small, images()[0], tmp_path / "small.pt2")
+    program = torch.export.load(tmp_path / "small.pt2").module()
+    for size in checks.BATCHES:
+        x = images(size, seed=size)[0]
+        for other in (small, program):
+            torch.testing.assert_close(other(x), fresh(x), atol=1e-4, rtol=1e-4)
+
+
+class Cache(nn.Module):
+    """Keeps in eval mode what it computed from a weight, until train() is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.q, self.fc, self.kept = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 1), nn.Linear(8, 3), None
+        self.forgets = True
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.kept = None if mode and self.forgets else self.kept
+        return self
+
+    def forward(self, x):
+        if self.training or self.kept is None:
+            self.kept = self.q.bias.sin().detach()
+        return self.fc((self.q(self.a(x)).relu() + self.kept[:, None, None]).mean((2, 3)))
+
+
+def test_what_is_computed_in_eval_mode_belongs_to_the_weights_of_now(tmp_path):
+    torch.manual_seed(0)
+    network, _, result = quick(Cache(), finetune__lr=0.3, finetune__epochs=3, eval__full=True, packed=tmp_path / "c.pt")
+    x, y = images(seed=1)
+    right = 100 * (pack.load(tmp_path / "c.pt", Cache())(x).argmax(1) == y).float().mean().item()
+    assert result["deployed_acc_full"] == pytest.approx(right) and torch.equal(network(x), pack.load(
+        tmp_path / "c.pt", Cache())(x))
+    stubborn = Cache()
+    stubborn.forgets = False
+    stubborn.q.eval()
+    with eval_mode(stubborn):
+        stubborn(x)
+    assert stubborn.training and stubborn.a.training and not stubborn.q.training
+    with pytest.raises(InputError, match="gives other logits .*state dict"):
+        quick(stubborn, finetune__lr=0.3)
+
+
+@pytest.mark.parametrize("mode", ["paper", "qat"])
+def test_activation_checkpointing_changes_nothing(mode):
+    def made(on):
+        torch.manual_seed(0)
+        return Made(lambda m, x: m.fc((checkpoint(m.b, F.relu(m.a(x)), use_reentrant=False) if on else
+                                         m.b(F.relu(m.a(x)))).mean((2, 3))), a=nn.Conv2d(3, 8, 3, padding=1),
+                      b=nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3)), fc=nn.Linear(8, 3))
+
+    plain, again = (quick(made(on), finetune__mode=mode, goal="cr:9")[0] for on in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), again.parameters()))
+
+
+def test_a_norm_that_no_image_reaches_keeps_its_statistics(tmp_path):
+    model = Made(lambda m, x: m.fc((m.night if float(x.mean()) < -2 else m.day)(m.c(F.relu(m.a(x)))).mean((2, 3))),
+                   a=nn.Conv2d(3, 8, 3), c=nn.Conv2d(8, 8, 3), day=nn.BatchNorm2d(8), night=nn.BatchNorm2d(8),
+                   fc=nn.Linear(8, 3))
+    model.night.running_mean.uniform_(1, 2)
+    network = quick(model)[0]
+    assert torch.equal(network.night.running_mean, model.night.running_mean)
+    assert not torch.equal(network.day.running_mean, model.day.running_mean)
+
+
+class Merging(nn.Linear):
+    """Adds a part to its weight in eval mode, as LoRA does."""
+
+    def train(self, mode=True):
+        with torch.no_grad():
+            self.weight += (self.training - mode) * 0.5
+        return super().train(mode)
+
+
+def linear(**more):
+    return Made(lambda m, x: m.fc(m.l(m.a(x).mean((2, 3))).relu()), a=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 3),
+                  **{"l": nn.Linear(8, 8), **more})
+
+
+def tied_by_memory():
+    model = linear()
+    model.fc = nn.Linear(8, 8)
+    model.fc.weight.data = model.l.weight.data
+    return model
+
+
+def expanded():
+    model = linear()
+    model.l.weight = nn.Parameter(torch.ones(8, 1).expand(8, 8))
+    return model
+
+
+@pytest.mark.parametrize("make, words", [
+    (tied_by_memory, "l.weight share memory"), (expanded, "l.weight is expanded"), (lambda: len, "expected a torch"),
+    (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().to("meta"), "meta device"),
+    (lambda: linear().double(), "torch.float64"), (lambda: linear().bfloat16(), "torch.bfloat16"),
+    (lambda: torch.jit.trace(linear(), images()[0]), "torch.jit"), (lambda: linear(l=Merging(8, 8)), "in eval than in"),
+    (lambda: Made(lambda m, x: m.fc(m.a(x).mean((2, 3)).detach()).detach(), a=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 3)),
+     "without gradients")])
+def test_what_cannot_be_compressed_is_refused_before_the_work(make, words, monkeypatch):
+    monkeypatch.setattr(hirelc, "algorithm_1", lambda run: pytest.fail("work"))
+    with pytest.raises(InputError, match=words) as caught:
+        quick(make())
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_of_a_dataset_are_looked_at_before_the_work(monkeypatch):
+    monkeypatch.setattr(hirelc, "algorithm_1", lambda run: pytest.fail("work"))
+    x, y = images()
+    wrong = Subset([(image, 7 if i == 20 else int(y[i])) for i, image in enumerate(x)], range(24))
+    for sets in ((wrong, (x, y)), ((x, y), DataLoader(wrong, batch_size=5))):
+        with pytest.raises(InputError, match="labels go from 0 to 7, .* of image 20"):
+            hirelc.compress_model(linear(), *sets, log=silent(), **QUICK)
+
+
+@pytest.mark.parametrize("under", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_call_under_another_mode_gives_the_same(under):
+    model = linear()
+    plain = quick(model)[0]
+    with under():
+        other = quick(model)[0]
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), other.parameters()))
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        quick(model)
+    with_teacher = quick(model, finetune__distill=1.0)[0]
+    assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), with_teacher.parameters()))
