@@ -9,6 +9,7 @@ Retained fractions are size ratios in (0, 1]; CR = 1 / retained fraction.
 
 import contextlib
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -377,6 +378,13 @@ def eval_mode(model: torch.nn.Module):
             for module, mode in before:
                 if module.training != mode:
                     module.train(mode)
+
+
+def set_state(model: torch.nn.Module, state, assign: bool = False) -> None:
+    """Load a state dict that may have lost the versions of its modules, which some need to read it (MNASNet)."""
+    state = OrderedDict(state)
+    state._metadata = model.state_dict()._metadata
+    model.load_state_dict(state, assign=assign)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ import torch
 import data
 import models
 from compress import (BlockConfig, Grid, KernelConfig, KernelShape, LayerBudget, NetworkConfig, compress_network,
-                      kernel_shapes, model_bytes, snap_to_grid)
+                      kernel_shapes, model_bytes, set_state, snap_to_grid)
 from config import BASELINES, EXPERIMENTS, Config, InputError, override
 from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
@@ -231,7 +231,7 @@ class Run:
             masks = compress_network(self.blocks, chosen)
             grids = snap_to_grid(self.blocks, chosen, masks)
             size = len(pack.pack(self.model, self.blocks, chosen, masks, grids, self.network, self.config.pack.rest))
-            self.model.load_state_dict(theta0)
+            set_state(self.model, theta0)
             return size
 
         return Demands(self.config, self.blocks, sensitivity, baseline_acc, file_bytes, self.log)
@@ -274,7 +274,7 @@ def warm_up(run: Run, out: Outcome) -> None:
         sample = random_config(run.shapes, run.config.compress, rng)
 
         def measured() -> float | None:
-            run.model.load_state_dict(out.theta0)
+            set_state(run.model, out.theta0)
             recipe = Recipe("surrogate.warmup_lr", 1, s.warmup_lr, run.config.finetune.weight_decay)
             masks = compress_network(run.blocks, sample)
             try:
@@ -308,7 +308,7 @@ def search_blocks(run: Run, lla, budgets, cycle: int, out: Outcome) -> list[Foun
 
     Blocks are independent of one another, so that several processes divide them, a wave of one block each at a time.
     """
-    run.model.load_state_dict(out.theta0)
+    set_state(run.model, out.theta0)
     # a baseline searches all blocks at once: every process does the same
     found, ranks = {}, Ranks() if run.config.search.method in BASELINES else run.ranks
     for wave in ranks.waves(len(run.blocks)):
@@ -341,7 +341,7 @@ def compress_and_finetune(run: Run, cycle: int, chosen: NetworkConfig, voted: Ne
     With ``carry=rest`` everything but the kernels goes on from the last cycle (ledger D12).
     """
     kernels = {key for block in run.blocks for key in block.state_names}
-    run.model.load_state_dict({key: out.theta0[key] if key in kernels else value for key, value in out.carried.items()})
+    set_state(run.model, {key: out.theta0[key] if key in kernels else value for key, value in out.carried.items()})
     masks = compress_network(run.blocks, chosen)
     tuned = run.phases.once(f"finetune: cycle {cycle}", lambda: finetune(run, cycle, chosen, masks, out.theta0),
                             tuned=run.model)

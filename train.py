@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress import apply_factors, apply_masks, eval_mode, mask_factors
+from compress import apply_factors, apply_masks, eval_mode, mask_factors, set_state
 from support.ranks import Ranks
 
 SCALE_LR_FACTOR = 20.0  # a learned scale's logarithm moves by up to this many learning rates per step
@@ -161,7 +161,7 @@ class Trainer:
                 log(f"  {what}: epoch {e.epoch}, loss {e.loss:.4f}, lr {e.lr:.2e}, accuracy {e.acc:.2f}")
             if checkpoint and not self.finished:  # the end is the phase's to store
                 checkpoint.save(self.state_dict())
-        self.model.train().load_state_dict(self.best_state)  # through train(): see eval_mode
+        set_state(self.model.train(), self.best_state)  # through train(): see eval_mode
         self.model.eval()
         return self.best
 
@@ -226,7 +226,7 @@ class Trainer:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Restore what :meth:`state_dict` returned, on a Trainer made with the same arguments."""
-        self.model.load_state_dict(state["model"])
+        set_state(self.model, state["model"])
         for name, scale in state["scales"].items():
             self.on_grid.log_scales[name].copy_(scale)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 
 import models
-from compress import FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, decode, encode
+from compress import (FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, decode, encode,
+                      set_state)
 from config import Config, InputError
 from deploy import narrow
 from deploy.checks import demand, difference
@@ -330,7 +331,7 @@ def load(file, model: nn.Module | None = None) -> nn.Module:
             if network.get("quick_gelu"):
                 models.set_quick_gelu(model, True)
     _check_fit(packed, model.state_dict(), built)
-    model.load_state_dict(state(packed), assign=built)
+    set_state(model, state(packed), assign=built)
     model.train()  # what a network computes from its weights in eval mode is that of the new ones
     return model.to(memory_format=torch.channels_last if packed.channels_last else torch.preserve_format).eval()
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress import FULL_BITS, Grid, NetworkConfig, decode, encode, find_grid
+from compress import FULL_BITS, Grid, NetworkConfig, decode, encode, find_grid, set_state
 
 
 class _OnGrid(torch.autograd.Function):
@@ -123,7 +123,7 @@ class Distillation:
     def __init__(self, model: nn.Module, theta0: dict, weight: float, temperature: float, half: bool):
         self.weight, self.temperature, self.half = weight, temperature, half
         self.teacher = copy.deepcopy(model).eval()
-        self.teacher.load_state_dict(theta0)
+        set_state(self.teacher, theta0)
 
     def __call__(self, logits, y, x) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):

@@ -13,7 +13,7 @@ import torch
 
 import data
 import models
-from compress import kernel_bytes, model_bytes, snap_to_grid
+from compress import kernel_bytes, model_bytes, set_state, snap_to_grid
 from config import Config, InputError, flatten, override
 from deploy import pack, policies
 from evidence.stats import mcnemar, paired_interval, wilson
@@ -103,7 +103,7 @@ def score_networks(run, outcome) -> dict:
 
     def scored(name, state, same_as="", batchnorm=False, on_grid=False, packed=b""):
         def score():
-            run.model.load_state_dict(state)
+            set_state(run.model, state)
             if on_grid:
                 snap_to_grid(run.blocks, best.config, best.masks)
             if packed:

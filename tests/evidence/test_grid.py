@@ -66,12 +66,3 @@ def test_a_cell_that_is_stopped_is_repeated_the_next_time(tmp_path, monkeypatch,
         assert names == ["resnet20-12-table", "resnet20-12-random"]
     else:
         assert names == ["resnet20-12-table"] * 2 and "table seed 45 ended with 3" in capsys.readouterr().err
-
-
-def test_a_base_is_trained_where_the_weights_are_of_other_classes(tmp_path, monkeypatch):
-    calls, args = [], SimpleNamespace(weights_dir="w", out=str(tmp_path))
-    monkeypatch.setattr(grid, "run", lambda args, flags, name, *more: calls.append((flags, name)) or 1)
-    assert str(grid.base(args, "resnet20")) == "w/resnet20-cifar10.pth" and not calls
-    assert grid.base(args, "mobilenetv2") is None and calls[0] == ("--exp 5", "mobilenetv2-base")
-    (tmp_path / "exp5-mobilenetv2-base-seed42" / "baseline.pt").mkdir(parents=True)
-    assert grid.base(args, "mobilenetv2").name == "baseline.pt" and len(calls) == 1
