@@ -18,6 +18,7 @@ import math
 import os
 import signal
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from compress import (BlockConfig, Grid, KernelConfig, KernelShape, LayerBudget,
 from config import BASELINES, EXPERIMENTS, Config, InputError, override
 from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
-from deploy.checks import check_given, check_modes
+from deploy.checks import check_given, check_modes, check_settings, fingerprint
 from deploy.cycle import Best, Cycle, measure
 from deploy.given import GivenBlock, GivenBudgets, fitted
 from deploy.qat import Distillation, GridTraining
@@ -383,11 +384,8 @@ def teach(run: Run, surrogate: Surrogate, chosen: NetworkConfig, acc: float) -> 
 # A user's network
 
 
-# of compress_model: settings that say nothing about a network and images that are given
-NOT_GIVEN = ("exp", "name", "smoke", "out", "policy", "policy_sha256", "model.", "scratch.", "data.")
-
-
-def compress_model(model, train, test, *, exclude=(), groups=None, log=None, packed=None, policy=None, **settings):
+def compress_model(model, train, test, *, exclude=(), groups=None, log=None, packed=None, policy=None, run_dir=None,
+                   **settings):
     """Compress a network of your own: any nn.Module that maps a batch of images to logits [n, classes].
 
     train, test: a Dataset, a DataLoader, a pair of tensors (:func:`data.as_images`), or an object with ``len()``,
@@ -395,20 +393,16 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     training images does. exclude: names of kernels or modules, or patterns with ``*``, to leave out; groups: lists of
     kernel names that are the blocks. log: a :class:`support.log.Log`; without one it prints. packed: path of the
     packed file to write, with which ``deploy.pack.load(path, model=…)`` fills a network of the class. policy: one that
-    this function returned, or the path of a policy.json; it is applied in one cycle without a search. settings:
-    those of config.Config, with ``__`` for the dot, for example ``search__cycles=1``.
+    this function returned, or the path of a policy.json; it is applied in one cycle without a search. run_dir: folder
+    in which the state is kept; the same call goes on from it after Ctrl-C or worse. settings: those of config.Config,
+    with ``__`` for the dot, for example ``search__cycles=1``.
 
     Returns (network, policy, result): the network of the packed file in eval mode on the given one's device, the other
     two as policy.json and result.json hold them. The given network is left untouched, whatever happens, and so are
     torch's random generators, threads and TF32 switches. Raises InputError for settings, images, a network or a path
     that cannot be used.
     """
-    settings = {key.replace("__", "."): value for key, value in settings.items()}
-    useless = [key for key in settings if key != "data.batch_size" and any(
-        key == name or name.endswith(".") and key.startswith(name) for name in NOT_GIVEN)]
-    if useless:
-        raise InputError(f"compress_model: {', '.join(useless)} has no effect on a network and images that are given; "
-                         "leave it out")
+    settings = check_settings(settings)
     # The network is trained already: nothing is trained from scratch, nor before the compression unless asked for.
     config = override(Config(model=dataclasses.replace(Config().model, weights="given", source=type(model).__name__),
                              baseline=dataclasses.replace(Config().baseline, epochs=0)), settings)
@@ -419,11 +413,15 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
     train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
     log.notes = []  # the result has those of this call
-    with networks.switches(config), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    state = Path(run_dir) / "state" if run_dir is not None else None
+    phases = runs.Phases(state, runs.identity(config) | fingerprint(model, train, test), STORED, log=log)
+    with (networks.switches(config), runs.locked(state.parent) if state else contextlib.nullcontext(),
+          torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])):
         torch.manual_seed(config.seed)
+        phases.begin(phases.exists)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
         run = Run(network, survey, train, test, config, log, pack.describe(network, config, train),
-                  given=fitted(policy, survey.blocks, config, log))
+                  given=fitted(policy, survey.blocks, config, log), phases=phases)
         out = algorithm_1(run)
         result = summary.summarise(run, out, copy_network(model)) | {"data": "given", "timings": run.phases.seconds}
         result["policy_source"] = policy and policy.source

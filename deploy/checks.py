@@ -3,6 +3,8 @@ must show before it is handed over: the same logits."""
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
@@ -14,6 +16,30 @@ BATCHES = (1, 2, 3, 7)
 CLOSE = 1e-4  # of the largest logit, where another order of sums may differ
 CLOSE_IN_HALF = 0.02  # the same of a network in half precision
 SEED = 20261128
+# of compress_model: settings that say nothing about a network and images that are given
+NOT_GIVEN = ("exp", "name", "smoke", "out", "policy", "policy_sha256", "model.", "scratch.", "data.")
+
+
+def check_settings(settings) -> dict:
+    """Return the settings of compress_model with dots for ``__``. Raises InputError for one without an effect there."""
+    settings = {key.replace("__", "."): value for key, value in settings.items()}
+    useless = [key for key in settings if key != "data.batch_size" and any(
+        key == name or name.endswith(".") and key.startswith(name) for name in NOT_GIVEN)]
+    if useless:
+        raise InputError(f"compress_model: {', '.join(useless)} has no effect on a network and images that are given; "
+                         "leave it out")
+    return settings
+
+
+def fingerprint(model: nn.Module, *sets) -> dict[str, str]:
+    """Return what tells a network and sets of images from others, for the identity of a run: a hash of the state dict,
+    of the numbers of images and of their first labels."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for images in sets:
+        digest.update(f"{len(images)} {images.batch(torch.arange(min(8, len(images))))[1].tolist()}".encode())
+    return {"given": digest.hexdigest()}
 
 
 def check_given(model) -> None:

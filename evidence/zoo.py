@@ -19,7 +19,7 @@ import torchvision
 
 import hirelc
 from config import InputError
-from deploy import checks, narrow, pack
+from deploy import narrow, pack
 from support.log import Log
 from support.own import forward
 
@@ -71,9 +71,7 @@ def steps(name: str, folder) -> tuple[int, dict]:
 
     def export():
         narrow.export(found["small"], images, file.with_suffix(".pt2"))
-        program = torch.export.load(file.with_suffix(".pt2")).module()
-        checks.demand("the program", checks.difference(found["loaded"], program, images, exact=False), "read back")
-        forward(program, images[:3])
+        forward(torch.export.load(file.with_suffix(".pt2")).module(), images[:3])
 
     for step, work in (("compress", compress), ("fresh load", load), ("narrow", shrink), ("export", export)):
         try:

@@ -15,6 +15,8 @@ def network():
 
 def test_batchnorm_statistics_are_those_of_the_images():
     model, (images, _) = network(), data.synthetic(3, 64, 1, 8, 0)
+    model[1].unused = nn.BatchNorm2d(8)  # no image reaches it: it keeps its statistics
+    model[1].unused.running_mean.fill_(2.0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert estimate_batchnorm(model, images, 32, 64, torch.Generator().manual_seed(0))
     seen = torch.cat([x for x, _ in images.batches(32, "cpu", torch.Generator().manual_seed(0), 64)])
