@@ -57,10 +57,10 @@ METHODS = {**{name: f"search={name}" for name in (
     "untrained": "search=hirelc lla.timesteps=0",
     "trained": "search=hirelc lla.timesteps=10000 lla.envs=8 lla.standardize=true"}
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
-        "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings", "notes")
+        "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings")
 # Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.
-PUBLISHED = {"resnet20": [("trained ternary quantisation, 200 epochs (Zhu et al. 2017)", 16, 91.13)],
-             "resnet56": [("trained ternary quantisation, 200 epochs (Zhu et al. 2017)", 16, 93.56)]}
+PUBLISHED = {"resnet20": [("trained ternary, 200 epochs (Zhu et al. 2017)", 16, 91.13)],
+             "resnet56": [("trained ternary, 200 epochs (Zhu et al. 2017)", 16, 93.56)]}
 
 
 def run(args, flags: str, name: str, seed: int, settings: str) -> int:
@@ -101,6 +101,7 @@ def keep(args, network: str, times: int, method: str, seed: int) -> None:
     hit = correct(pack.load(place / "packed.pt", model=model).to(memory_format=torch.channels_last), test)
     write_json(cell_file(args, network, times, method, seed), {
         **{key: result[key] for key in KEPT}, **{key: config[key] for key in ("started", "versions", "hardware")},
+        "notes": [note.replace(str(args.data_dir), "DIR") for note in result["notes"]],
         "network": network, "times": times, "method": method, "settings": f"{NETWORKS[network][4]} {METHODS[method]}",
         "test_images": len(test), "deployed_hits": np.packbits(hit.numpy()).tobytes().hex()})
 
@@ -142,16 +143,21 @@ def figure(args, cells: list[dict], network: str = "resnet20") -> None:
     """Write results/frontier.csv, and docs/frontier.svg of its rows of one network."""
     points = [(c["network"], c["method"], c["fp32_bytes"] / c["packed_bytes"], 100 * hits(c).mean()) for c in cells]
     points += [(name, *point) for name, own in PUBLISHED.items() for point in own]
+    longer = [json.loads(path.read_text()) for path in Path(args.results).glob("long-*.json")]
+    points += [(r["network"], r["series"], r["fp32_bytes"] / r["packed_bytes"], r["deployed_acc_full"]) for r in longer]
     rows = [{"network": name, "series": series, "times smaller": round(float(x), 2), "accuracy": round(float(y), 2)}
             for name, series, x, y in sorted(points)]
     with open(Path(args.results) / "frontier.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    write_text(ROOT / "docs" / "frontier.svg", lines(
-        f"{network}, CIFAR-10: accuracy of the packed file against its size",
-        [row for row in rows if row["network"] == network], "times smaller", "accuracy",
-        ("FP32 file / packed file", "accuracy of the packed file, %")))
+    drawn = lines(f"{network}, CIFAR-10: accuracy of the packed file against its size",
+                  [row for row in rows if row["network"] == network], "times smaller", "accuracy",
+                  ("FP32 file / packed file", "accuracy of the packed file, %"))
+    for name, style in (('class="grid"', 'stroke="#ddd"'), ('class="axis"', 'stroke="#000"'),  # a page of its own
+                        ("<svg ", '<svg style="background:#fff" font-family="sans-serif" font-size="12" ')):
+        drawn = drawn.replace(name, style)
+    write_text(ROOT / "docs" / "frontier.svg", drawn)
 
 
 def main() -> int:
@@ -170,7 +176,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.table or args.figure:
         cells = [json.loads(path.read_text()) for path in sorted(Path(args.results).glob("*-seed*.json"))]
-        cells = [cell for cell in cells if "times" in cell]
+        cells = [cell for cell in cells if cell.get("method") in METHODS]
         if args.figure:
             figure(args, cells)
         else:

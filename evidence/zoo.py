@@ -28,8 +28,9 @@ NAMES = ("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficien
          "resnext50_32x4d", "shufflenet_v2_x0_5", "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11", "vit_b_32",
          "wide_resnet50_2")
 SIDES = (32, 64, 96, 128, 224, 299)
-TINY = dict(search="greedy", goal="cr:7", search__cycles=1, search__proxy_batches=1, finetune__epochs=1,
-            sensitivity__images=1, data__batch_size=4, eval__full=False, finetune__bn_images=4, compress__scope="all")
+TINY = dict(search="greedy", goal="cr:6", compress__bits_min=8, search__cycles=1,  # so that channels go
+            search__proxy_batches=1, finetune__epochs=1, sensitivity__images=1, data__batch_size=4, eval__full=False,
+            finetune__bn_images=4, compress__scope="all")
 
 
 def made(name: str) -> torch.nn.Module:
