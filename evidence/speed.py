@@ -176,7 +176,7 @@ def job_section(args) -> None:
     model, splits = published(args, "resnet20")
     start, packed = time.perf_counter(), Path(tempfile.mkdtemp()) / "small.pt"
     _, _, result = hirelc.compress_model(
-        model, data.hold_out(splits.train)[0].subset(torch.arange(20_000)), splits.test, packed=packed, preset="plus",
+        model, data.Part(splits.train, torch.arange(20_000)), splits.test, packed=packed, preset="plus",
         goal=f"size:{model_bytes(model) // 12}B", search__cycles=1, finetune__epochs=3, finetune__lr=1e-3,
         data__batch_size=128, precision="bfloat16", log=Log(open(os.devnull, "w")))
     seconds = time.perf_counter() - start
