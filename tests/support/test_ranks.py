@@ -90,8 +90,7 @@ from support import ranks, runs
 once = runs.Phases.once
 def once_or_killed(self, name, *arguments, **parts):
     if self.ranks.rank == 1 and name.startswith("search: cycle 1, block 2"):
-        while not (self.folder / "search-cycle-1-block-0-1.pt").exists():
-            time.sleep(0.01)
+        while not (self.folder / "search-cycle-1-block-0-1.pt").exists(): time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     return once(self, name, *arguments, **parts)
 runs.Phases.once = once_or_killed
