@@ -37,7 +37,7 @@ class Data:
     image_size: int = setting(224, "side in pixels after the resize", low=8, high=1024)
     train_images: int = setting(0, "number of training images, a fixed pseudo-random subset; 0 = all", low=0)
     test_images: int = setting(0, "number of test images, the first of the test order; 0 = all", low=0)
-    normalize: str = setting("dataset", "mean and std: of the data set, as the published weights have them, …",
+    normalize: str = setting("dataset", "mean and std of the data set, the published weights or ImageNet, or none",
                              choices=("dataset", "pretrained", "imagenet", "none"))
     skip_corrupt: bool = setting(False, "leave out images that cannot be read, counted in the log and result.json")
     cache: bool = setting(True, "keep decoded images in a memory-mapped file beside the data")

@@ -44,7 +44,7 @@ def fingerprint(model: nn.Module, *sets) -> dict[str, str]:
 
 def check_given(model) -> None:
     """Raise InputError for what is no network that can be compressed, with the reason."""
-    what, refuse = type(model).__name__, None
+    what = type(model).__name__
     if torch.is_inference_mode_enabled():
         raise InputError("called under torch.inference_mode(), in which nothing can be trained; call it outside")
     if not isinstance(model, nn.Module):

@@ -59,8 +59,8 @@ METHODS = {**{name: f"search={name}" for name in (
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
         "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings")
 # Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.
-PUBLISHED = {"resnet20": [("trained ternary, 200 epochs (Zhu et al. 2017)", 16, 91.13)],
-             "resnet56": [("trained ternary, 200 epochs (Zhu et al. 2017)", 16, 93.56)]}
+PUBLISHED = {"resnet20": [("trained ternary quantisation (Zhu et al. 2017)", 16, 91.13)],
+             "resnet56": [("trained ternary quantisation (Zhu et al. 2017)", 16, 93.56)]}
 
 
 def run(args, flags: str, name: str, seed: int, settings: str) -> int:

@@ -21,7 +21,7 @@ from search import derive_seed
 
 JOINT = 8  # networks whose blocks give the factors
 HELD_OUT = 16  # networks that are measured to tell how far the table is from the proxy
-PER_BLOCK = 8
+PER_BLOCK = 8  # candidates of a block among them, at least
 LEAST = 1e-12  # of a logit MSE, for ratios
 
 

@@ -41,7 +41,7 @@ def decode(path, side):
             image.load()
             if side:
                 row[0] = CHANGED * (image.mode != "RGB" or image.size != (side, side))
-                if image.mode == "F" or image.mode.startswith("I") and image.getextrema()[0] < 0:
+                if image.mode == "F" or image.mode[0] == "I" and not all(0 <= v < 2**16 for v in image.getextrema()):
                     raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
                 if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
                     image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))
