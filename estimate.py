@@ -12,10 +12,10 @@ from dataclasses import asdict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from compress import BlockConfig, KernelConfig, NetworkConfig, compress_kernel, eval_mode, kernel_shapes
 from models import stages
+from support.kernels import swapped
 
 WORST = 50.0  # points, the largest drop that the proxy gives
 UNKNOWN_KERNEL = [0.8, 1.0, 0.0, 0.0, 0.5]  # features of a kernel that has no consensus yet (ledger D10)
@@ -29,25 +29,19 @@ def proxy_drop(mse: float) -> float:
     return min(20.0 * mse, WORST) if math.isfinite(mse) else mse
 
 
-class _Chain(nn.Module):
-    """Stages of ``model`` one after the other, as a module: functional_call then takes weights by ``model.<name>``."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, links, state):
-        for stage in links:
-            state = stage.run(state)
-        return state
+def chain(links, state: Tensor) -> Tensor:
+    """Return what stages, one after the other, make of what enters the first."""
+    for stage in links:
+        state = stage.run(state)
+    return state
 
 
 class Proxy:
     """Logit-MSE proxy (Eq. 23): how far compressing one block moves the logits of theta_0.
 
     ``batches``: list of images [n, 3, H, W] on the network's device, drawn and augmented once per run. The network
-    holds theta_0 whenever :meth:`drops` is called, and is never changed: a candidate's weights are passed beside it,
-    so that all other blocks are at theta_0 (ledger D17).
+    holds theta_0 whenever :meth:`drops` is called and afterwards; a candidate's weights are put in their places, so
+    that all other blocks are at theta_0 (ledger D17).
 
     A candidate begins at the first stage that holds one of its kernels. What enters that stage is the same for all
     candidates of the block; it is computed once and kept until another block is asked for.
@@ -55,7 +49,7 @@ class Proxy:
 
     def __init__(self, model: nn.Module, blocks, batches):
         self.model, self.blocks, self.batches = model, blocks, list(batches)
-        self.stages, self.chain = tuple(stages(model)), _Chain(model)
+        self.stages = tuple(stages(model))
         self.reference: list[Tensor] = []  # theta_0's logits, per batch
         self.block: int | None = None  # whose states are kept
         self.links = ()  # the stages from the block's first on
@@ -70,10 +64,11 @@ class Proxy:
         """Return the logit MSE of each candidate: a BlockConfig of block ``index``, or with None a NetworkConfig."""
         with eval_mode(self.model):
             if not self.reference:
-                self.reference = [self.chain(self.stages, batch.clone()) for batch in self.batches]
+                self.reference = [chain(self.stages, batch.clone()) for batch in self.batches]
             self._enter(index)
             blocks = self.blocks if index is None else [self.blocks[index]]
             errors = [self._errors(blocks, config) for config in configs]
+            self._convert()
         rows = torch.stack(errors).tolist() if errors else []  # one transfer for all, because a GPU waits for each
         return [sum(row) / len(row) for row in rows]
 
@@ -88,22 +83,27 @@ class Proxy:
             self.block, self.states = None, []  # releases the memory first
             weights = [holder.weight for holder in self.blocks[index].kernels.values()]
             first = next(n for n, stage in enumerate(self.stages) if stage.holds(weights))
-            self.states = [self.chain(self.stages[:first], batch) for batch in self.batches]
+            self.states = [chain(self.stages[:first], batch) for batch in self.batches]
             self.block, self.links = index, self.stages[first:]
 
     def _errors(self, blocks, config):
         """Mean squared logit error of one candidate, [batches]; ``config``: of the one block, or of the network."""
-        links, weights, errors = self.links, {}, []
+        weights, errors = {}, []
         for block, chosen in zip(blocks, getattr(config, "blocks", [config])):
-            compressed = block.replaced(compress_kernel(holder.weight, kernel)[0]
-                                        for holder, kernel in zip(block.kernels.values(), chosen.kernels))
-            weights |= {f"model.{name}": weight for name, weight in compressed.items()}
-        for state, reference in zip(self.states, self.reference):
-            if len(links) == len(self.stages):
-                state = state.clone()  # a user's network may write into its images
-            logits = functional_call(self.chain, weights, (links, state), tie_weights=False)
-            errors.append(F.mse_loss(logits.float(), reference.float()))
+            weights |= block.replaced(compress_kernel(holder.weight, kernel)[0]
+                                      for holder, kernel in zip(block.kernels.values(), chosen.kernels))
+        with swapped(self.model, weights):
+            self._convert()
+            for state, reference in zip(self.states, self.reference):
+                if len(self.links) == len(self.stages):
+                    state = state.clone()  # a user's network may write into its images
+                errors.append(F.mse_loss(chain(self.links, state).float(), reference.float()))
         return torch.stack(errors)
+
+    def _convert(self):
+        """Let a network that computes something from its weights on its way into eval mode do so with those of now."""
+        self.model.train()
+        self.model.eval()
 
 
 # --- Surrogate -------------------------------------------------------------------------------------------------

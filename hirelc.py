@@ -30,7 +30,7 @@ from compress import (BlockConfig, Grid, KernelConfig, KernelShape, LayerBudget,
 from config import BASELINES, EXPERIMENTS, Config, InputError, override
 from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
-from deploy.checks import check_given, check_modes, check_settings, fingerprint
+from deploy.checks import check_given, check_gradients, check_settings, fingerprint
 from deploy.cycle import Best, Cycle, measure
 from deploy.given import GivenBlock, GivenBudgets, fitted
 from deploy.qat import Distillation, GridTraining
@@ -160,7 +160,7 @@ class Run:
         self.config = resolved(config, sum(s.params for block in self.shapes for s in block), model_bytes(model))
         check_sizes(self.config, self.shapes, model_bytes(model))
         if config.model.source:
-            check_modes(model, self.train_set)
+            check_gradients(model, self.train_set, self.blocks)
 
     @property
     def eval_images(self) -> int:
@@ -477,7 +477,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
         log.note(note)
     log.info(f"{config.data.name}: {len(splits.train)} training and {len(splits.test)} test images, "
              f"{splits.num_classes} classes, {config.data.image_size} px")
-    model, survey = networks.make(config, splits, device, ranks, log)
+    model, survey = networks.make(config, splits, device, ranks, log, check_given)
     with ranks.alike():
         run = Run(model, survey, splits.train, splits.test, config, log,
                   pack.describe(model, config, splits.train), ranks, fitted(policy, survey.blocks, config, log),

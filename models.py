@@ -6,6 +6,8 @@ torchvision's (which are timm's too) for the ResNets. ``layout`` tells :mod:`sup
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import InputError
-from support.kernels import (CLASSIFIER, LAST, PATCHES, SHORTCUT, Block, Survey, arrange, registered_kernels,
-                             traced_kernels)
+from support.kernels import (CLASSIFIER, ELSEWHERE, INDIRECT, LAST, PATCHES, SHORTCUT, UNREACHED, Block, Kernel, Survey,
+                             registered_kernels, traced_kernels)
 from support.weights import (PRETRAINED, PRETRAINED_STATS, classifier_name, load_pretrained,  # noqa: F401 (for callers)
                              set_quick_gelu, weights_path)
 
@@ -358,6 +360,8 @@ def build(name: str, num_classes: int, image_size: int = 224, width: float = 1.0
 
 # Blocks and kernels (paper §3.2)
 
+GROUP = 4  # kernels of a block where the network does not say what its blocks are
+OUT_OF_SCOPE = (CLASSIFIER, SHORTCUT, PATCHES, LAST)  # reasons that hold for compress.scope=paper only
 LEFT_OUT = {"patch_embed.proj": PATCHES, ".downsample.": SHORTCUT, "conv_head": LAST}  # by a part of the name
 
 
@@ -368,7 +372,7 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str =
     but the classifier, the down-sample projections and MobileNetV2's last 1×1 convolution, in groups of four. Any
     other module: by what one forward of the batch ``example`` does (:func:`kernels.traced_kernels`), in groups of four;
     without an example its Conv2d/Linear in registration order but the classifier (:func:`weights.classifier_name`).
-    ``exclude``, ``groups``: names that override it (:func:`kernels.arrange`); ``scope="all"``: the kernels that the
+    ``exclude``, ``groups``: names that override it (:func:`arrange`); ``scope="all"``: the kernels that the
     paper leaves out too, in extra blocks. Raises InputError where that leaves nothing to compress.
     """
     what, sections = type(model).__name__, None
@@ -392,3 +396,76 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str =
 def find_blocks(model: nn.Module, example=None, exclude=(), groups=None) -> list[Block]:
     """Return the blocks of :func:`survey`; every network but this file's needs ``example``, a batch of images."""
     return survey(model, example, exclude, groups).blocks
+
+
+def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=None, scope="paper") -> Survey:
+    """Cut kernels into blocks: groups of four in their order, or as ``groups`` and ``sections`` say.
+
+    ``exclude``: names of kernels or modules, or patterns with ``*``, which are left out. ``groups``: the blocks as
+    lists of names; of other kernels none is compressed, of these even the classifier. ``sections``: (block name, kernel
+    names, parameter names) of a network whose blocks are given. ``scope="all"``: what is left out for a reason of
+    OUT_OF_SCOPE follows in further groups of four. Raises InputError for a name without a kernel (naming close ones),
+    a kernel that cannot be compressed or is named twice, and where nothing remains to compress.
+    """
+    unwanted = set()
+    for pattern in (exclude,) if isinstance(exclude, str) else exclude:
+        matching = [k for k in kernels if any(
+            n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern) for n in k.names)]
+        if not matching:
+            raise InputError(f"exclude: {_unknown(pattern, kernels)}")
+        for kernel in matching:
+            unwanted.add(kernel.name)
+            kernel.reason = kernel.reason or f"left out by exclude={pattern}"
+    if groups is not None:
+        cut = _named_groups(kernels, groups, unwanted)
+    elif sections:
+        cut = [(name, [k for k in kernels if k.name in names and not k.reason], parameters)
+               for name, names, parameters in sections]
+    else:
+        cut = _fours("group", [k for k in kernels if not k.reason])
+    if scope == "all" and groups is None:
+        extra = [k for k in kernels if k.reason in OUT_OF_SCOPE and k.holder is not None and k.name not in unwanted]
+        for kernel in extra:
+            kernel.reason = ""
+        cut += _fours("extra", extra)
+    blocks, counted = [], set()
+    for name, group, parameters in (c for c in cut if c[1]):
+        if parameters is None:  # a bias that several kernels share counts once, with the first
+            parameters = tuple(dict.fromkeys(p for k in group for p in (k.tensors[0], *k.biases) if p not in counted))
+            counted.update(parameters)
+        blocks.append(Block(name, {k.name: k.holder for k in group}, parameters, {k.name: k.tensors for k in group},
+                            {k.name: k.places for k in group}, tuple(k.name for k in group if k.classifier)))
+    compressed = [k for _, group, _ in cut for k in group]
+    if not compressed:
+        raise InputError(f"{what}: no Conv2d or Linear besides the classifier, nothing to compress"
+                         + "".join(f"; {k.name}: {k.reason}" for k in kernels[:5]))
+    return Survey(blocks, compressed, [k for k in kernels if k.reason])
+
+
+def _fours(what, kernels):
+    return [(f"{what}{first // GROUP}", kernels[first:first + GROUP], None) for first in range(0, len(kernels), GROUP)]
+
+
+def _named_groups(kernels, groups, unwanted):
+    by_name = {name: k for k in reversed(kernels) for name in k.names} | {k.name: k for k in kernels}
+    if isinstance(groups, str) or not all(isinstance(g, (list, tuple)) and g for g in groups):
+        raise InputError("groups: expected lists of kernel names, none of them empty, one list per block")
+    taken = set()
+    for name in (name for names in groups for name in names):
+        if name not in by_name:
+            raise InputError(f"groups: {_unknown(name, kernels)}")
+        kernel = by_name[name]
+        if kernel.holder is None or kernel.reason in (UNREACHED, INDIRECT, ELSEWHERE) or kernel.name in unwanted:
+            raise InputError(f"groups: {name} is excluded: {kernel.reason}")
+        if kernel.name in taken:
+            raise InputError(f"groups: {name} is named twice")
+        taken.add(kernel.name)
+    for kernel in kernels:
+        kernel.reason = "" if kernel.name in taken else kernel.reason or "in none of the groups"
+    return [(f"group{number}", [by_name[name] for name in names], None) for number, names in enumerate(groups)]
+
+
+def _unknown(name, kernels):
+    names = sorted({k.name for k in kernels})
+    close = difflib.get_close_matches(str(name), names, n=5, cutoff=0.4) or names[:5]
+    return f"no kernel is called '{name}'; close: {', '.join(close)}"

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from config import InputError
-from support.own import copy_network, forward
+from support.own import copy_network, forward, memory, said
 
 BATCHES = (1, 2, 3, 7)
 CLOSE = 1e-4  # of the largest logit, where another order of sums may differ
@@ -69,31 +69,39 @@ def check_given(model) -> None:
             begin = t.data_ptr()
             end = begin + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size()
             for other, (first, last, o) in seen.items():
-                if o is not t and first < end and begin < last and t.device == o.device:
+                if o is not t and memory(o) != memory(t) and first < end and begin < last and t.device == o.device:
                     raise InputError(f"{what}: {other} and {name} share memory without being one parameter; tie them "
                                      "by making them the same object, or give one a clone")
             seen[name] = begin, end, t
     for key, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{what}: {key} of its state dict is no tensor (get_extra_state); leave it out")
-
-
-def check_modes(model: nn.Module, train) -> None:
-    """Raise InputError for a network whose weights change by switching modes, or whose logits have no gradients; train:
-    its images, as data.Images."""
-    images, _ = train.batch(torch.arange(min(2, len(train))), next(model.parameters()).device)
-    if images.dim() != 4:
-        raise InputError(f"images are [C, H, W], batches of them [n, C, H, W], not {list(images.shape)}")
-    trial, what = copy_network(model), type(model).__name__
+    trial = copy_network(model)
     states = [{k: v.clone() for k, v in trial.train(mode).state_dict().items()} for mode in (True, False)]
     if differing := [k for k, v in states[0].items() if not torch.equal(v, states[1][k])]:
         raise InputError(f"{what}: {differing[0]} is another one in eval than in train mode; give a network whose "
                          "weights do not change by switching modes alone (LoRA merged, or taken out)")
-    if len(images) > 1 and any(p.requires_grad for p in trial.parameters()):
-        with torch.enable_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-            if not trial.train()(images.clone()).requires_grad:
-                raise InputError(f"{what} gives logits without gradients: its forward runs under torch.no_grad or "
-                                 "detaches them")
+
+
+def check_gradients(model: nn.Module, train, blocks) -> None:
+    """Raise InputError where no gradient reaches one of the kernels of ``blocks`` from the logits; train: the network's
+    images, as data.Images."""
+    images, _ = train.batch(torch.arange(min(2, len(train))), next(model.parameters()).device)
+    kernels = [names[0] for block in blocks for names in block.tensors.values()]
+    trial, what = copy_network(model), type(model).__name__
+    reached = dict(trial.requires_grad_().named_parameters())
+    with torch.enable_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        for mode in (True, False)[len(images) < 2:]:  # one image alone has no batch statistics
+            logits, missing = trial.train(mode)(images.clone()), kernels
+            if logits.requires_grad:
+                try:
+                    found = torch.autograd.grad(logits.sum(), [reached[name] for name in kernels], allow_unused=True)
+                except Exception as error:  # whatever the network's own code raises
+                    raise InputError(f"{what} has no gradients: {said(error)}") from error
+                missing = [] if mode else [name for name, value in zip(kernels, found) if value is None]
+            if missing:
+                raise InputError(f"no gradient reaches {missing[0]}: {what} runs it under torch.no_grad, detaches what "
+                                 "it gives, or uses torch.utils.checkpoint with use_reentrant=True (give it False)")
 
 
 def like(images) -> torch.Tensor:
@@ -112,7 +120,8 @@ def difference(reference: nn.Module, other, images, exact: bool = True) -> str:
     Both are brought into eval mode through train() and eval(), so that what they compute on the way is theirs, and left
     there. A batch size on which ``reference`` fails is left out. Raises InputError where ``other`` fails, or all do.
     """
-    errors = []
+    errors, floats = [], [t.dtype for t in (*reference.parameters(), images) if t.is_floating_point()]
+    close = CLOSE_IN_HALF if min(dtype.itemsize for dtype in floats) < 4 else CLOSE
     for network in (reference, other):
         if isinstance(network, nn.Module) and not isinstance(network, fx.GraphModule):  # which is in eval mode for good
             network.train()
@@ -125,7 +134,6 @@ def difference(reference: nn.Module, other, images, exact: bool = True) -> str:
             errors.append(error)
             continue
         second = forward(other, batch.clone())
-        close = CLOSE if first.dtype.itemsize >= 4 else CLOSE_IN_HALF
         bound = 0.0 if exact else close * first.abs().max().item()
         apart = (first.double() - second.double()).abs().max().item()
         if first.shape != second.shape or not (apart <= bound or torch.equal(first, second)):

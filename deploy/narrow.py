@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import InputError
 from deploy.checks import demand, difference
 from support.files import replace_file
-from support.own import copy_network, forward, said, visible_attention
+from support.own import copy_network, forward, said, untouched, visible_attention
 
 aten = torch.ops.aten
 
@@ -637,13 +637,18 @@ def stays(network: fx.GraphModule) -> dict[str, str]:
 
 
 def _images(model, example):
-    """Two images for a network, on its device and of its type."""
+    """Two images for a network, on its device; of their own type where it takes that, else of the weights' type."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
         raise InputError(f"{type(model).__name__} has no parameters, nothing to make narrower")
     if not isinstance(example, torch.Tensor) or example.dim() < 2 or not len(example):
         raise InputError("example: expected a batch of images [n, C, H, W]")
-    return example[:1].detach().to(weight.device, weight.dtype).repeat(2, *[1] * (example.dim() - 1))
+    images = example[:1].detach().to(weight.device).repeat(2, *[1] * (example.dim() - 1))
+    if images.dtype != weight.dtype:
+        with contextlib.suppress(InputError), untouched(model):
+            forward(model, images.clone())
+            return images
+    return images.to(weight.dtype)
 
 
 def multiply_adds(model: nn.Module, example) -> int:

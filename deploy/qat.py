@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress import FULL_BITS, Grid, NetworkConfig, decode, encode, find_grid, set_state
+from support.kernels import swapped
 
 
 class _OnGrid(torch.autograd.Function):
@@ -64,23 +65,14 @@ class GridTraining:
                     self.start[name] = dataclasses.replace(find_grid(weight.detach()[rows].float(), kernel), high=None)
                     self.log_scales[name] = nn.Parameter(self.start[name].scale.log())
 
-    @contextlib.contextmanager
     def swapped(self, model: nn.Module):
         """Let the modules of ``model`` compute with :meth:`weights`, in the backward pass too, where activation
-        checkpointing computes again; their parameters stay registered."""
-        held = [(model.get_submodule(place.rpartition(".")[0]), place.rpartition(".")[2], weight)
-                for place, weight in self.weights().items()]
-        try:
-            for owner, leaf, weight in held:
-                vars(owner)[leaf] = weight  # an attribute of an instance is found before a parameter of that name
-            yield
-        finally:
-            for owner, leaf, _ in held:
-                vars(owner).pop(leaf, None)
+        checkpointing computes again."""
+        return swapped(model, self.weights())
 
     def weights(self) -> dict[str, Tensor]:
         """Return the grid values that replace the kernels' weights in a forward pass, by the names for
-        functional_call(…, tie_weights=False); differentiable with respect to weights and learned scales."""
+        kernels.swapped; differentiable with respect to weights and learned scales."""
         return {place: weight for block in self.blocks
                 for place, weight in block.replaced(self._weight(name)[0] for name in block.kernels).items()}
 

@@ -20,6 +20,7 @@ import data
 import models
 from compress import model_bytes
 from config import BASELINES, LEVELS, Config, Data, InputError
+from deploy.checks import check_given
 from estimate import Proxy
 from evidence.table import needs_table
 from search import numeric_options, random_config
@@ -44,7 +45,7 @@ def plan(config: Config, path: Path, make_run) -> str:
              f"({'holds a run with these settings' if (path / 'config.json').exists() else 'new'})"]
     splits, counts = _images(config, lines, needs)
     torch.manual_seed(config.seed)
-    model, survey = make(_weights(config, lines, needs), splits, device, Ranks(), silent)
+    model, survey = make(_weights(config, lines, needs), splits, device, Ranks(), silent, check_given)
     size = model_bytes(model)
     lines.append(f"network: {config.model.source or config.model.name}, {len(survey.compressed)} kernels in "
                  f"{len(survey.blocks)} blocks, {size / 1e6:,.1f} MB")

@@ -3,36 +3,33 @@
 Any network that maps a batch to logits will do: one forward of a batch is recorded operation by operation, and the
 rest is read off that graph. A kernel is the weight of a Conv2d or Linear, or an input projection of
 nn.MultiheadAttention, in the order in which the forward uses them first, however it uses them: by calling the module,
-by giving its weight to a function, several times, or under several names. By structure, never by name, two kinds are
-left out: the classifier (no kernel comes after it on the way to the logits) and 1×1 projections on residual shortcuts.
+by giving its weight to a function, several times, or under several names; and any other parameter that is only ever
+given, as it is, to a two-dimensional convolution or a linear layer. By structure, never by name, two kinds are left
+out: the classifier (no kernel comes after it on the way to the logits) and 1×1 projections on residual shortcuts.
 Whatever else is left out is named with its reason.
 """
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
+import contextlib
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import InputError
 from support.own import forward, untouched
 
-GROUP = 4  # kernels of a block where the network does not say what its blocks are
 CLASSIFIER = "classifier: no kernel comes after it on the way to the logits"
 SHORTCUT = "1x1 projection on a residual shortcut"
 UNREACHED = "never reached by the forward"
 INDIRECT = "not used as it is: the forward computes another tensor from it first"
+ELSEWHERE = "the forward reads it from elsewhere than its module (a list, a closure), where no other can be tried"
 PATCHES = "patch embedding: not part of an encoder block"
 LAST = "last 1x1 convolution, not among the paper's 51 kernels"
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
-COMPRESSED = "Conv2d, Linear and MultiheadAttention"
-OUT_OF_SCOPE = (CLASSIFIER, SHORTCUT, PATCHES, LAST)  # reasons that hold for compress.scope=paper only
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,7 @@ class Block:
         return {kernel: names[0] for kernel, names in self.tensors.items()}
 
     def replaced(self, weights) -> dict[str, torch.Tensor]:
-        """Map names for functional_call(…, tie_weights=False) to ``weights``, one per kernel.
-
-        One name per module that holds a kernel: by its tying, functional_call would name a module that is used under
-        two names twice, and after the call leave the replacement in it.
-        """
+        """Map names for :func:`swapped` to ``weights``, one per kernel."""
         return {place: weight for places, weight in zip(self.places.values(), weights) for place in places}
 
     @property
@@ -110,79 +103,6 @@ class Survey:
         return done / max(done + excluded, 1)
 
 
-def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=None, scope="paper") -> Survey:
-    """Cut kernels into blocks: groups of four in their order, or as ``groups`` and ``sections`` say.
-
-    ``exclude``: names of kernels or modules, or patterns with ``*``, which are left out. ``groups``: the blocks as
-    lists of names; of other kernels none is compressed, of these even the classifier. ``sections``: (block name, kernel
-    names, parameter names) of a network whose blocks are given. ``scope="all"``: what is left out for a reason of
-    OUT_OF_SCOPE follows in further groups of four. Raises InputError for a name without a kernel (naming close ones),
-    a kernel that cannot be compressed or is named twice, and where nothing remains to compress.
-    """
-    unwanted = set()
-    for pattern in (exclude,) if isinstance(exclude, str) else exclude:
-        matching = [k for k in kernels if any(
-            n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern) for n in k.names)]
-        if not matching:
-            raise InputError(f"exclude: {_unknown(pattern, kernels)}")
-        for kernel in matching:
-            unwanted.add(kernel.name)
-            kernel.reason = kernel.reason or f"left out by exclude={pattern}"
-    if groups is not None:
-        cut = _named_groups(kernels, groups, unwanted)
-    elif sections:
-        cut = [(name, [k for k in kernels if k.name in names and not k.reason], parameters)
-               for name, names, parameters in sections]
-    else:
-        cut = _fours("group", [k for k in kernels if not k.reason])
-    if scope == "all" and groups is None:
-        extra = [k for k in kernels if k.reason in OUT_OF_SCOPE and k.holder is not None and k.name not in unwanted]
-        for kernel in extra:
-            kernel.reason = ""
-        cut += _fours("extra", extra)
-    blocks, counted = [], set()
-    for name, group, parameters in (c for c in cut if c[1]):
-        if parameters is None:  # a bias that several kernels share counts once, with the first
-            parameters = tuple(dict.fromkeys(p for k in group for p in (k.tensors[0], *k.biases) if p not in counted))
-            counted.update(parameters)
-        blocks.append(Block(name, {k.name: k.holder for k in group}, parameters, {k.name: k.tensors for k in group},
-                            {k.name: k.places for k in group}, tuple(k.name for k in group if k.classifier)))
-    compressed = [k for _, group, _ in cut for k in group]
-    if not compressed:
-        raise InputError(f"{what}: no Conv2d or Linear besides the classifier, nothing to compress"
-                         + "".join(f"; {k.name}: {k.reason}" for k in kernels[:5]))
-    return Survey(blocks, compressed, [k for k in kernels if k.reason])
-
-
-def _fours(what, kernels):
-    return [(f"{what}{first // GROUP}", kernels[first:first + GROUP], None) for first in range(0, len(kernels), GROUP)]
-
-
-def _named_groups(kernels, groups, unwanted):
-    by_name = {name: k for k in reversed(kernels) for name in k.names} | {k.name: k for k in kernels}
-    if isinstance(groups, str) or not all(isinstance(g, (list, tuple)) and g for g in groups):
-        raise InputError("groups: expected lists of kernel names, none of them empty, one list per block")
-    taken = set()
-    for name in (name for names in groups for name in names):
-        if name not in by_name:
-            raise InputError(f"groups: {_unknown(name, kernels)}")
-        kernel = by_name[name]
-        if kernel.holder is None or kernel.reason in (UNREACHED, INDIRECT) or kernel.name in unwanted:
-            raise InputError(f"groups: {name} is excluded: {kernel.reason}")
-        if kernel.name in taken:
-            raise InputError(f"groups: {name} is named twice")
-        taken.add(kernel.name)
-    for kernel in kernels:
-        kernel.reason = "" if kernel.name in taken else kernel.reason or "in none of the groups"
-    return [(f"group{number}", [by_name[name] for name in names], None) for number, names in enumerate(groups)]
-
-
-def _unknown(name, kernels):
-    names = sorted({k.name for k in kernels})
-    close = difflib.get_close_matches(str(name), names, n=5, cutoff=0.4) or names[:5]
-    return f"no kernel is called '{name}'; close: {', '.join(close)}"
-
-
 def registered_kernels(model: nn.Module) -> list[Kernel]:
     """Return the Conv2d and Linear weights and the input projections of MultiheadAttention, in registration order.
 
@@ -200,16 +120,20 @@ def _names(model) -> dict[int, tuple[str, ...]]:
     return names
 
 
+def _places(model) -> dict[int, tuple[str, ...]]:
+    """Map the id of each parameter to one name per module that holds it."""
+    places = {}
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            places[id(parameter)] = (*places.get(id(parameter), ()), f"{prefix}.{leaf}" if prefix else leaf)
+    return places
+
+
 def _registered(model, names) -> dict[int, Kernel]:
     """The kernels of :func:`registered_kernels` by the ids of their parameters."""
-    if any(is_lazy(p) for p in model.parameters()):
-        raise InputError(f"{type(model).__name__} holds parameters without a shape yet (lazy modules); call it on a "
-                         "batch once before compressing it")
-    kernels, places = {}, {}
+    kernels, places = {}, _places(model)
     for prefix, module in model.named_modules():
         dot, held = f"{prefix}." if prefix else "", module._parameters
-        for leaf, parameter in held.items():
-            places[id(parameter)] = (*places.get(id(parameter), ()), dot + leaf)
         if isinstance(module, nn.MultiheadAttention):
             leaves, bias = (leaf for leaf in ATTENTION_WEIGHTS if held.get(leaf) is not None), held.get("in_proj_bias")
             named = [(dot + leaf, ParameterKernel(module, leaf)) for leaf in leaves]
@@ -224,7 +148,7 @@ def _registered(model, names) -> dict[int, Kernel]:
                             reason=f"its weight is computed from other parameters ({', '.join(parts)})")
             kernels.update((id(p), kernel) for p in parts.values())
             continue
-        for name, holder in named:  # functional_call and named_parameters know a shared tensor by its first name
+        for name, holder in named:  # named_parameters knows a shared tensor by its first name
             kernels.setdefault(id(holder.weight), Kernel(
                 name, holder, names[id(holder.weight)], holder.weight.numel(), tuple(holder.weight.shape),
                 biases=() if bias is None else (names[id(bias)][0],)))
@@ -260,7 +184,7 @@ class _Trace(TorchDispatchMode):
     node. ``known``: ids of the parameters of Conv2d, Linear and MultiheadAttention.
     """
 
-    def __init__(self, model, example, known):
+    def __init__(self, parameters, example, known):
         super().__init__()
         self.known = known
         self.nodes: list[_Node] = []
@@ -270,8 +194,9 @@ class _Trace(TorchDispatchMode):
         self.read: set[int] = set()  # parameters that some operation read
         self.alive = []  # a freed storage's address could come back as another tensor's
         self.applied: set[int] = set()  # parameters that some operation applies as they are
+        self.otherwise: set[int] = set()  # those used otherwise than as the [n_out, …] of conv2d or linear
         self._add(_Node((), True), [example])
-        for parameter in model.parameters():
+        for parameter in parameters:
             weights = frozenset([id(parameter)]) if parameter.dim() >= 2 else frozenset()
             self._add(_Node((), False, weights), [parameter])
             self.owners.setdefault(_storage(parameter), []).append(parameter)
@@ -294,16 +219,18 @@ class _Trace(TorchDispatchMode):
             node.weights = frozenset().union(*(self.nodes[p].weights for p in parents))
         node.chain = name in CHAIN or "norm" in name or torch.Tag.pointwise in func.tags
         if name in PRODUCTS:
-            self._product(node, [args[i] for i in PRODUCTS[name]])
+            self._product(node, [args[i] for i in PRODUCTS[name]], name == "convolution" and not args[6])
         elif node.data and not node.chain and name not in MOVES:
             node.uses = frozenset(id(p) for p in parameters if p.dim() >= 2)  # of an operation that is not followed
             self.applied |= node.uses
         if name in COPIES and len(read) == 1 and parameters:
             self.owners.setdefault(_storage(made[0]), []).append(parameters[0])
+        else:
+            self.otherwise |= set(map(id, parameters)) - (node.uses if name in PRODUCTS else set())
         self._add(node, made)
         return result
 
-    def _product(self, node, operands):
+    def _product(self, node, operands, convolution):
         """Find the weight of a product, if it has one: a known kernel, else a parameter, else something computed
         from parameters; of two, the second, where F.linear and F.conv2d have theirs."""
         candidates = [(t, self._parameter(t)) for t in reversed(operands)]
@@ -312,6 +239,10 @@ class _Trace(TorchDispatchMode):
             weight, parameter = min(direct, key=lambda pair: id(pair[1]) not in self.known)
             node.uses = frozenset([id(parameter)])
             self.applied |= node.uses
+            plain = parameter if convolution else parameter.t() if parameter.dim() == 2 else None
+            if plain is None or weight is not operands[1] or weight.dim() != 2 + 2 * convolution or (
+                    weight.shape, weight.stride()) != (plain.shape, plain.stride()):
+                self.otherwise.add(id(parameter))
         else:
             nodes = [(t, self.nodes[self.node_of(t)]) for t, _ in candidates if self.node_of(t) is not None]
             weight, node.uses = next(((t, n.weights) for t, n in nodes if n.weights), (None, frozenset()))
@@ -390,21 +321,22 @@ def traced_kernels(model: nn.Module, example) -> list[Kernel]:
     The network is left as it was, mode, buffers and random numbers included. Raises InputError where the forward
     fails or does not give logits [n, classes].
     """
-    names, example = _names(model), example.clone()  # the network may write into its input
-    kernels = _registered(model, names)
-    trace = _Trace(model, example, set(kernels))
-    with untouched(model):
-        logits = forward(model, example, trace)
+    names, places = _names(model), _places(model)
+    kernels, parameters = _registered(model, names), list(model.parameters())
+
+    def traced():
+        images = example.clone()  # the network may write into its input
+        trace = _Trace(parameters, images, set(kernels))
+        with untouched(model):
+            return trace, forward(model, images, trace)
+    trace, logits = traced()
     output = trace.node_of(logits)
     if output is None or not trace.nodes[output].data:
         raise InputError(f"{type(model).__name__}: its logits do not depend on the images")
     final, projections, used = _classifiers(trace, output), _shortcuts(trace), {}
     for p in (p for node in trace.nodes for p in sorted(node.uses, key=lambda p: names[p][0])):
         if p not in kernels and p in trace.applied:
-            name, weight = names[p][0], model.get_parameter(names[p][0])
-            holder = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            kernels[p] = Kernel(name.removesuffix(".weight"), None, names[p], weight.numel(), tuple(weight.shape),
-                                reason=f"weight of a {holder}; only those of {COMPRESSED} are compressed")
+            kernels[p] = _plain(model, names[p], places[p], p in trace.otherwise)
         if p not in kernels or kernels[p].name in used:
             continue
         kernel = used[kernels[p].name] = kernels[p]
@@ -417,7 +349,43 @@ def traced_kernels(model: nn.Module, example) -> list[Kernel]:
     for p, kernel in kernels.items():
         if kernel.name not in used and not kernel.reason:
             kernel.reason = INDIRECT if p in trace.read else UNREACHED
+    tried = {p: kernel for p, kernel in kernels.items()
+             if kernel.holder is not None and kernel.reason in ("", CLASSIFIER, SHORTCUT)}
+    others = {place: kernel.holder.weight.detach().clone() for kernel in tried.values() for place in kernel.places}
+    with swapped(model, others):  # of which, after all, the search tries many
+        read = traced()[0].read
+    for p in read & tried.keys():
+        tried[p].reason = ELSEWHERE
     return list((used | {k.name: k for k in kernels.values()}).values())
+
+
+def _plain(model, names, places, otherwise) -> Kernel:
+    """The kernel that a parameter is which no Conv2d, Linear or MultiheadAttention holds."""
+    path, _, leaf = names[0].rpartition(".")
+    owner, weight = model.get_submodule(path), model.get_parameter(names[0])
+    bias = ".".join(filter(None, (path, leaf.replace("weight", "bias"))))
+    own = owner._parameters.get(leaf.replace("weight", "bias"))  # itself where no weight is in its name
+    reason = otherwise and (f"weight of a {type(owner).__name__}, used otherwise than by a two-dimensional convolution "
+                            "or a linear layer with its first dimension as the outputs")
+    return Kernel(names[0].removesuffix(".weight"), None if otherwise else ParameterKernel(owner, leaf), names,
+                  weight.numel(), tuple(weight.shape), places,
+                  () if own is None or own.shape != weight.shape[:1] else (bias,), reason or "")
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, weights):
+    """Let modules compute with other tensors than their parameters: ``weights``, by one name per module that holds the
+    parameter (:meth:`Block.replaced`)."""
+    held = [(model.get_submodule(path)._parameters, leaf, weight)
+            for (path, _, leaf), weight in ((name.rpartition("."), weight) for name, weight in weights.items())]
+    before = [parameters[leaf] for parameters, leaf, _ in held]
+    try:
+        for parameters, leaf, weight in held:
+            parameters[leaf] = weight
+        yield
+    finally:
+        for (parameters, leaf, _), parameter in zip(held, before):
+            parameters[leaf] = parameter
 
 
 def _storage(tensor) -> int:

@@ -12,7 +12,7 @@ import models
 from config import Config, InputError
 from support.kernels import Survey
 from support.log import Log
-from support.own import own_network, try_network
+from support.own import copy_network, own_network, try_network
 from support.published import PRETRAINED
 from support.ranks import Ranks
 
@@ -38,8 +38,9 @@ def check(config: Config, ranks: Ranks) -> None:
                          "imagenet, none or dataset")
 
 
-def make(config: Config, splits, device, ranks: Ranks, log: Log) -> tuple[nn.Module, Survey]:
-    """Return the network of a run with its weights on the device, and its kernels and blocks."""
+def make(config: Config, splits, device, ranks: Ranks, log: Log, check) -> tuple[nn.Module, Survey]:
+    """Return the network of a run with its weights on the device, and its kernels and blocks; ``check(model)`` looks at
+    one of the user's before it is worked on."""
     c = config.model
     with ranks.in_turn():  # the first process downloads
         model = own_network(c.source, splits.num_classes) if c.source else models.build(
@@ -47,7 +48,8 @@ def make(config: Config, splits, device, ranks: Ranks, log: Log) -> tuple[nn.Mod
         load_weights(model, config, log)
     if c.source:
         with ranks.alike():
-            return prepare(model.to(device), splits.train, splits.test, log, config)
+            check(model)
+            return prepare(copy_network(model).to(device), splits.train, splits.test, log, config)
     # Convolutions run up to 1.7 times faster with channels last, also on a CPU; ViTs do not care.
     model = model.to(device, memory_format=torch.channels_last)
     survey = models.survey(model, scope=config.compress.scope)
@@ -82,6 +84,8 @@ def prepare(network: nn.Module, train, test, log: Log, config: Config, exclude=(
         raise InputError(f"{len(train)} training and {len(test)} test images: there must be some of both")
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     images, _ = train.batch(torch.arange(min(8, len(train))), device)
+    if images.dim() != 4:
+        raise InputError(f"images are [C, H, W], batches of them [n, C, H, W], not {list(images.shape)}")
     classes, channels_last = try_network(network, images)
     for name, part in (("training", train), ("test", test)):  # of images that are read as they are used, a first pass
         y = part.labels if hasattr(part, "labels") else torch.cat([y.cpu() for _, y in part.batches(256)])

@@ -96,14 +96,26 @@ def untouched(model):
 
 def copy_network(model: nn.Module) -> nn.Module:
     """Return a deep copy that shares nothing with ``model``, also of plain tensors that hang on a graph (the weight
-    that an old-style weight_norm computed last), which deepcopy alone refuses."""
+    that an old-style weight_norm computed last), which deepcopy alone refuses. Parameters that are one in memory become
+    one parameter."""
     memo = {id(value): value.detach().clone() for module in model.modules() for value in vars(module).values()
             if isinstance(value, torch.Tensor) and value.grad_fn is not None}
+    first = {}
+    for parameter in model.parameters():
+        if parameter.numel():
+            other = first.setdefault(memory(parameter), parameter)
+            if other is not parameter:
+                memo[id(parameter)] = copy.deepcopy(other, memo)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(f"{type(model).__name__} cannot be copied ({said(error)}); it is compressed as a copy, so "
                          "that the given network stays as it is") from error
+
+
+def memory(tensor) -> tuple:
+    """Return what two parameters that are one in memory have in common."""
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def own_network(source: str, num_classes: int) -> nn.Module:

@@ -6,9 +6,6 @@ import json
 import os
 import re
 import signal
-import stat
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +25,6 @@ from support import networks
 from support.log import Log
 from train import accuracy, correct
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "hla.burst=4", "data.train_images=64",
          "data.test_images=40", "sensitivity.images=2", "finetune.epochs=1", "finetune.bn_images=32"]
 SMALL = {"data.batch_size": 16, "eval.images": 30, "search.cycles": 2, "lla.timesteps": 4, "hla.timesteps": 6,
@@ -428,34 +424,3 @@ def test_cublas_is_told_to_be_deterministic(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
         assert networks.device_of(override(Config(), {"device": asked})).type == device
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-
-
-# run_all.sh
-
-@pytest.fixture
-def stub(tmp_path):
-    """A stand-in for python that writes down how it was called and fails for experiment 3."""
-    path = tmp_path / "python"
-    path.write_text('#!/bin/sh\necho "$*" >> "$0.calls"\ncase "$*" in *"--exp 3 "*) exit 2;; esac\nexit 0\n')
-    path.chmod(path.stat().st_mode | stat.S_IEXEC)
-    return path
-
-
-def run_all(stub, *args):
-    done = subprocess.run(["bash", str(ROOT / "run_all.sh"), *args], capture_output=True, text=True,
-                          env={**os.environ, "PYTHON": str(stub)}, stdin=subprocess.DEVNULL)
-    path = Path(f"{stub}.calls")
-    calls = [c.replace(f"{ROOT}/", "") for c in path.read_text().splitlines()] if path.exists() else []
-    return done, [c for c in calls if not c.startswith("-c")]
-
-
-@pytest.mark.skipif((ROOT / ".venv").exists(), reason="run_all.sh would use .venv here")
-def test_run_all_goes_on_past_a_failure_and_says_so_at_the_end(stub, tmp_path):
-    done, calls = run_all(stub, "--smoke", "--seeds", "1,2", "--jobs", "1", "--out", str(tmp_path), "--set", "seed=7")
-    assert done.returncode == 1
-    assert calls == [*(f"hirelc.py --exp {e} --seed {s} --out {tmp_path} --no-table --resume --smoke --set seed=7"
-                       for s in (1, 2) for e in range(1, 8)), f"-P -m evidence.report {tmp_path}"]
-    assert done.stderr.splitlines() == [f"run_all: failed: exp 3 seed {s} (exit 2)" for s in (1, 2)]
-    for flags in (["--seeds"], ["--jobs"], ["--jobs", "0"], ["--jobs=many"]):
-        done, more = run_all(stub, *flags)
-        assert done.returncode == 2 and more == calls and done.stderr.count("\n") == 1

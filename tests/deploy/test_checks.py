@@ -165,17 +165,41 @@ def changed(change):
 @pytest.mark.parametrize("make, words", [
     (lambda: changed(lambda m: setattr(m.fc.weight, "data", m.l.weight.data[:3])), "l.weight share memory"),
     (lambda: changed(lambda m: setattr(m.l, "weight", nn.Parameter(torch.ones(8, 1).expand(8, 8)))), "is expanded"),
-    (lambda: len, "expected a torch"),
+    (lambda: len, "expected a torch"), (lambda: nn.Flatten(), "no parameters"),
     (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().to("meta"), "meta device"),
     (lambda: linear().double(), "torch.float64"), (lambda: linear().bfloat16(), "torch.bfloat16"),
     (lambda: torch.jit.trace(linear(), images()[0]), "torch.jit"), (lambda: linear(l=Merging(8, 8)), "in eval than in"),
     (lambda: Made(lambda m, x: m.fc(m.a(x).mean((2, 3)).detach()).detach(), a=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 3)),
-     "without gradients")])
+     "no gradient reaches a"),
+    (lambda: Made(lambda m, x: m.fc(checkpoint(m.a, x, use_reentrant=True).mean((2, 3))), a=nn.Conv2d(3, 8, 3),
+                  fc=nn.Linear(8, 3)), "no gradient reaches a.weight: .*use_reentrant"),
+    (lambda: Made(lambda m, x: m.fc(checkpoint(F.relu, m.a(x), use_reentrant=True).mean((2, 3))),
+                  a=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 3)), "no gradients: .*use_reentrant")])
 def test_what_cannot_be_compressed_is_refused_before_the_work(make, words, monkeypatch):
     monkeypatch.setattr(hirelc, "algorithm_1", lambda run: pytest.fail("work"))
     with pytest.raises(InputError, match=words) as caught:
         quick(make())
     assert "\n" not in str(caught.value)
+
+
+def test_parameters_that_are_one_in_memory_are_one_kernel(tmp_path):
+    def made():
+        torch.manual_seed(0)
+        model = linear(l=nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
+        model.l[2].weight.data = model.l[0].weight.data
+        return model
+    network, _, result = quick(made(), packed=tmp_path / "tied.pt")
+    assert list(result["kernels"]) == ["a", "l.0"]
+    assert torch.equal(pack.load(tmp_path / "tied.pt", made())(images()[0]), network(images()[0]))
+
+
+def test_a_narrow_network_is_compressed_again():
+    example = images()[0]
+    small = narrow.materialize(quick(linear(), goal="cr:6", compress__bits_min=8)[0], example)
+    again, _, result = quick(small, goal="cr:6", compress__bits_min=8, compress__scope="all")
+    assert list(result["kernels"]) == ["a", "l", "fc"] and result["coverage"] == 1
+    smaller = narrow.materialize(again, example)
+    assert narrow.multiply_adds(smaller, example) < narrow.multiply_adds(small, example)
 
 
 def test_labels_of_a_dataset_are_looked_at_before_the_work(monkeypatch):

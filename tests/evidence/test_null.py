@@ -1,11 +1,9 @@
 """Tests of the null search: uniform draws, voted as the ensembles vote."""
 
-import io
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from compress import KernelShape, LayerBudget
@@ -36,19 +34,6 @@ def test_the_null_search_draws_uniformly():
     assert keeps.mean() == pytest.approx(0.7, abs=0.02) and keeps.std() == pytest.approx(0.107, abs=0.02)
     assert {(k.qtype, k.granularity) for k in kernels} == {("INT", "uniform")}
     assert {k.bits for k in kernels} >= {4, 5, 6}
-
-
-def test_draws_go_on_after_a_file():
-    def fresh():
-        return NullHLA([100, 300], [1.0, 0.1], Config()), NullLLA(0, block(), 0.5, None, Config(), 2)
-
-    for first, second, draw in zip(fresh(), fresh(), (lambda high: high.budgets(False), lambda low: low.search(FREE))):
-        draw(first)
-        file = io.BytesIO()
-        torch.save(first.state_dict(), file)
-        file.seek(0)
-        second.load_state_dict(torch.load(file, weights_only=True))
-        assert [draw(first) for _ in range(5)] == [draw(second) for _ in range(5)]
 
 
 @pytest.mark.parametrize("sensitivity", [FLAT, PEAKED], ids=["flat", "peaked"])

@@ -33,8 +33,8 @@ def run(stub, *args):
 
 @pytest.mark.parametrize("seeds", [["--seeds", "1", "2"], ["--seeds=1,2"], ["--seeds", "1,", "2"]])
 def test_seeds_in_any_way_the_ablations_and_the_report(stub, tmp_path, seeds):
-    done, calls = run(stub, *seeds, "--paper", "--out", str(tmp_path), "--smoke", "--jobs", "1")
-    flags = f"--out {tmp_path} --no-table --resume --smoke"
+    done, calls = run(stub, *seeds, "--paper", "--out", str(tmp_path), "--smoke", "--jobs", "1", "--set", "seed=7")
+    flags = f"--out {tmp_path} --no-table --resume --smoke --set seed=7"
     assert calls == [
         *(f"hirelc.py --exp {exp} --seed {seed} {flags}" for seed in "12" for exp in range(1, 8)),
         f"-P -m evidence.variants --exp 4 --seeds 1 2 {flags}",
@@ -42,6 +42,13 @@ def test_seeds_in_any_way_the_ablations_and_the_report(stub, tmp_path, seeds):
         f"-P -m evidence.report {tmp_path}"]
     assert done.returncode == 1
     assert done.stderr.splitlines() == [f"run_all: failed: exp 3 seed {seed} (exit 2)" for seed in "12"]
+
+
+@pytest.mark.parametrize("flags", [["--seeds"], ["--jobs"], ["--jobs", "0"], ["--jobs=many"]])
+def test_flags_that_cannot_be_used_are_one_line_before_anything_runs(stub, flags):
+    Path(f"{stub}.calls").touch()
+    done, calls = run(stub, *flags)
+    assert done.returncode == 2 and not calls and done.stderr.count("\n") == 1
 
 
 def test_several_jobs_run_the_same(stub, tmp_path):

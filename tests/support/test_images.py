@@ -160,7 +160,6 @@ def test_an_archive_that_cannot_be_used_is_named(tmp_path, monkeypatch, how):
 
 # CIFAR
 
-
 CLASSES = ["ant", "bee", "cat"]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import models
-from support.kernels import CLASSIFIER, INDIRECT, SHORTCUT, UNREACHED, ParameterKernel, traced_kernels
+from support.kernels import CLASSIFIER, ELSEWHERE, INDIRECT, SHORTCUT, UNREACHED, ParameterKernel, traced_kernels
 from config import InputError
 from models import build, find_blocks, survey
 from support.own import try_network
@@ -209,15 +209,24 @@ def test_weights_given_to_functions_and_those_of_other_modules():
             return self.head(F.linear(x, self.weight) + self.table[1])
     model = Functions()
     found = survey(model, X)
-    assert [k.name for k in found.compressed] == ["conv", "lin"]
-    assert found.blocks[0].parameters == ("conv.weight", "conv.bias", "lin.weight", "lin.bias")
-    only = "only those of Conv2d, Linear and MultiheadAttention are compressed"
-    assert {k.name: k.reason for k in found.excluded} == {
-        "up": f"weight of a ConvTranspose2d; {only}", "one": f"weight of a Conv1d; {only}",
-        "weight": f"weight of a Functions; {only}", "head": CLASSIFIER}
-    assert found.coverage == pytest.approx((108 + 16) / (108 + 16 + 36 + 16 + 16))
-    with pytest.raises(InputError, match="groups: weight is excluded: weight of a Functions"):
-        survey(model, X, groups=[["weight"]])
+    assert [k.name for k in found.compressed] == ["conv", "lin", "weight"]  # the last one held by no layer
+    assert found.blocks[0].parameters == ("conv.weight", "conv.bias", "lin.weight", "lin.bias", "weight")
+    assert {k.name: k.reason.partition(",")[0] for k in found.excluded} == {
+        "up": "weight of a ConvTranspose2d", "one": "weight of a Conv1d", "head": CLASSIFIER}
+    assert found.coverage == pytest.approx((108 + 16 + 16) / (108 + 16 + 36 + 16 + 16))
+    with pytest.raises(InputError, match="groups: up is excluded: weight of a ConvTranspose2d"):
+        survey(model, X, groups=[["up"]])
+
+
+def test_what_is_read_past_its_module_or_by_an_operation_that_is_not_followed_is_named():
+    model = Net(lambda m, x: m.deform(y := m.b(F.conv2d(x, m.kept[0])), m.offsets(y)), a=conv(3, 4), b=conv(4, 4),
+                offsets=conv(4, 18), deform=torchvision.ops.DeformConv2d(4, 4, 3, padding=1))
+    model.kept = [model.a.weight]
+    names, reasons = kernels(model)
+    assert names == ["b", "offsets"] and reasons["a"] == ELSEWHERE and reasons["head"] == CLASSIFIER
+    assert reasons["deform"].startswith("weight of a DeformConv2d") and len(reasons) == 3
+    with pytest.raises(InputError, match="groups: a is excluded"):
+        survey(model, X, groups=[["a"]])
 
 
 def test_a_shared_module_is_one_kernel_with_all_its_names():
@@ -302,7 +311,6 @@ def test_exclude_and_groups_on_this_projects_networks():
     (lambda: Net(lambda m, x: m.a(x), head=0, a=conv(3, 4)), r"returns torch.float32 \[2, 4, 8, 8\]"),
     (lambda: Net(lambda m, x: m.a(x), head=0, a=conv(5, 4)), "fails on a batch of images.*RuntimeError"),
     (lambda: Net(lambda m, x: m.a(torch.zeros(2, 4)), head=0, a=nn.Linear(4, 3)), "do not depend on the images"),
-    (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(3)), "call it on a batch once"),
     (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "nothing to compress; 1: classifier"),
 ])
 def test_networks_that_cannot_be_used(model, message):

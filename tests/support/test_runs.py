@@ -30,7 +30,7 @@ SMALL = ["data.train_images=96", "data.test_images=48", "scratch.epochs=2", "fin
          "surrogate.epochs_after_warmup=2", "finetune.bn_images=64", "model.width=0.05"]
 VARIANTS = {"paper": (4, ["carry=rest", "surrogate.min_samples=2"]),
             "plus": (4, ["preset=plus", "search.target=0.2", "goal=drop:0", "search.cycles=1"]),
-            "greedy": (4, ["search=greedy", "search.target=0.2", "search.cycles=1"])}
+            "null": (4, ["search=null"])}
 
 
 def settings(out, variant="paper"):
@@ -94,14 +94,14 @@ def test_a_run_broken_off_at_every_boundary_ends_as_one_left_alone(tmp_path, mon
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path):
-    config = settings(tmp_path, "greedy")
+    config = settings(tmp_path, "null")
     first, again = (hirelc.run_experiment(config, silent()) for _ in range(2))
     assert again["timings"] == json.loads(json.dumps(first["timings"]))
     assert hirelc.run_experiment(config, silent(), restart=True)["timings"] != again["timings"]
 
 
 def test_a_broken_off_run_needs_a_word(tmp_path, monkeypatch):
-    config = settings(tmp_path, "greedy")
+    config = settings(tmp_path, "null")
     monkeypatch.setattr(hirelc, "algorithm_1", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         hirelc.run_experiment(config, silent())
