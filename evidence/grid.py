@@ -43,11 +43,11 @@ NETWORKS = {
                     "baseline.epochs=2 baseline.lr=5e-4 baseline.patience=5",
                     "data.train_images=20000 finetune.epochs=1 finetune.lr=5e-4"),
     "resnet18": ("--exp 4", "resnet18.pth", "data.image_size=128 data.normalize=pretrained",
-                 "baseline.epochs=2 baseline.lr=1e-4 baseline.patience=2",
+                 "baseline.epochs=1 baseline.lr=1e-4",
                  "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4"),
     "deit_tiny": ("--exp 1", "deit_tiny.pth",
                   "model.name=deit_tiny_patch16_224 data.image_size=112 data.normalize=pretrained",
-                  "baseline.epochs=2 baseline.lr=1e-4 baseline.patience=2",
+                  "baseline.epochs=1 baseline.lr=1e-4",
                   "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4")}
 RUN = "threads=1 precision=bfloat16 search.cycles=1 surrogate.warmup=0 search.proxy_batches=1"
 CELL = (f"{RUN} preset=plus search.estimate=table baseline.epochs=0 finetune.keep=last eval.protocol=holdout "

@@ -106,12 +106,14 @@ def prepare(network: nn.Module, train, test, log: Log, config: Config, exclude=(
 def switches(config: Config):
     """Set torch's threads and TF32 switches as the settings say inside, and as they were afterwards; with gradients and
     without autocast, whatever it is called under."""
+    # Autocast forgets its copies of the weights when the outermost context ends: inside this one that is never.
+    off = {"enabled": False, "cache_enabled": False}
     before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     try:
-        with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with torch.enable_grad(), torch.autocast("cpu", **off), torch.autocast("cuda", **off):
             yield
     finally:
         torch.set_num_threads(before[0])

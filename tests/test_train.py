@@ -15,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 import models
 from compress import BlockConfig, Grid, KernelConfig, NetworkConfig, kernel_shapes
+from config import Config
 from deploy.qat import GridTraining
+from support.networks import switches
 from train import Epoch, Recipe, Trainer, accuracy, block_fisher, correct, fisher_sensitivity
 
 
@@ -273,6 +275,10 @@ def test_in_half_precision_the_forward_pass_alone_is_bfloat16():
     best = trainer(model, epochs=1, half=True).run()
     assert seen == [(torch.bfloat16, True)] * 2 + [(torch.float32, False)]
     assert math.isfinite(best.loss) and model[0].weight.dtype == model[0].weight.grad.dtype == torch.float32
+    with switches(Config()):  # in which autocast may not keep the weights of the first step
+        run = trainer(nn.Linear(1, 2), epochs=3, lr=1.0, half=True)
+        run.run()
+    assert run.history[0].loss > 1.5 * run.history[2].loss
 
 
 # Training: masks, single images, errors
