@@ -383,8 +383,8 @@ def eval_mode(model: torch.nn.Module):
 def set_state(model: torch.nn.Module, state, assign: bool = False) -> None:
     """Load a state dict that may have lost the versions of its modules, which some need to read it (MNASNet)."""
     state = OrderedDict(state)
-    state._metadata = model.state_dict()._metadata
-    model.load_state_dict(state, assign=assign)
+    state._metadata = getattr(model.state_dict(), "_metadata", {})
+    model.load_state_dict(state, **({"assign": True} if assign else {}))  # which an own load_state_dict may not know
 
 
 @torch.no_grad()

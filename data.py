@@ -71,7 +71,7 @@ class Images(ImageSet):
         """Return x float32 [n, C, size, size] and y int64 [n] at ``index`` (int64 [n] or list) on ``device``, copies,
         augmented with a generator only."""
         index = torch.as_tensor(index, dtype=torch.int64)
-        return self._prepare(self.images[index], index, device, generator)
+        return self._prepare(self.images[index].detach(), index, device, generator)
 
     def _prepare(self, x, index, device, generator):
         """Flip, resize, crop, jitter, normalise; flip, crop and jitter (table above) only with a generator.
@@ -246,6 +246,8 @@ def _as_images(source, what):
     if not isinstance(source, (tuple, list)) or [isinstance(part, torch.Tensor) for part in source] != [True, True]:
         return sources.adapt(source, what)
     x, y = source
+    if any(part.is_meta or part.layout != torch.strided for part in source):
+        raise InputError(f"{what}: sparse tensors, or on the meta device; give plain ones with values")
     if x.dtype == torch.uint8 and (x.dim() != 4 or x.shape[2] != x.shape[3]):
         raise InputError(f"{what}: uint8 images must be square [N, C, h, h], not {list(x.shape)}; give floats instead")
     if x.dtype == torch.uint8:

@@ -59,7 +59,7 @@ class Proxy:
         """Estimate the drop in points of each candidate configuration of block ``index``."""
         return [proxy_drop(mse) for mse in self.errors(index, configs)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def errors(self, index: int | None, configs) -> list[float]:
         """Return the logit MSE of each candidate: a BlockConfig of block ``index``, or with None a NetworkConfig."""
         with eval_mode(self.model):

@@ -30,7 +30,7 @@ from compress import (BlockConfig, Grid, KernelConfig, KernelShape, LayerBudget,
 from config import BASELINES, EXPERIMENTS, Config, InputError, override
 from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
-from deploy.checks import check_given, check_gradients, check_settings, fingerprint
+from deploy.checks import check_given, check_settings, check_use, check_writable, fingerprint, protected, state_of
 from deploy.cycle import Best, Cycle, measure
 from deploy.given import GivenBlock, GivenBudgets, fitted
 from deploy.qat import Distillation, GridTraining
@@ -42,7 +42,7 @@ from evidence.report import results_table
 from evidence.table import Entries, tabulated
 from search import TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config
 from support import networks, runs
-from support.files import check_writable, survive_ascii
+from support.files import survive_ascii
 from support.log import Log
 from support.own import copy_network
 from support.ranks import Elsewhere, Ranks, leave, lost, several, start
@@ -160,7 +160,7 @@ class Run:
         self.config = resolved(config, sum(s.params for block in self.shapes for s in block), model_bytes(model))
         check_sizes(self.config, self.shapes, model_bytes(model))
         if config.model.source:
-            check_gradients(model, self.train_set, self.blocks)
+            check_use(model, self.train_set, test, self.blocks, self.config.data.batch_size)
 
     @property
     def eval_images(self) -> int:
@@ -400,7 +400,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     Returns (network, policy, result): the network of the packed file in eval mode on the given one's device, the other
     two as policy.json and result.json hold them. The given network is left untouched, whatever happens, and so are
     torch's random generators, threads and TF32 switches. Raises InputError for settings, images, a network or a path
-    that cannot be used.
+    that cannot be used, FloatingPointError where training diverges.
     """
     settings = check_settings(settings)
     # The network is trained already: nothing is trained from scratch, nor before the compression unless asked for.
@@ -413,10 +413,11 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
     train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
     log.notes = []  # the result has those of this call
-    state = Path(run_dir) / "state" if run_dir is not None else None
-    phases = runs.Phases(state, runs.identity(config) | fingerprint(model, train, test), STORED, log=log)
+    state = state_of(run_dir)
+    identity = runs.identity(config) | fingerprint(model, (train, test), (exclude, groups))
+    phases = runs.Phases(state, identity, STORED, log=log)
     with (networks.switches(config), runs.locked(state.parent) if state else contextlib.nullcontext(),
-          torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])):
+          torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), protected(model)):
         torch.manual_seed(config.seed)
         phases.begin(phases.exists)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
@@ -426,6 +427,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
         result = summary.summarise(run, out, copy_network(model)) | {"data": "given", "timings": run.phases.seconds}
         result["policy_source"] = policy and policy.source
         network = pack.load(out.best.packed, network)
+        network.zero_grad()
         if packed is not None:
             pack.write(packed, out.best.packed)
     return network.to(home), policies.to_policy(run.blocks, out.best.config, out.best.budgets), result

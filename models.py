@@ -408,6 +408,8 @@ def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=
     a kernel that cannot be compressed or is named twice, and where nothing remains to compress.
     """
     unwanted = set()
+    if not isinstance(exclude, (str, list, tuple, set)) or not all(isinstance(name, str) for name in exclude):
+        raise InputError("exclude: expected names of kernels or modules, or patterns with *")
     for pattern in (exclude,) if isinstance(exclude, str) else exclude:
         matching = [k for k in kernels if any(
             n == pattern or n.startswith(f"{pattern}.") or fnmatch.fnmatchcase(n, pattern) for n in k.names)]
@@ -448,7 +450,8 @@ def _fours(what, kernels):
 
 def _named_groups(kernels, groups, unwanted):
     by_name = {name: k for k in reversed(kernels) for name in k.names} | {k.name: k for k in kernels}
-    if isinstance(groups, str) or not all(isinstance(g, (list, tuple)) and g for g in groups):
+    if not isinstance(groups, (list, tuple)) or not groups or not all(
+            isinstance(g, (list, tuple)) and g and all(isinstance(name, str) for name in g) for g in groups):
         raise InputError("groups: expected lists of kernel names, none of them empty, one list per block")
     taken = set()
     for name in (name for names in groups for name in names):

@@ -152,8 +152,7 @@ class Trainer:
         ``checkpoint``: has ``load()``, which returns a state of this training to go on from, or None, and
         ``save(state)``, called after every epoch. Raises FloatingPointError where the loss of an epoch is not finite.
         """
-        state = checkpoint.load() if checkpoint else None
-        if state is not None:
+        if checkpoint and (state := checkpoint.load()) is not None:
             self.load_state_dict(state)
         while not self.finished:
             e = self.run_epoch(progress, what)
@@ -161,7 +160,8 @@ class Trainer:
                 log(f"  {what}: epoch {e.epoch}, loss {e.loss:.4f}, lr {e.lr:.2e}, accuracy {e.acc:.2f}")
             if checkpoint and not self.finished:  # the end is the phase's to store
                 checkpoint.save(self.state_dict())
-        set_state(self.model.train(), self.best_state)  # through train(): see eval_mode
+        self.model.train()  # through train(): see eval_mode
+        set_state(self.model, self.best_state)
         self.model.eval()
         return self.best
 
@@ -206,7 +206,7 @@ class Trainer:
     def _step(self, x, y, whole: int) -> Tensor:
         """Take one step on this process's part of a batch of ``whole`` images; return its share of the summed loss."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            logits = self.parallel(x)
+            logits = self.parallel(x.clone())  # a network may write into its images
         # DistributedDataParallel averages over the processes; the factor makes it the mean over the whole batch.
         loss = self.loss(logits.float() if self.half else logits, y, x) * (len(y) * self.ranks.size / whole)
         self.optimizer.zero_grad(set_to_none=True)
@@ -257,7 +257,7 @@ def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> li
             # One backward pass per image. Vectorising over images (vmap) in chunks of 8 holds eight copies of every
             # gradient and took 3.5 times as long on a CPU for ResNet18 and DeiT-Small at 64 px.
             for x, y in zip(images, labels):
-                loss = F.cross_entropy(model(x[None]), y[None])
+                loss = F.cross_entropy(model(x[None].clone()), y[None])
                 gradients = iter(torch.autograd.grad(loss, flat, allow_unused=True))
                 for i, block in enumerate(parameters):
                     squares = (next(gradients) for _ in block)

@@ -3,7 +3,12 @@ must show before it is handed over: the same logits."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
+import os
+import tempfile
+from pathlib import Path
 
 import torch
 from torch import fx, nn
@@ -23,6 +28,7 @@ NOT_GIVEN = ("exp", "name", "smoke", "out", "policy", "policy_sha256", "model.",
 def check_settings(settings) -> dict:
     """Return the settings of compress_model with dots for ``__``. Raises InputError for one without an effect there."""
     settings = {key.replace("__", "."): value for key, value in settings.items()}
+    settings = {key: settings[key] for key in sorted(settings, key=lambda key: key != "preset")}  # it goes first
     useless = [key for key in settings if key != "data.batch_size" and any(
         key == name or name.endswith(".") and key.startswith(name) for name in NOT_GIVEN)]
     if useless:
@@ -31,15 +37,72 @@ def check_settings(settings) -> dict:
     return settings
 
 
-def fingerprint(model: nn.Module, *sets) -> dict[str, str]:
-    """Return what tells a network and sets of images from others, for the identity of a run: a hash of the state dict,
-    of the numbers of images and of their first labels."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+def check_writable(path) -> None:
+    """Raise InputError where no file can be written at ``path``."""
+    try:
+        place = Path(path)
+        if place.is_dir() or not place.name:
+            raise IsADirectoryError
+        with tempfile.TemporaryFile(dir=place.parent), contextlib.suppress(FileNotFoundError):
+            os.stat(place.with_name(f".{place.name}.tmp"))  # fails for names that are too long
+    except (OSError, TypeError, ValueError):
+        raise InputError(f"{path}: cannot be written there; give the path of a file in a folder that can be written "
+                         "to") from None
+
+
+def state_of(run_dir) -> Path | None:
+    """Return the folder of a run's state, None without a run. Raises InputError for what is no path."""
+    if run_dir is None:
+        return None
+    try:
+        state = Path(run_dir) / "state"
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(state)
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"run_dir={run_dir!r}: expected the path of a folder ({said(error)})") from None
+    return state
+
+
+def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
+    """Return what tells one call from another, for the identity of a run: a hash of the network's tensors and of the
+    code of its classes, of the sets' sizes, labels and (in memory) first images, and of ``asked``, the other arguments.
+    """
+    digest = hashlib.sha256(f"{model} {asked}".encode())
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        with contextlib.suppress(OSError, TypeError):  # where there is no source
+            digest.update(b"" if kind.__module__.startswith("torch.") else inspect.getsource(kind).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + bits(tensor).numpy().tobytes())
     for images in sets:
-        digest.update(f"{len(images)} {images.batch(torch.arange(min(8, len(images))))[1].tolist()}".encode())
+        held = getattr(images, "images", None)
+        labels = getattr(images, "labels", None)
+        labels = images.batch(torch.arange(min(8, len(images))))[1] if labels is None else labels
+        digest.update(f"{len(images)} {labels.tolist()}".encode())
+        digest.update(b"" if held is None else bits(held[:64]).numpy().tobytes())
     return {"given": digest.hexdigest()}
+
+
+def bits(tensor) -> torch.Tensor:
+    """Return the bytes of a tensor, by which NaN is equal to itself."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+@contextlib.contextmanager
+def protected(model: nn.Module):
+    """Put back the modes and buffers of a network's modules afterwards, which a copy may reach through a closure."""
+    modes = [(module, module.training) for module in model.modules()]
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(bits(buffer), bits(value)):
+                    buffer.copy_(value)
 
 
 def check_given(model) -> None:
@@ -49,17 +112,40 @@ def check_given(model) -> None:
         raise InputError("called under torch.inference_mode(), in which nothing can be trained; call it outside")
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, not a {what}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"{what} is compiled by torch.jit; give the module that it was made of")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise InputError(f"{what} is or holds a module compiled by torch.jit; give the module that it was made of")
+    if prepared := [m for m in model.modules() if type(m).__module__.startswith("torch.ao.")]:
+        raise InputError(f"{what} holds a {type(prepared[0]).__name__} of torch.ao; give the network as it was before "
+                         "it was prepared for quantisation")
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise InputError(f"{what} holds parameters without a shape yet (lazy modules); call it on a batch once before")
+    _check_tensors(model, what)
+    held = {id(t) for t in model.state_dict(keep_vars=True).values()}
+    for name, p in model.named_parameters():
+        if id(p) not in held:
+            raise InputError(f"{what}: its state_dict() leaves out {name} or gives a copy of it; give a network whose "
+                             "state dict holds its own parameters")
+    for key, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{what}: {key} of its state dict is no tensor (get_extra_state); leave it out")
+    _check_modes(model, what)
+
+
+def _check_tensors(model, what):
+    """InputError for parameters and buffers of a kind that is not compressed."""
     seen = {}
     for name, p in model.named_parameters():
         if p.is_meta:
             raise InputError(f"{what}: {name} is on the meta device and has no values; load the weights first")
+        if p.is_inference():
+            raise InputError(f"{what}: {name} was made under torch.inference_mode(); make the network outside of it")
+        if not (p.is_floating_point() or p.is_complex()):
+            raise InputError(f"{what}: {name} is a parameter of {p.dtype}; register it as a buffer")
         if p.dtype != torch.float32:
             raise InputError(f"{what}: {name} is {p.dtype}, images and weights are float32; give model.float(), or "
                              "without complex numbers")
+        if p.dim() > 1 and not p.numel():
+            raise InputError(f"{what}: {name} is empty, {list(p.shape)}; leave its module out")
         if not p.isfinite().all():
             raise InputError(f"{what}: {name} holds values that are not finite (NaN or infinity)")
         if 0 in [stride for stride, side in zip(p.stride(), p.shape) if side > 1]:
@@ -69,39 +155,82 @@ def check_given(model) -> None:
             begin = t.data_ptr()
             end = begin + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size()
             for other, (first, last, o) in seen.items():
-                if o is not t and memory(o) != memory(t) and first < end and begin < last and t.device == o.device:
+                if o is not t and first < end and begin < last and t.device == o.device and not (
+                        isinstance(o, nn.Parameter) and isinstance(t, nn.Parameter) and memory(o) == memory(t)):
                     raise InputError(f"{what}: {other} and {name} share memory without being one parameter; tie them "
                                      "by making them the same object, or give one a clone")
             seen[name] = begin, end, t
-    for key, value in model.state_dict().items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(f"{what}: {key} of its state dict is no tensor (get_extra_state); leave it out")
-    trial = copy_network(model)
-    states = [{k: v.clone() for k, v in trial.train(mode).state_dict().items()} for mode in (True, False)]
-    if differing := [k for k, v in states[0].items() if not torch.equal(v, states[1][k])]:
-        raise InputError(f"{what}: {differing[0]} is another one in eval than in train mode; give a network whose "
-                         "weights do not change by switching modes alone (LoRA merged, or taken out)")
+    for name, t in model.named_buffers():
+        if t.layout != torch.strided or t.is_quantized or 0 in [n for n, side in zip(t.stride(), t.shape) if side > 1]:
+            raise InputError(f"{what}: the buffer {name} is sparse, quantised or expanded; register a clone of it")
 
 
-def check_gradients(model: nn.Module, train, blocks) -> None:
-    """Raise InputError where no gradient reaches one of the kernels of ``blocks`` from the logits; train: the network's
-    images, as data.Images."""
-    images, _ = train.batch(torch.arange(min(2, len(train))), next(model.parameters()).device)
+def _check_modes(model, what):
+    """InputError for a network without a copy of its own, or whose tensors are others in train than in eval mode."""
+    trial, states = copy_network(model), []
+    if {id(t) for t in (*model.parameters(), *model.buffers())}.intersection(
+            id(t) for t in (*trial.parameters(), *trial.buffers())):
+        raise InputError(f"{what}: a copy of it shares its tensors (__deepcopy__ that returns the module itself)")
+    for mode in (True, False):
+        try:
+            trial.train(mode)
+        except Exception as error:  # whatever the network's own code raises
+            raise InputError(f"{what}: its train({mode}) fails: {said(error)}") from error
+        states.append({key: bits(value).clone() for key, value in trial.state_dict().items()})
+    differing = {key for key in states[0].keys() | states[1].keys()
+                 if key not in states[0] or key not in states[1] or not torch.equal(states[0][key], states[1][key])}
+    if differing:
+        raise InputError(f"{what}: {min(differing)} is another one in eval than in train mode, or there in one alone; "
+                         "give a network whose weights do not change by switching modes (merged or fused for good)")
+
+
+def check_use(model: nn.Module, train, test, blocks, batch_size: int) -> None:
+    """Raise InputError for a network that does not take the test images, that gives other logits the next time or NaN,
+    whose forward changes its own parameters, or where no gradient reaches one of the kernels of ``blocks`` from the
+    logits of a training batch; train, test: its images, as data.Images."""
+    device, what, trial = next(model.parameters()).device, type(model).__name__, copy_network(model)
+    images, others = (part.batch(torch.arange(min(2, len(part))), device)[0] for part in (train, test))
     kernels = [names[0] for block in blocks for names in block.tensors.values()]
-    trial, what = copy_network(model), type(model).__name__
-    reached = dict(trial.requires_grad_().named_parameters())
-    with torch.enable_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-        for mode in (True, False)[len(images) < 2:]:  # one image alone has no batch statistics
-            logits, missing = trial.train(mode)(images.clone()), kernels
-            if logits.requires_grad:
-                try:
-                    found = torch.autograd.grad(logits.sum(), [reached[name] for name in kernels], allow_unused=True)
-                except Exception as error:  # whatever the network's own code raises
-                    raise InputError(f"{what} has no gradients: {said(error)}") from error
-                missing = [] if mode else [name for name, value in zip(kernels, found) if value is None]
-            if missing:
-                raise InputError(f"no gradient reaches {missing[0]}: {what} runs it under torch.no_grad, detaches what "
-                                 "it gives, or uses torch.utils.checkpoint with use_reentrant=True (give it False)")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        trial.eval()
+        forward(trial, others.clone())
+        first, second = (forward(trial, images.clone()) for _ in range(2))
+        if first.isnan().any():
+            raise InputError(f"{what} gives logits that are NaN")
+        if not torch.allclose(first, second, 1e-4, 1e-4 * first.abs().max().item()):
+            raise InputError(f"{what} gives other logits for the same images the next time in eval mode: dropout or "
+                             "noise that is on there too, or a state that it carries on")
+        with torch.no_grad():  # by another sign and size, what a constraint such as max-norm or clamp forbids
+            before = {name: p.mul_(-4).clone() for name, p in trial.named_parameters()}
+        with contextlib.suppress(InputError):
+            forward(trial, images.clone())
+        for name, p in trial.named_parameters():
+            if not torch.equal(p, before[name]):
+                raise InputError(f"{what}: its forward changes its own parameter {name} (a constraint such as "
+                                 "max-norm); make it a parametrization, or apply it after the training steps")
+        trial = copy_network(model).requires_grad_()
+        for mode in (True, False):
+            _check_gradients(trial, images[:batch_size] if mode else images, kernels, mode)
+
+
+def _check_gradients(trial, images, kernels, mode):
+    """InputError where a training step in batches of this size fails, or, in eval mode, has no gradient at a kernel."""
+    what, reached = type(trial).__name__, dict(trial.named_parameters())
+    trial.train(mode)
+    try:
+        with torch.enable_grad():
+            logits = trial(images.clone())
+            found = torch.autograd.grad(logits.float().sum(), [*reached.values()], allow_unused=True) \
+                if logits.requires_grad else [None] * len(reached)
+    except Exception as error:  # whatever the network's own code raises
+        raise InputError(f"{what} cannot be trained in batches of {len(images)}: {said(error)}") from error
+    found = dict(zip(reached, found))
+    if any(value is not None and value.layout != torch.strided for value in found.values()):
+        raise InputError(f"{what} has sparse gradients, which AdamW does not take; give its embeddings sparse=False")
+    missing = [name for name in kernels if found[name] is None]
+    if missing and (not mode or len(missing) == len(kernels)):  # in training, parts may be left out by chance
+        raise InputError(f"no gradient reaches {missing[0]}: {what} runs it under torch.no_grad, detaches what it "
+                         "gives, or uses torch.utils.checkpoint with use_reentrant=True (give it False)")
 
 
 def like(images) -> torch.Tensor:
@@ -110,7 +239,8 @@ def like(images) -> torch.Tensor:
     over = [d for d in range(x.dim()) if d != 1]
     mean, std = x.mean(over, keepdim=True), x.std(over, keepdim=True, correction=0)
     noise = torch.randn(max(BATCHES), *x.shape[1:], generator=torch.Generator().manual_seed(SEED), dtype=torch.double)
-    return (noise.to(x.device) * (std + (std == 0)) + mean).to(images.dtype)
+    made, (low, high) = noise.to(x.device) * (std + (std == 0)) + mean, (x.amin(over, True), x.amax(over, True))
+    return torch.where(low < high, made.clamp(low, high), made).to(images.dtype)  # some networks take no other values
 
 
 def difference(reference: nn.Module, other, images, exact: bool = True) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import InputError
@@ -68,7 +69,14 @@ def _program(model, images, functional=False):
     """The forward of a network as torch.export sees it, for batches of any size; without side effects if asked."""
     try:
         with torch.no_grad(), visible_attention():
-            program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+            shapes = torch.export.ShapesCollection()
+            shapes[images] = {0: torch.export.Dim.DYNAMIC}  # wherever forward takes them, *args too
+            try:
+                program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+            except Exception as error:
+                if "Constraints violated" not in str(error) and "specialized" not in str(error):
+                    raise
+                program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=True)  # len(images)
             mutable = any(_operation(node) and node.target._schema.is_mutable for node in program.graph.nodes)
             return program.run_decompositions({}) if functional and mutable else program
     except Exception as error:  # whatever the network's own code, and torch.export's, raise
@@ -81,6 +89,9 @@ def _graph(program) -> fx.GraphModule:
     """A program's operations, in one way where the exporter has several, with all their positional arguments."""
     module, constant = program.module(check_guards=False), set()
     for node in list(module.graph.nodes):
+        if node.target is aten.copy_.default and not node.users:  # into a buffer or the images, when all is done
+            module.graph.erase_node(node)
+            continue
         if node.op == "get_attr" and not isinstance(operator.attrgetter(node.target)(module), torch.Tensor):
             raise InputError(f"the network runs part of its forward as a graph within the graph ({node.target}), "
                              "which cannot be made narrower")  # autocast, cond, ...
@@ -615,7 +626,8 @@ def materialize(model: nn.Module, example) -> fx.GraphModule:
     """
     images = _images(model, example)
     with torch.no_grad():
-        network = copy_network(model).eval().cpu()  # masks and indices are made there
+        network = copy_network(model).cpu()  # masks and indices are made there
+        network.eval()
         forward(network, images.cpu().clone())
         graph = _graph(_program(network, images.cpu(), functional=True))
         watch = _Watch(graph)
@@ -638,6 +650,9 @@ def stays(network: fx.GraphModule) -> dict[str, str]:
 
 def _images(model, example):
     """Two images for a network, on its device; of their own type where it takes that, else of the weights' type."""
+    if not isinstance(model, nn.Module) or any(p.is_meta or is_lazy(p) for p in model.parameters()):
+        raise InputError(f"expected a torch.nn.Module with values, not a {type(model).__name__}, or on the meta "
+                         "device, or lazy")
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
         raise InputError(f"{type(model).__name__} has no parameters, nothing to make narrower")

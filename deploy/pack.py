@@ -37,7 +37,7 @@ from compress import (FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelSha
                       set_state)
 from config import Config, InputError
 from deploy import narrow
-from deploy.checks import demand, difference
+from deploy.checks import bits, demand, difference
 from support.files import replace_file, shown, survive_ascii
 from support.own import forward, own_network, untouched
 
@@ -330,10 +330,22 @@ def load(file, model: nn.Module | None = None) -> nn.Module:
             model = models.build(*map(network.get, ("name", "num_classes", "image_size", "width", "patch_size")))
             if network.get("quick_gelu"):
                 models.set_quick_gelu(model, True)
+    elif not isinstance(model, nn.Module) or any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise InputError(f"{packed.where}: model= expects a torch.nn.Module, and not on the meta device")
     _check_fit(packed, model.state_dict(), built)
-    set_state(model, state(packed), assign=built)
+    values = state(packed)
+    try:
+        set_state(model, values, assign=built)
+    except RuntimeError as error:  # of memory that cannot be written into
+        raise InputError(f"{packed.where} cannot be read into the network: {' '.join(str(error).split())}") from error
+    for name, held in model.state_dict().items():
+        if not torch.equal(bits(held), bits(values[name])):
+            raise InputError(f"{packed.where}: {name} does not keep the values that are read into it: it shares memory "
+                             "with another tensor, is expanded, or its module changes them")
+    model.to(memory_format=torch.channels_last if packed.channels_last else torch.preserve_format)
     model.train()  # what a network computes from its weights in eval mode is that of the new ones
-    return model.to(memory_format=torch.channels_last if packed.channels_last else torch.preserve_format).eval()
+    model.eval()
+    return model
 
 
 def compare(packed: bytes, network: nn.Module, fresh: nn.Module | None, images) -> None:
@@ -427,7 +439,7 @@ def main(argv=None) -> int:
                 print(usage)
             case ["info", file]:
                 print(info(read(file)))
-            case ["export", file, out, *model] if not model or model[0] == "--model" and len(model) == 2:
+            case ["export", file, out, *model] if out and (not model or model[0] == "--model" and len(model) == 2):
                 print(export(file, out, *model[1:]))
             case _:
                 raise InputError(usage)

@@ -114,12 +114,13 @@ class Distillation:
 
     def __init__(self, model: nn.Module, theta0: dict, weight: float, temperature: float, half: bool):
         self.weight, self.temperature, self.half = weight, temperature, half
-        self.teacher = copy.deepcopy(model).eval()
+        self.teacher = copy.deepcopy(model)
+        self.teacher.eval()
         set_state(self.teacher, theta0)
 
     def __call__(self, logits, y, x) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            target = self.teacher(x)
+            target = self.teacher(x.clone())  # which a network may write into
         soft, taught = (F.log_softmax(v.float() / self.temperature, dim=1) for v in (logits, target))
         distance = F.kl_div(soft, taught, reduction="batchmean", log_target=True)
         return F.cross_entropy(logits, y) + self.weight * self.temperature ** 2 * distance

@@ -79,6 +79,8 @@ def resolved(config: Config, params: int, model_bytes: int) -> Config:
         return config
     settings = {} if goal.max_drop is None else {"search.max_drop": goal.max_drop}
     targets = [] if goal.min_cr is None else [1 / goal.min_cr]
+    if goal.min_cr and goal.min_cr > 100:
+        raise InputError(f"goal={config.goal}: a CR of at most 100 can be asked for")
     if goal.max_bytes is not None:
         targets.append((goal.max_bytes - _rest_bytes(config, params, model_bytes)) / (4 * params))
     return override(config, settings | ({"search.target": min(max(min(targets), 0.01), 1.0)} if targets else {}))

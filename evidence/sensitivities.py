@@ -46,7 +46,7 @@ def block_values(method, model, blocks, images, labels, generator, probes: int =
 
     def losses():  # the parts of the mean cross-entropy
         for x, y in zip(images.split(IMAGES_TOGETHER), labels.split(IMAGES_TOGETHER)):
-            yield F.cross_entropy(model(x), y, reduction="sum") / len(images)
+            yield F.cross_entropy(model(x.clone()), y, reduction="sum") / len(images)
 
     try:
         for p in frozen:

@@ -91,12 +91,6 @@ def replace_file(path, fill) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path) -> None:
-    """Raise InputError where :func:`replace_file` could not write ``path``."""
-    if os.path.isdir(path) or not os.access(Path(path).parent, os.W_OK | os.X_OK):
-        raise InputError(f"{path}: cannot be written there; give the path of a file in a folder that can be written to")
-
-
 def write_text(path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     replace_file(path, lambda file: file.write(text.encode()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
@@ -237,10 +238,7 @@ class Loaded(ImageSet):
         self.workers, self.worker_init = workers, worker_init
         self.images = dataset.tensors[0] if type(dataset) is torch.utils.data.TensorDataset else None    # in memory
         with torch.random.fork_rng(devices=[]):             # a look at an item must not shift the run's random numbers
-            try:
-                self.batch([0])
-            except TypeError as error:                      # of default_collate
-                raise InputError(f"{what}: items must be (image float tensor, label int): {one_line(error)}") from error
+            self.batch([0])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -248,21 +246,33 @@ class Loaded(ImageSet):
     def batch(self, index, device="cpu", generator=None):
         """Return the items at ``index`` (int64 [n] or list), read in this process."""
         index = torch.as_tensor(index, dtype=torch.int64)
-        return self._checked(self.collate([self.dataset[i] for i in index.tolist()]), index, device)
+        with self._readable():
+            return self._checked(self.collate([self.dataset[i] for i in index.tolist()]), index, device)
+
+    @contextlib.contextmanager
+    def _readable(self):
+        try:
+            yield
+        except (InputError, OSError):
+            raise
+        except Exception as error:                          # whatever the user's data set, or collating, raises
+            raise InputError(f"{self.what}: items must be (image float tensor, label int) of one size: "
+                             f"{type(error).__name__}: {one_line(error)}") from error
 
     def batches(self, batch_size, device="cpu", generator=None, limit=0):
         """As :meth:`ImageSet.batches`; the processes' random numbers follow the generator too, where there is one."""
         parts, seeds = chunks(len(self), batch_size, generator, limit), torch.Generator()
         if generator is not None:
             seeds.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        for index, batch in read_ahead(self.dataset, parts, self.workers, self.collate, seeds, self.worker_init):
-            yield self._checked(batch, index, device)
+        with self._readable():
+            for index, batch in read_ahead(self.dataset, parts, self.workers, self.collate, seeds, self.worker_init):
+                yield self._checked(batch, index, device)
 
     def _checked(self, batch, index, device):
         x, y = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
         if not (torch.is_tensor(x) and torch.is_tensor(y) and x.is_floating_point() and not y.is_floating_point()
-                and y.shape == x.shape[:1]):
-            kinds = [getattr(part, "dtype", type(part).__name__) for part in (x, y)]
+                and y.shape == x.shape[:1] == index.shape):
+            kinds = [f"{t.dtype} {list(t.shape)}" if torch.is_tensor(t) else type(t).__name__ for t in (x, y)]
             raise InputError(f"{self.what}: a batch must be (x float [n, C, H, W], y integer [n]), not {kinds}")
         finite(x, index, self.what)
         return x.to(device, torch.float32), y.to(device, torch.int64)

@@ -186,7 +186,7 @@ class _Trace(TorchDispatchMode):
 
     def __init__(self, parameters, example, known):
         super().__init__()
-        self.known = known
+        self.known, self.mine = known, set(map(id, parameters))
         self.nodes: list[_Node] = []
         self.before: list[int] = []  # bit set of the ancestors of each node
         self.current: dict[int, int] = {}  # storage → node of what it holds now
@@ -203,6 +203,9 @@ class _Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, schema = kwargs or {}, func._schema
+        if any(isinstance(t, nn.Parameter) and id(t) not in self.mine for t in _tensors((args, kwargs))):
+            raise InputError("the forward uses a parameter that is none of the network's: of a module in a plain list "
+                             "(use nn.ModuleList), or reached through a closure, which a copy does not follow")
         result = func(*args, **kwargs)
         name, read = schema.name.rpartition("::")[2], _tensors((args, kwargs))
         values = {a.name: value for a, value in zip(schema.arguments, args)} | kwargs

@@ -54,23 +54,27 @@ def forward(model: nn.Module, images, mode=None) -> torch.Tensor:
 
 
 def try_network(model: nn.Module, images) -> tuple[int, bool]:
-    """Return (number of classes, whether it runs with channels last), tried on a copy in eval and in train mode.
-
-    A network that flattens feature maps with ``view`` does not. Raises InputError where :func:`forward` does, and for
-    a network without parameters.
-    """
+    """Return (number of classes, whether it gives the same with channels last), tried on copies in both modes. Raises
+    InputError where :func:`forward` does, without parameters, and where the first forward makes some."""
     if next(model.parameters(), None) is None:
         raise InputError(f"{type(model).__name__} has no parameters, nothing to compress")
     trial = copy_network(model)
 
-    def run():  # in both modes; one image alone has no batch statistics
-        return [forward(trial.train(mode), images.clone()).shape[1] for mode in (False, True)[:len(images)]][0]
+    def run(trial):  # in both modes; one image alone has no batch statistics
+        results = []
+        for mode in (False, True)[:len(images)]:
+            trial.train(mode)
+            results.append(forward(trial, images.clone()).double())
+        return results[0]
 
     with untouched(trial):
-        classes = run()
-        try:
-            trial.to(memory_format=torch.channels_last)
-            return run(), True
+        logits = run(trial)
+        if made := trial.state_dict().keys() ^ model.state_dict().keys():
+            raise InputError(f"{type(model).__name__}: its first forward makes or drops {min(made)}; call it before")
+        classes, bound = logits.shape[1], 1e-3 * logits.abs().max().item()
+        try:  # of another copy: statistics of BatchNorm have moved
+            other = run(copy_network(model).to(memory_format=torch.channels_last))
+            return classes, torch.allclose(other, logits, 0, bound)  # otherwise with as_strided
         except (InputError, RuntimeError):
             return classes, False
 

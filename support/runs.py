@@ -100,6 +100,8 @@ class Phases:
             return
         path = self.folder / "identity.json"
         if not resume:
+            if not path.exists() and self.folder.exists() and any(self.folder.iterdir()):
+                raise InputError(f"{self.folder}: holds files of something else; give another folder")
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             write_json(path, self.identity)

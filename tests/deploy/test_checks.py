@@ -1,6 +1,7 @@
 """What is handed over gives the logits of what was measured, on twenty random networks and on those that try to hide
 something; what cannot be compressed is refused in one line before the work."""
 
+from functools import partial
 from unittest.mock import Mock
 
 import numpy as np
@@ -156,6 +157,13 @@ def linear(**more):
                   **{"l": nn.Linear(8, 8), **more})
 
 
+def net(run):
+    return Made(run, a=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 3))
+
+
+OTHER, reentrant = nn.Linear(8, 8), partial(checkpoint, use_reentrant=True)
+
+
 def changed(change):
     model = linear()
     change(model)
@@ -169,12 +177,12 @@ def changed(change):
     (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().to("meta"), "meta device"),
     (lambda: linear().double(), "torch.float64"), (lambda: linear().bfloat16(), "torch.bfloat16"),
     (lambda: torch.jit.trace(linear(), images()[0]), "torch.jit"), (lambda: linear(l=Merging(8, 8)), "in eval than in"),
-    (lambda: Made(lambda m, x: m.fc(m.a(x).mean((2, 3)).detach()).detach(), a=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 3)),
-     "no gradient reaches a"),
-    (lambda: Made(lambda m, x: m.fc(checkpoint(m.a, x, use_reentrant=True).mean((2, 3))), a=nn.Conv2d(3, 8, 3),
-                  fc=nn.Linear(8, 3)), "no gradient reaches a.weight: .*use_reentrant"),
-    (lambda: Made(lambda m, x: m.fc(checkpoint(F.relu, m.a(x), use_reentrant=True).mean((2, 3))),
-                  a=nn.Conv2d(3, 8, 3), fc=nn.Linear(8, 3)), "no gradients: .*use_reentrant")])
+    (lambda: net(lambda m, x: m.fc(m.a(x).mean((2, 3)).detach()).detach()), "no gradient reaches a"),
+    (lambda: net(lambda m, x: m.fc(reentrant(m.a, x).mean((2, 3)))), "no gradient reaches a.weight: .*use_reentrant"),
+    (lambda: net(lambda m, x: m.fc(reentrant(F.relu, m.a(x)).mean((2, 3)))), "cannot be trained .*use_reentrant"),
+    (lambda: net(lambda m, x: m.fc(F.dropout(m.a(x).mean((2, 3))))), "the next time"),
+    (lambda: net(lambda m, x: m.fc(OTHER(m.a(x).mean((2, 3))))), "none of the network's"),
+    (lambda: net(lambda m, x: m.fc(m.a(x).mean((2, 3)) + 0 * m.a.weight.data.clamp_(-0.1, 0.1).sum())), "changes its")])
 def test_what_cannot_be_compressed_is_refused_before_the_work(make, words, monkeypatch):
     monkeypatch.setattr(hirelc, "algorithm_1", lambda run: pytest.fail("work"))
     with pytest.raises(InputError, match=words) as caught:
@@ -232,5 +240,6 @@ def test_a_call_that_was_broken_off_goes_on_in_its_folder(tmp_path, monkeypatch)
         quick(model, run_dir=tmp_path)
     monkeypatch.setattr(hirelc.Trainer, "run_epoch", lambda *_: pytest.fail("trained again"))
     assert quick(model, run_dir=tmp_path)[2]["cycles"] == whole["cycles"]
-    with pytest.raises(InputError, match="given"):
-        quick(linear(), run_dir=tmp_path)
+    for other, asked in ((linear(), ()), (model, "l")):
+        with pytest.raises(InputError, match="given"):
+            quick(other, run_dir=tmp_path, exclude=asked)

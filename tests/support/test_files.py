@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from config import InputError
+from deploy.checks import check_writable
 from support import files
 
 
@@ -69,10 +70,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
             patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             files.write_text(path, "new")
         assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.json", "b.txt"]
-    files.check_writable(path)
+    check_writable(path)
     for place in (tmp_path, tmp_path / "none" / "a.json"):
         with pytest.raises(InputError, match="cannot be written"):
-            files.check_writable(place)
+            check_writable(place)
 
 
 def test_a_full_disk_is_an_oserror_when_torch_saves(tmp_path):

@@ -34,7 +34,6 @@ def chosen(network):
 
 # Files as they should be, and readers, which assert that what was read is sane
 
-
 def write_image(path, network):
     picture = Image.frombytes("RGB", (48, 40), random.Random(0).randbytes(48 * 40 * 3))
     picture.convert("P" if path.suffix == ".gif" else "RGB").save(path)
@@ -69,7 +68,6 @@ def read_policy(path, network):
 
 
 # Ways to spoil
-
 
 def spoil(whole, draw):
     """Bytes of a file with one of: its end missing, bits flipped, bytes replaced by others, a span out, twice or 0."""

@@ -280,7 +280,6 @@ def test_cifar_from_the_published_archive(tmp_path, monkeypatch, capsys):
 
 # Unreadable images
 
-
 def break_files(*paths):
     for i, path in enumerate(paths):
         path.write_bytes((b"no image", path.read_bytes()[:60])[i % 2])
@@ -335,7 +334,6 @@ def test_unreadable_images_of_a_stream(tmp_path, monkeypatch, workers, decoded):
 
 
 # The cache
-
 
 def cache_files(base):
     return sorted((base / sources.CACHE).iterdir())
