@@ -2,8 +2,8 @@
 
     python -m evidence.zoo [NAME …]     # a Markdown table; random weights and images, so that accuracies mean nothing
 
-Each is compressed with a tiny budget on random images of the smallest size that it takes, read from its packed file
-into a fresh network, made narrow and exported; every step says ok or why not.
+Each, without auxiliary heads, is compressed with a tiny budget on random images of the smallest size that it takes,
+read from its packed file into a fresh network, made narrow and exported; every step says ok or why not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ TINY = dict(search="greedy", goal="cr:6", compress__bits_min=8, search__cycles=1
 def made(name: str) -> torch.nn.Module:
     """Return a network of torchvision with random weights, the same at every call."""
     torch.manual_seed(0)
-    return torchvision.models.get_model(name, weights=None, num_classes=10)
+    plain = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=10, **plain)
 
 
 def smallest(name: str) -> int:
