@@ -160,7 +160,7 @@ class Run:
         self.config = resolved(config, sum(s.params for block in self.shapes for s in block), model_bytes(model))
         check_sizes(self.config, self.shapes, model_bytes(model))
         if config.model.source:
-            check_use(model, self.train_set, test, self.blocks, self.config.data.batch_size)
+            check_use(model, self.train_set, test, self.blocks, self.config.data.batch_size, log)
 
     @property
     def eval_images(self) -> int:
@@ -399,8 +399,8 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
 
     Returns (network, policy, result): the network of the packed file in eval mode on the given one's device, the other
     two as policy.json and result.json hold them. The given network is left untouched, whatever happens, and so are
-    torch's random generators, threads and TF32 switches. Raises InputError for settings, images, a network or a path
-    that cannot be used, FloatingPointError where training diverges.
+    the random generators, torch's threads and TF32 switches. Raises InputError for settings, images, a network or a
+    path that cannot be used, FloatingPointError where training diverges.
     """
     settings = check_settings(settings)
     # The network is trained already: nothing is trained from scratch, nor before the compression unless asked for.

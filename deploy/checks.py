@@ -7,9 +7,11 @@ import contextlib
 import hashlib
 import inspect
 import os
+import random
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
@@ -89,7 +91,9 @@ def bits(tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def protected(model: nn.Module):
-    """Put back the modes and buffers of a network's modules afterwards, which a copy may reach through a closure."""
+    """Put back the modes and buffers of a network's modules afterwards, which a copy may reach through a closure, and
+    Python's and numpy's random generators, from which it may draw."""
+    drawn = random.getstate(), np.random.get_state()
     modes = [(module, module.training) for module in model.modules()]
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
@@ -97,6 +101,8 @@ def protected(model: nn.Module):
             module.training = False
         yield
     finally:
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
@@ -110,6 +116,8 @@ def check_given(model) -> None:
     what = type(model).__name__
     if torch.is_inference_mode_enabled():
         raise InputError("called under torch.inference_mode(), in which nothing can be trained; call it outside")
+    if torch.empty(0).device.type != "cpu":
+        raise InputError("called under another default device (torch.device, set_default_device); call it outside")
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, not a {what}")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -163,6 +171,8 @@ def _check_tensors(model, what):
     for name, t in model.named_buffers():
         if t.layout != torch.strided or t.is_quantized or 0 in [n for n, side in zip(t.stride(), t.shape) if side > 1]:
             raise InputError(f"{what}: the buffer {name} is sparse, quantised or expanded; register a clone of it")
+        if t.dtype == torch.complex32 or t.is_floating_point() and t.dtype.itemsize < 2:
+            raise InputError(f"{what}: the buffer {name} is {t.dtype}, which is not packed; give it another type")
 
 
 def _check_modes(model, what):
@@ -184,20 +194,25 @@ def _check_modes(model, what):
                          "give a network whose weights do not change by switching modes (merged or fused for good)")
 
 
-def check_use(model: nn.Module, train, test, blocks, batch_size: int) -> None:
+def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> None:
     """Raise InputError for a network that does not take the test images, that gives other logits the next time or NaN,
     whose forward changes its own parameters, or where no gradient reaches one of the kernels of ``blocks`` from the
-    logits of a training batch; train, test: its images, as data.Images."""
+    logits of a training batch; train, test: its images, as data.Images. What the packed file cannot hold is noted."""
     device, what, trial = next(model.parameters()).device, type(model).__name__, copy_network(model)
     images, others = (part.batch(torch.arange(min(2, len(part))), device)[0] for part in (train, test))
     kernels = [names[0] for block in blocks for names in block.tensors.values()]
+    outside = [f"{name}.{key}" if name else key for name, module in model.named_modules() for key in (
+        *module._non_persistent_buffers_set, *(k for k, v in vars(module).items() if isinstance(v, torch.Tensor)))]
+    if outside:
+        log.note("not in the state dict, so not in the packed file; a network that is filled from it must make the "
+                 "same itself: " + ", ".join(outside[:8]) + " …" * (len(outside) > 8))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         trial.eval()
         forward(trial, others.clone())
-        first, second = (forward(trial, images.clone()) for _ in range(2))
+        first, *again = (forward(trial, images.clone()) for _ in range(5))
         if first.isnan().any():
             raise InputError(f"{what} gives logits that are NaN")
-        if not torch.allclose(first, second, 1e-4, 1e-4 * first.abs().max().item()):
+        if not all(torch.allclose(first, other, 1e-4, 1e-4 * first.abs().max().item()) for other in again):
             raise InputError(f"{what} gives other logits for the same images the next time in eval mode: dropout or "
                              "noise that is on there too, or a state that it carries on")
         with torch.no_grad():  # by another sign and size, what a constraint such as max-norm or clamp forbids
