@@ -141,6 +141,9 @@ def check_given(model) -> None:
 
 def _check_tensors(model, what):
     """InputError for parameters and buffers of a kind that is not compressed."""
+    devices = sorted({str(t.device) for t in (*model.parameters(), *model.buffers())})
+    if len(devices) > 1:
+        raise InputError(f"{what} lies on several devices ({', '.join(devices)}); bring it to one with model.to(...)")
     seen = {}
     for name, p in model.named_parameters():
         if p.is_meta:

@@ -16,6 +16,9 @@ import hirelc
 from compress import eval_mode
 from config import InputError
 from deploy import checks, narrow, pack
+from estimate import Proxy
+from models import find_blocks
+from test_estimate import alike, by_copy
 from test_hirelc import silent
 
 QUICK = dict(search="greedy", search__cycles=1, finetune__epochs=1, sensitivity__images=4, baseline__epochs=0,
@@ -84,6 +87,9 @@ def test_random_networks_are_the_same_returned_packed_fresh_narrow_and_exported(
     network, _, result = quick(model, packed=file, goal="cr:7", compress__scope="all")
     fresh = pack.load(file, random_network(seed))
     assert not checks.difference(network, fresh, images()[0])
+    for index, block in enumerate(blocks := find_blocks(model.eval(), images()[0])):  # the search sees the plain way
+        drop, = Proxy(model, blocks, [images()[0]]).drops(index, [alike(block, 4, 0.5)])
+        assert drop == pytest.approx(by_copy(model, blocks, index, alike(block, 4, 0.5), [images()[0]]), rel=1e-4)
     listed = {*result["kernels"], *result["excluded"]}
     assert {name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() > 1} <= listed
     small = narrow.materialize(fresh, images()[0])
@@ -174,7 +180,8 @@ def changed(change):
     (lambda: changed(lambda m: setattr(m.fc.weight, "data", m.l.weight.data[:3])), "l.weight share memory"),
     (lambda: changed(lambda m: setattr(m.l, "weight", nn.Parameter(torch.ones(8, 1).expand(8, 8)))), "is expanded"),
     (lambda: len, "expected a torch"), (lambda: nn.Flatten(), "no parameters"),
-    (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().to("meta"), "meta device"),
+    (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().to("meta"), "meta"),
+    (lambda: changed(lambda m: m.register_buffer("n", torch.ones(2, device="meta"))), "several devices"),
     (lambda: linear().double(), "torch.float64"), (lambda: linear().bfloat16(), "torch.bfloat16"),
     (lambda: torch.jit.trace(linear(), images()[0]), "torch.jit"), (lambda: linear(l=Merging(8, 8)), "in eval than in"),
     (lambda: net(lambda m, x: m.fc(m.a(x).mean((2, 3)).detach()).detach()), "no gradient reaches a"),
