@@ -246,6 +246,7 @@ def _as_images(source, what):
     if not isinstance(source, (tuple, list)) or [isinstance(part, torch.Tensor) for part in source] != [True, True]:
         return sources.adapt(source, what)
     x, y = source
+    y = y.long() if y.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else y
     if any(part.is_meta or part.layout != torch.strided for part in source):
         raise InputError(f"{what}: sparse tensors, or on the meta device; give plain ones with values")
     if x.dtype == torch.uint8 and (x.dim() != 4 or x.shape[2] != x.shape[3]):

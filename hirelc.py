@@ -30,7 +30,7 @@ from compress import (BlockConfig, Grid, KernelConfig, KernelShape, LayerBudget,
 from config import BASELINES, EXPERIMENTS, Config, InputError, override
 from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
-from deploy.checks import check_given, check_settings, check_use, check_writable, fingerprint, protected, state_of
+from deploy.checks import check_given, check_settings, check_use, check_writable, fingerprint, generators, protected
 from deploy.cycle import Best, Cycle, measure
 from deploy.given import GivenBlock, GivenBudgets, fitted
 from deploy.qat import Distillation, GridTraining
@@ -384,6 +384,7 @@ def teach(run: Run, surrogate: Surrogate, chosen: NetworkConfig, acc: float) -> 
 # A user's network
 
 
+@generators()
 def compress_model(model, train, test, *, exclude=(), groups=None, log=None, packed=None, policy=None, run_dir=None,
                    **settings):
     """Compress a network of your own: any nn.Module that maps a batch of images to logits [n, classes].
@@ -413,11 +414,11 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
     train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
     log.notes = []  # the result has those of this call
-    state = state_of(run_dir)
-    identity = runs.identity(config) | fingerprint(model, (train, test), (exclude, groups))
+    state = Path(run_dir) / "state" if run_dir is not None else None
+    identity = runs.identity(config) | fingerprint(model, (train, test), (exclude, groups)) if state else {}
     phases = runs.Phases(state, identity, STORED, log=log)
     with (networks.switches(config), runs.locked(state.parent) if state else contextlib.nullcontext(),
-          torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), protected(model)):
+          protected(model)):
         torch.manual_seed(config.seed)
         phases.begin(phases.exists)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from config import InputError
 from support.own import copy_network, forward, memory, said
@@ -48,27 +49,13 @@ def check_writable(path) -> None:
         with tempfile.TemporaryFile(dir=place.parent), contextlib.suppress(FileNotFoundError):
             os.stat(place.with_name(f".{place.name}.tmp"))  # fails for names that are too long
     except (OSError, TypeError, ValueError):
-        raise InputError(f"{path}: cannot be written there; give the path of a file in a folder that can be written "
-                         "to") from None
-
-
-def state_of(run_dir) -> Path | None:
-    """Return the folder of a run's state, None without a run. Raises InputError for what is no path."""
-    if run_dir is None:
-        return None
-    try:
-        state = Path(run_dir) / "state"
-        with contextlib.suppress(FileNotFoundError):
-            os.stat(state)
-    except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"run_dir={run_dir!r}: expected the path of a folder ({said(error)})") from None
-    return state
+        raise InputError(f"{path}: cannot be written there; give a file in a folder that can be written to") from None
 
 
 def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
-    """Return what tells one call from another, for the identity of a run: a hash of the network's tensors and of the
-    code of its classes, of the sets' sizes, labels and (in memory) first images, and of ``asked``, the other arguments.
-    """
+    """Return what tells one call from another, for the identity of a run: a hash of the network's tensors, of the code
+    of its classes and (on a CPU) of its logits; of the sets' sizes, labels and first images, unless these are others
+    each time they are read; and of ``asked``, the other arguments."""
     digest = hashlib.sha256(f"{model} {asked}".encode())
     for kind in dict.fromkeys(type(module) for module in model.modules()):
         with contextlib.suppress(OSError, TypeError):  # where there is no source
@@ -76,11 +63,15 @@ def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + bits(tensor).numpy().tobytes())
     for images in sets:
-        held = getattr(images, "images", None)
-        labels = getattr(images, "labels", None)
-        labels = images.batch(torch.arange(min(8, len(images))))[1] if labels is None else labels
-        digest.update(f"{len(images)} {labels.tolist()}".encode())
-        digest.update(b"" if held is None else bits(held[:64]).numpy().tobytes())
+        first, (x, y) = (images.batch(torch.arange(min(16, len(images)))) for _ in range(2))
+        digest.update(f"{len(images)} {getattr(images, 'labels', y).tolist()}".encode())
+        digest.update(bits(x).numpy().tobytes() if torch.equal(x, first[0]) else b"")
+    network = copy_network(model)
+    network.eval()
+    with contextlib.suppress(InputError):  # of images that it does not take
+        noise = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(SEED))
+        if next(network.parameters()).device.type == "cpu":
+            digest.update(bits(forward(network, noise)).numpy().tobytes())
     return {"given": digest.hexdigest()}
 
 
@@ -90,21 +81,24 @@ def bits(tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def protected(model: nn.Module):
-    """Put back the modes and buffers of a network's modules afterwards, which a copy may reach through a closure, and
-    Python's and numpy's random generators, from which it may draw."""
+def generators():
+    """Put torch's, Python's and numpy's random generators back afterwards, from which a user's code may draw."""
     drawn = random.getstate(), np.random.get_state()
-    modes = [(module, module.training) for module in model.modules()]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        for module, _ in modes:
-            module.training = False
-        yield
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
     finally:
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
-        for module, mode in modes:
-            module.training = mode
+
+
+@contextlib.contextmanager
+def protected(model: nn.Module):
+    """Put back a network's buffers afterwards, which a copy of it may reach through a closure."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(bits(buffer), bits(value)):
@@ -122,17 +116,15 @@ def check_given(model) -> None:
         raise InputError(f"expected a torch.nn.Module, not a {what}")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise InputError(f"{what} is or holds a module compiled by torch.jit; give the module that it was made of")
-    if prepared := [m for m in model.modules() if type(m).__module__.startswith("torch.ao.")]:
-        raise InputError(f"{what} holds a {type(prepared[0]).__name__} of torch.ao; give the network as it was before "
-                         "it was prepared for quantisation")
+    if any(type(module).__module__.startswith("torch.ao.") for module in model.modules()):
+        raise InputError(f"{what} is prepared for quantisation by torch.ao; give the network as it was before")
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise InputError(f"{what} holds parameters without a shape yet (lazy modules); call it on a batch once before")
     _check_tensors(model, what)
     held = {id(t) for t in model.state_dict(keep_vars=True).values()}
     for name, p in model.named_parameters():
         if id(p) not in held:
-            raise InputError(f"{what}: its state_dict() leaves out {name} or gives a copy of it; give a network whose "
-                             "state dict holds its own parameters")
+            raise InputError(f"{what}: its state_dict() leaves out {name} or gives a copy of it, not the parameter")
     for key, value in model.state_dict().items():
         if not isinstance(value, torch.Tensor):
             raise InputError(f"{what}: {key} of its state dict is no tensor (get_extra_state); leave it out")
@@ -146,10 +138,9 @@ def _check_tensors(model, what):
         raise InputError(f"{what} lies on several devices ({', '.join(devices)}); bring it to one with model.to(...)")
     seen = {}
     for name, p in model.named_parameters():
-        if p.is_meta:
-            raise InputError(f"{what}: {name} is on the meta device and has no values; load the weights first")
-        if p.is_inference():
-            raise InputError(f"{what}: {name} was made under torch.inference_mode(); make the network outside of it")
+        if p.is_meta or p.is_inference():
+            raise InputError(f"{what}: {name} is on the meta device or was made under torch.inference_mode(); give it "
+                             "values that can be trained")
         if not (p.is_floating_point() or p.is_complex()):
             raise InputError(f"{what}: {name} is a parameter of {p.dtype}; register it as a buffer")
         if p.dtype != torch.float32:
@@ -166,16 +157,32 @@ def _check_tensors(model, what):
             begin = t.data_ptr()
             end = begin + (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride()))) * t.element_size()
             for other, (first, last, o) in seen.items():
-                if o is not t and first < end and begin < last and t.device == o.device and not (
+                if o is not t and first < end and begin < last and t.device == o.device and _overlap(o, t) and not (
                         isinstance(o, nn.Parameter) and isinstance(t, nn.Parameter) and memory(o) == memory(t)):
                     raise InputError(f"{what}: {other} and {name} share memory without being one parameter; tie them "
                                      "by making them the same object, or give one a clone")
             seen[name] = begin, end, t
+    for module in model.modules():
+        held = [value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")]
+        for leaf in tree_leaves(held):
+            for name, (*_, t) in seen.items():
+                if isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf is not t and _overlap(t, leaf):
+                    raise InputError(f"{what}: a {type(module).__name__} keeps a view of {name} (.data, .T, numpy), "
+                                     "which a copy does not follow; make it in the forward")
     for name, t in model.named_buffers():
         if t.layout != torch.strided or t.is_quantized or 0 in [n for n, side in zip(t.stride(), t.shape) if side > 1]:
             raise InputError(f"{what}: the buffer {name} is sparse, quantised or expanded; register a clone of it")
         if t.dtype == torch.complex32 or t.is_floating_point() and t.dtype.itemsize < 2:
             raise InputError(f"{what}: the buffer {name} is {t.dtype}, which is not packed; give it another type")
+
+
+def _overlap(tensor, other):
+    """Whether two tensors, or a tensor and an array, have an element of memory in common, as far as can be told."""
+    try:
+        return np.shares_memory(*(t.detach().numpy() if isinstance(t, torch.Tensor) else t for t in (tensor, other)),
+                                max_work=10**6)
+    except (RuntimeError, TypeError):  # not on a CPU, or of a type that numpy lacks
+        return isinstance(other, torch.Tensor) and tensor.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _check_modes(model, what):
@@ -228,13 +235,15 @@ def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> No
                                  "max-norm); make it a parametrization, or apply it after the training steps")
         trial = copy_network(model).requires_grad_()
         for mode in (True, False):
-            _check_gradients(trial, images[:batch_size] if mode else images, kernels, mode)
+            trial.train(mode)
+            missing = _check_gradients(trial, images[:batch_size] if mode else images, kernels)
+    if missing:
+        log.note(f"no gradient reaches {', '.join(missing[:8])} in eval mode: the sensitivity leaves them out")
 
 
-def _check_gradients(trial, images, kernels, mode):
-    """InputError where a training step in batches of this size fails, or, in eval mode, has no gradient at a kernel."""
+def _check_gradients(trial, images, kernels) -> list[str]:
+    """The kernels that no gradient reaches. InputError where that is all, or a training step of such a batch fails."""
     what, reached = type(trial).__name__, dict(trial.named_parameters())
-    trial.train(mode)
     try:
         with torch.enable_grad():
             logits = trial(images.clone())
@@ -246,9 +255,10 @@ def _check_gradients(trial, images, kernels, mode):
     if any(value is not None and value.layout != torch.strided for value in found.values()):
         raise InputError(f"{what} has sparse gradients, which AdamW does not take; give its embeddings sparse=False")
     missing = [name for name in kernels if found[name] is None]
-    if missing and (not mode or len(missing) == len(kernels)):  # in training, parts may be left out by chance
+    if len(missing) == len(kernels):
         raise InputError(f"no gradient reaches {missing[0]}: {what} runs it under torch.no_grad, detaches what it "
                          "gives, or uses torch.utils.checkpoint with use_reentrant=True (give it False)")
+    return missing
 
 
 def like(images) -> torch.Tensor:

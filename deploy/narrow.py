@@ -670,8 +670,9 @@ def multiply_adds(model: nn.Module, example) -> int:
     """Count the multiply-adds of one image through convolutions, linear and matrix products and attention.
 
     ``example``: images [n, …]. Raises InputError where the network fails on them."""
+    network = copy_network(model).requires_grad_(False)  # otherwise the counter stumbles over views of parameters
     with FlopCounterMode(display=False) as counter:
-        forward(model, example[:1].clone())
+        forward(network, example[:1].clone())
     return counter.get_total_flops() // 2
 
 

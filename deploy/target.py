@@ -50,9 +50,9 @@ def parse_goal(text: str) -> Goal | None:
         if size and unit and math.isfinite(value):
             value = int(Decimal(number) * UNITS[unit])
         if (not match or bool(size) != bool(unit) or name in values or not math.isfinite(value)
-                or (value <= 0 and not drop)):
+                or (value <= 0 and not drop) or (cr and value > 100)):
             raise InputError(f"goal={' '.join(text.split())}: '{part}' is unknown or comes twice; expected, with "
-                             "commas between, size:1.5MB (or kB, B; also size<=1.5MB), cr:8 (cr>=8), drop:1 (drop<=1)")
+                             "commas between, size:1.5MB (or kB, B; also size<=1.5MB), cr:8 (cr>=8, up to 100), drop:1")
         values[name] = value
     return Goal(values.get("size"), values.get("cr"), values.get("drop")) if values else None
 
@@ -79,8 +79,6 @@ def resolved(config: Config, params: int, model_bytes: int) -> Config:
         return config
     settings = {} if goal.max_drop is None else {"search.max_drop": goal.max_drop}
     targets = [] if goal.min_cr is None else [1 / goal.min_cr]
-    if goal.min_cr and goal.min_cr > 100:
-        raise InputError(f"goal={config.goal}: a CR of at most 100 can be asked for")
     if goal.max_bytes is not None:
         targets.append((goal.max_bytes - _rest_bytes(config, params, model_bytes)) / (4 * params))
     return override(config, settings | ({"search.target": min(max(min(targets), 0.01), 1.0)} if targets else {}))

@@ -205,7 +205,7 @@ class _Trace(TorchDispatchMode):
         kwargs, schema = kwargs or {}, func._schema
         if any(isinstance(t, nn.Parameter) and id(t) not in self.mine for t in _tensors((args, kwargs))):
             raise InputError("the forward uses a parameter that is none of the network's: of a module in a plain list "
-                             "(use nn.ModuleList), or reached through a closure, which a copy does not follow")
+                             "(use nn.ModuleList), made there, or behind a closure, which a copy does not follow")
         result = func(*args, **kwargs)
         name, read = schema.name.rpartition("::")[2], _tensors((args, kwargs))
         values = {a.name: value for a, value in zip(schema.arguments, args)} | kwargs

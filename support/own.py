@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from config import InputError
 
@@ -102,7 +103,7 @@ def copy_network(model: nn.Module) -> nn.Module:
     """Return a deep copy that shares nothing with ``model``, also of plain tensors that hang on a graph (the weight
     that an old-style weight_norm computed last), which deepcopy alone refuses. Parameters that are one in memory become
     one parameter."""
-    memo = {id(value): value.detach().clone() for module in model.modules() for value in vars(module).values()
+    memo = {id(value): value.detach().clone() for module in model.modules() for value in tree_leaves(vars(module))
             if isinstance(value, torch.Tensor) and value.grad_fn is not None}
     first = {}
     for parameter in model.parameters():

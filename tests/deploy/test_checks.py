@@ -179,10 +179,10 @@ def changed(change):
 @pytest.mark.parametrize("make, words", [
     (lambda: changed(lambda m: setattr(m.fc.weight, "data", m.l.weight.data[:3])), "l.weight share memory"),
     (lambda: changed(lambda m: setattr(m.l, "weight", nn.Parameter(torch.ones(8, 1).expand(8, 8)))), "is expanded"),
-    (lambda: len, "expected a torch"), (lambda: nn.Flatten(), "no parameters"),
-    (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().to("meta"), "meta"),
+    (lambda: changed(lambda m: setattr(m, "kept", [m.l.weight.data.T])), "keeps a view of l.weight"),
+    (lambda: len, "expected a torch"), (lambda: nn.Flatten(), "no parameters"), (lambda: linear().to("meta"), "meta"),
     (lambda: changed(lambda m: m.register_buffer("n", torch.ones(2, device="meta"))), "several devices"),
-    (lambda: linear().double(), "torch.float64"), (lambda: linear().bfloat16(), "torch.bfloat16"),
+    (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().double(), "torch.float64"),
     (lambda: torch.jit.trace(linear(), images()[0]), "torch.jit"), (lambda: linear(l=Merging(8, 8)), "in eval than in"),
     (lambda: net(lambda m, x: m.fc(m.a(x).mean((2, 3)).detach()).detach()), "no gradient reaches a"),
     (lambda: net(lambda m, x: m.fc(reentrant(m.a, x).mean((2, 3)))), "no gradient reaches a.weight: .*use_reentrant"),
