@@ -209,7 +209,7 @@ def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> No
     whose forward changes its own parameters, or where no gradient reaches one of the kernels of ``blocks`` from the
     logits of a training batch; train, test: its images, as data.Images. What the packed file cannot hold is noted."""
     device, what, trial = next(model.parameters()).device, type(model).__name__, copy_network(model)
-    images, others = (part.batch(torch.arange(min(2, len(part))), device)[0] for part in (train, test))
+    images, others = (part.batch(torch.arange(min(8, len(part))), device)[0] for part in (train, test))
     kernels = [names[0] for block in blocks for names in block.tensors.values()]
     outside = [f"{name}.{key}" if name else key for name, module in model.named_modules() for key in (
         *module._non_persistent_buffers_set, *(k for k, v in vars(module).items() if isinstance(v, torch.Tensor)))]
