@@ -368,8 +368,7 @@ def _plain(model, names, places, otherwise) -> Kernel:
     owner, weight = model.get_submodule(path), model.get_parameter(names[0])
     bias = ".".join(filter(None, (path, leaf.replace("weight", "bias"))))
     own = owner._parameters.get(leaf.replace("weight", "bias"))  # itself where no weight is in its name
-    reason = otherwise and (f"weight of a {type(owner).__name__}, used otherwise than by a two-dimensional convolution "
-                            "or a linear layer with its first dimension as the outputs")
+    reason = otherwise and f"weight of a {type(owner).__name__}, used otherwise than as that of conv2d or linear"
     return Kernel(names[0].removesuffix(".weight"), None if otherwise else ParameterKernel(owner, leaf), names,
                   weight.numel(), tuple(weight.shape), places,
                   () if own is None or own.shape != weight.shape[:1] else (bias,), reason or "")

@@ -226,11 +226,12 @@ def check_directory(path: Path, config: Config) -> Path:
     if not old.exists():
         return path
     try:
-        before = read_settings(read_json(old)[0]["settings"])[0]
+        held = read_json(old)[0]
+        before = identity(read_settings(held["settings"])[0]) | {k: held[k] for k in ("model file",) if k in held}
     except Exception as error:
         raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away or "
                          "choose another --out or --name") from None
-    if differing := _differing(identity(before), identity(config)):
+    if differing := _differing(before, identity(config)):
         raise InputError(f"{path} holds a run with other settings: {differing}; give the variant a --name or choose "
                          "another --out")
     return path
@@ -305,11 +306,11 @@ def open_directory(path: Path, config: Config, run, resume: bool) -> None:
         return
     asked, now = flatten(config), flatten(run.config)
     write_json(path / "config.json", {"settings": asked, "resolved": {k: v for k, v in now.items() if v != asked[k]},
-                                      **provenance(run.device, run.ranks.size)})
+                                      **provenance(run.device, run.ranks.size),
+                                      "model file": identity(config)["model file"]})
 
 
 # The machine
-
 
 VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "numpy": np.__version__}
 

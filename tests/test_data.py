@@ -33,7 +33,6 @@ def random_images(n=20, side=8, size=None, stats=UNIT, augment=()):
 
 # Pieces of the augmentation
 
-
 def test_crop_cuts_the_window_that_the_corner_names():
     nine = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).expand(3, 3, 3, 3)
     got = data.crop(nine, torch.tensor([0, 2, 1]), torch.tensor([0, 1, 1]), padding=1)
@@ -63,7 +62,6 @@ def test_resize_by_hand():
 
 
 # Batches of images in memory
-
 
 def test_flips_mirror_half_of_the_images_left_to_right():
     six = torch.arange(1, 7, dtype=torch.uint8).view(1, 1, 2, 3).expand(3, 3, 2, 3)
@@ -130,7 +128,6 @@ def test_without_a_generator_stored_order_unaugmented_normalised_and_limited():
 
 # Streams from disk, normalisation by settings
 
-
 def make_tree(base, per_class=10):
     """{train,val}/{ant,bee,cat}/*.png of noise, all different."""
     rng = np.random.default_rng(0)
@@ -188,7 +185,6 @@ def test_pretrained_normalisation_takes_the_networks_statistics(tmp_path, name):
 
 
 # A user's own images
-
 
 class Squares(Dataset):
     """Item i: a 1 x 4 x 4 image of i, NaN where ``spoilt``, label 10 + i; noise is drawn from torch's generator."""
@@ -277,7 +273,6 @@ def test_what_cannot_be_read_in_full_is_refused(source, word):
 
 # Images that are not finite
 
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])          # the last is infinite as float32
 @pytest.mark.parametrize("kind", ["tensors", "part", "TensorDataset"])
 def test_images_in_memory_that_are_not_finite_are_named(kind, value):
@@ -301,7 +296,6 @@ def test_images_that_are_read_when_used_are_checked_then(workers):
 
 
 # Synthetic images, held-out images
-
 
 def test_synthetic_is_deterministic_balanced_and_different_in_its_test_split():
     first, again, other = (data.synthetic(10, 100, 50, 16, seed) for seed in (1, 1, 2))

@@ -165,9 +165,12 @@ def test_a_model_file_that_changed_is_another_run(tmp_path):
     file = tmp_path / "net.py"
     config = hirelc.Config(model=hirelc.Config().model.__class__(source=f"{file}:make"))
     file.write_text("one")
-    before = runs.identity(config)
+    held = {"settings": runs.flatten(config), "model file": runs.identity(config)["model file"]}
+    (tmp_path / "config.json").write_text(json.dumps(held))
+    runs.check_directory(tmp_path, config)
     file.write_text("two")
-    assert {key for key, value in runs.identity(config).items() if before[key] != value} == {"model file"}
+    with pytest.raises(InputError, match="other settings: model file [^;]*; give"):
+        runs.check_directory(tmp_path, config)
 
 
 def test_a_folder_whose_settings_cannot_be_read_is_refused(tmp_path):
