@@ -63,9 +63,11 @@ def lines(title: str, rows, x: str, y: str, labels: tuple[str, str]) -> str:
         for where in (path, f"6,{below - 4} 32,{below - 4}"):  # in the plot and in the legend
             parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dash}" '
                          f'points="{where}"/>')
-        for row in points if len(points) <= MOST_POINTS else ():
-            parts.append(f'<circle cx="{px(row[x]):.2f}" cy="{py(row[y]):.2f}" r="3" fill="{colour}">'
-                         f'<title>{escape(name)}: {row[x]}, {row[y]}</title></circle>')
+        fill = colour if k < len(COLOURS) else "#fff"  # beyond that many series they are hollow
+        marks = [(px(row[x]), py(row[y]), f"{name}: {row[x]}, {row[y]}") for row in points]
+        for cx, cy, about in [*marks, (19, below - 4, name)] if len(points) <= MOST_POINTS else ():
+            parts.append(f'<circle cx="{cx:.2f}" cy="{cy:.2f}" r="3" fill="{fill}" stroke="{colour}">'
+                         f'<title>{escape(about)}</title></circle>')
         parts.append(_text(38, below, _short(name, 50)))
         below += 16
     return _svg(title, below, parts)

@@ -151,8 +151,12 @@ def figure(args, cells: list[dict], network: str = "resnet20") -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    drawn = lines(f"{network}, CIFAR-10: accuracy of the packed file against its size",
-                  [row for row in rows if row["network"] == network], "times smaller", "accuracy",
+    of, axes = {}, ("times smaller", "accuracy")
+    for row in (row for row in rows if row["network"] == network):
+        of.setdefault((row["series"], round(row["times smaller"])), []).append(row)
+    means = [own[0] | {key: round(float(np.mean([row[key] for row in own])), 2) for key in axes}
+             for own in of.values()]  # over the seeds
+    drawn = lines(f"{network}, CIFAR-10: accuracy of the packed file against its size", means, *axes,
                   ("FP32 file / packed file", "accuracy of the packed file, %"))
     for name, style in (('class="grid"', 'stroke="#ddd"'), ('class="axis"', 'stroke="#000"'),  # a page of its own
                         ("<svg ", '<svg style="background:#fff" font-family="sans-serif" font-size="12" ')):
