@@ -177,8 +177,10 @@ def merged(m, x):
                    b=nn.Linear(8, 8)),
     lambda: Layers(lambda m, x: torch.cat([part.relu() for part in m.b(x).chunk(2, 1)], 1).mean((2, 3)),
                    b=nn.Conv2d(8, 8, 3)),
-    lambda: Layers(merged, b=nn.Conv2d(8, 8, 3)),
-])
+    lambda: Layers(lambda m, x: F.conv2d(x.flatten(0, 1)[None], (m.g(x.mean((2, 3))) @ m.k.weight).view(-1, 8, 1, 1),
+                                         groups=x.shape[0]).unflatten(1, (-1, 8))[0].mean((2, 3)),
+                   g=nn.Linear(8, 4), k=nn.Embedding(4, 64)),  # a kernel per image
+    lambda: Layers(merged, b=nn.Conv2d(8, 8, 3))])
 def test_what_is_not_followed_has_its_channels_in_place(model):
     torch.manual_seed(0)
     model = randomised(model())
