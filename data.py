@@ -232,7 +232,7 @@ def _load_files(settings, progress):
 def as_images(source, what="the images"):
     """Return what a user has as an object with ``len()``, ``batch`` and ``batches`` as :class:`Images` has them.
 
-    Such an object comes back as it is; (x, y) with y int64 [N]: x float [N, C, H, W] is taken as normalised, x uint8
+    Such an object comes back as it is; (x, y) with y integer [N]: x float [N, C, H, W] is taken as normalised, x uint8
     [N, C, h, h] only divided by 255, neither is augmented; a map-style Dataset of (float tensor [C, H, W], int) or a
     DataLoader over one: :func:`support.images.adapt`. ``what``: name of the set in messages. Raises InputError."""
     images = _as_images(source, what)

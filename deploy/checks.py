@@ -206,7 +206,7 @@ def _check_modes(model, what):
 
 def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> None:
     """Raise InputError for a network that does not take the test images, that gives other logits the next time or NaN,
-    whose forward changes its own parameters, or where no gradient reaches one of the kernels of ``blocks`` from the
+    whose forward changes its own parameters, or where no gradient reaches any of the kernels of ``blocks`` from the
     logits of a training batch; train, test: its images, as data.Images. What the packed file cannot hold is noted."""
     device, what, trial = next(model.parameters()).device, type(model).__name__, copy_network(model)
     images, others = (part.batch(torch.arange(min(8, len(part))), device)[0] for part in (train, test))

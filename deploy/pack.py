@@ -317,8 +317,8 @@ def load(file, model: nn.Module | None = None) -> nn.Module:
     """Return the network of a packed file (a path, or its bytes), in eval mode and in the memory format that it ran in.
 
     Without ``model`` one of this project's is rebuilt, on the CPU, without drawing random numbers; of a network of
-    one's own, given as ``model``, everything is filled, in place, or nothing. Raises InputError as :func:`read`, and
-    naming all that is missing, unexpected, or of another shape or type.
+    one's own, given as ``model``, everything is filled, in place. Raises InputError as :func:`read`; before anything is
+    filled, naming all that is missing, unexpected, or of another shape or type; and for memory that does not keep it.
     """
     packed, built = read(file), model is None
     network = packed.network
