@@ -27,28 +27,18 @@ from config import EXPERIMENTS, Config, override
 from deploy import pack
 from evidence import networks
 from evidence.figures import lines
+from evidence.networks import NETWORKS
 from evidence.stats import crossed_interval
-from support.files import write_json, write_text
+from hirelc import STORED, Run
+from support import cli
+from support.files import replace_file, write_json, write_text
+from support.log import Log
+from support.networks import make, switches
+from support.ranks import Ranks
+from support.runs import Phases, identity
 from train import correct
 
 ROOT = Path(__file__).resolve().parent.parent
-CIFAR = "data.name=cifar10 data.image_size=32 data.normalize=imagenet data.batch_size=128"
-# name → flags; weights; images; training to theta_0, on them, where the weights are of other classes; repair
-NETWORKS = {
-    "resnet20": ("--model evidence/networks.py:resnet20", "resnet20-cifar10.pth", CIFAR, "",
-                 "data.train_images=20000 finetune.epochs=3 finetune.lr=1e-3"),
-    "resnet56": ("--model evidence/networks.py:resnet56", "resnet56-cifar10.pth", CIFAR, "",
-                 "data.train_images=20000 finetune.epochs=2 finetune.lr=1e-3"),
-    "mobilenetv2": ("--exp 5", "mobilenetv2_100.pth", "data.image_size=128 data.normalize=pretrained",
-                    "baseline.epochs=2 baseline.lr=5e-4 baseline.patience=5",
-                    "data.train_images=20000 finetune.epochs=1 finetune.lr=5e-4"),
-    "resnet18": ("--exp 4", "resnet18.pth", "data.image_size=128 data.normalize=pretrained",
-                 "baseline.epochs=1 baseline.lr=1e-4",
-                 "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4"),
-    "deit_tiny": ("--exp 1", "deit_tiny.pth",
-                  "model.name=deit_tiny_patch16_224 data.image_size=112 data.normalize=pretrained",
-                  "baseline.epochs=1 baseline.lr=1e-4",
-                  "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4")}
 RUN = "threads=1 precision=bfloat16 search.cycles=1 surrogate.warmup=0 search.proxy_batches=1"
 CELL = (f"{RUN} preset=plus search.estimate=table baseline.epochs=0 finetune.keep=last eval.protocol=holdout "
         "eval.full=false")
@@ -79,14 +69,30 @@ def folder(args, network: str, name: str, seed: int) -> Path:
 
 
 def base(args, network: str) -> Path | None:
-    """Return the weights that all cells begin with, trained where they are missing; None where that failed."""
+    """Return the weights that all cells begin with, trained where they are missing; None where that was stopped.
+
+    Of the epochs the one is kept that is the best on held-out training images.
+    """
     flags, weights, images, training, _ = NETWORKS[network]
-    weights, name = Path(args.weights_dir) / weights, f"{network}-base"
-    if not training:
-        return weights
-    path = folder(args, network, name, 42) / "baseline.pt"
-    settings = f"{RUN} {images} {training} model.weights={weights} search=null finetune.epochs=1 eval.full=false"
-    return None if not path.exists() and run(args, flags, name, 42, settings) else path
+    weights, path = Path(args.weights_dir) / weights, Path(args.out) / f"{network}-base" / "baseline.pt"
+    if not training or path.exists():
+        return path if training else weights
+    _, (config,) = cli.arguments(f"{flags} --seed 42 --set {RUN} {images} {training} model.weights={weights} "
+                                 f"data.dir={args.data_dir} eval.protocol=holdout".split())
+    torch.manual_seed(config.seed)
+    log, splits = Log(), data.load(config.data, pretrained_stats=models.PRETRAINED_STATS[config.model.name])
+    phases = Phases(path.parent / "state", identity(config), STORED, log=log)
+    try:
+        with switches(config):
+            model, survey = make(config, splits, torch.device("cpu"), Ranks(), log, None)
+            phases.begin(phases.exists)
+            run = Run(model, survey, splits.train, splits.test, config, log, phases=phases)
+            phases.once("baseline", run.train_baseline, network=model)
+            log.info(f"{network}: {100 * correct(model, splits.test).float().mean():.2f} on all test images")
+    except KeyboardInterrupt:
+        return None
+    replace_file(path, lambda file: torch.save(model.state_dict(), file))
+    return path
 
 
 def keep(args, network: str, times: int, method: str, seed: int) -> None:

@@ -1,4 +1,5 @@
-"""The residual networks for CIFAR-10 of He et al. (2016), whose published weights are the base of docs/RESULTS.md.
+"""The published networks that are the base of docs/RESULTS.md: how runs use them, and those of He et al. (2016) for
+CIFAR-10.
 
     python hirelc.py --model evidence/networks.py:resnet20 --weights resnet20-cifar10.pth …
 """
@@ -6,6 +7,24 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+CIFAR = "data.name=cifar10 data.image_size=32 data.normalize=imagenet data.batch_size=128"
+# name → flags; weights; images; training to theta_0, on them, where the weights are of other classes; repair
+NETWORKS = {
+    "resnet20": ("--model evidence/networks.py:resnet20", "resnet20-cifar10.pth", CIFAR, "",
+                 "data.train_images=20000 finetune.epochs=3 finetune.lr=1e-3"),
+    "resnet56": ("--model evidence/networks.py:resnet56", "resnet56-cifar10.pth", CIFAR, "",
+                 "data.train_images=20000 finetune.epochs=2 finetune.lr=1e-3"),
+    "mobilenetv2": ("--exp 5", "mobilenetv2_100.pth", "data.image_size=128 data.normalize=pretrained",
+                    "baseline.epochs=5 baseline.lr=5e-4",
+                    "data.train_images=20000 finetune.epochs=1 finetune.lr=5e-4"),
+    "resnet18": ("--exp 4", "resnet18.pth", "data.image_size=128 data.normalize=pretrained",
+                 "baseline.epochs=3 baseline.lr=1e-4",
+                 "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4"),
+    "deit_tiny": ("--exp 1", "deit_tiny.pth",
+                  "model.name=deit_tiny_patch16_224 data.image_size=112 data.normalize=pretrained",
+                  "baseline.epochs=3 baseline.lr=1e-4",
+                  "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4")}
 
 
 class Block(nn.Module):

@@ -31,7 +31,7 @@ from compress import BlockConfig, LayerBudget, compress_kernel, kernel_shapes, m
 from config import Compress, Config
 from deploy.allocate import retained_weights
 from estimate import DropEstimator, Proxy, Surrogate, proxy_drop
-from evidence import grid, networks
+from evidence import networks
 from evidence.baselines import Problem, Space
 from evidence.table import Table, compare, measure
 from search import HLAEnsemble, LLAEnsemble, LLAEnv, decode_lla, lla_nvec, random_config
@@ -129,7 +129,7 @@ def training_section(args) -> None:
 
 def published(args, name: str):
     """Return a network of evidence.grid with its published weights, and its training images."""
-    flags, weights, images, *_ = grid.NETWORKS[name]
+    flags, weights, images, *_ = networks.NETWORKS[name]
     config = resolve([*flags.split(), "--data-dir", args.data_dir, "--set", *images.split()])[1][0]
     splits = data.load(config.data, pretrained_stats=models.PRETRAINED_STATS[config.model.name])
     model = getattr(networks, name)() if hasattr(networks, name) else models.build(
@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--images", type=int, default=8, help="calibration images")
     parser.add_argument("--side", type=int, default=224, help="side of these images in pixels")
-    parser.add_argument("--networks", nargs="+", default=["resnet20"], choices=grid.NETWORKS, help="of the table")
+    parser.add_argument("--networks", nargs="+", default=["resnet20"], choices=networks.NETWORKS, help="of the table")
     parser.add_argument("--data-dir", default="data", help="folder of the data sets")
     parser.add_argument("--weights-dir", default="weights", help="folder of the published weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
