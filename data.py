@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from config import Data, InputError
 from support import images as sources
-from support.images import ImageSet, Part
+from support.images import ImageSet
 
 CIFAR_STATS = {"cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
                "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
@@ -263,6 +263,22 @@ def check_finite(images, what):
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         for index in torch.arange(len(x)).split(64):
             sources.finite(x[index[0]:index[-1] + 1], index, what)
+
+
+class Part(ImageSet):
+    """The images of ``whole`` at ``index`` (int64 [n]), for sets of any kind."""
+
+    def __init__(self, whole, index):
+        self.whole, self.index = whole, index
+        for name in {"mean", "std", "labels"} & set(dir(whole)):
+            setattr(self, name, whole.labels[index] if name == "labels" else getattr(whole, name))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batch(self, index, device="cpu", generator=None):
+        """Return images and labels at ``index``, as the whole set gives them."""
+        return self.whole.batch(self.index[torch.as_tensor(index, dtype=torch.int64)], device, generator)
 
 
 def hold_out(train):

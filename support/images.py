@@ -211,22 +211,6 @@ class ImageSet:
             yield self.batch(index, device, generator)
 
 
-class Part(ImageSet):
-    """The images of ``whole`` at ``index`` (int64 [n]), for sets of any kind."""
-
-    def __init__(self, whole, index):
-        self.whole, self.index = whole, index
-        for name in {"mean", "std", "labels"} & set(dir(whole)):
-            setattr(self, name, whole.labels[index] if name == "labels" else getattr(whole, name))
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def batch(self, index, device="cpu", generator=None):
-        """Return images and labels at ``index``, as the whole set gives them."""
-        return self.whole.batch(self.index[torch.as_tensor(index, dtype=torch.int64)], device, generator)
-
-
 class Loaded(ImageSet):
     """A map-style ``dataset`` of (image float tensor, label int), read by ``workers`` processes (0 = this one). Raises
     InputError that names the set, ``what``, for the first item at once and for batches that are none or not finite."""

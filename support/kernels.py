@@ -54,11 +54,6 @@ class Block:
     places: dict[str, tuple[str, ...]] = field(default_factory=dict)  # kernel → of these one per module that holds it
     whole: tuple[str, ...] = ()  # kernels that keep all their output channels, since those are the classes
 
-    @property
-    def weight_names(self) -> dict[str, str]:
-        """Map each kernel to the name of its weight among ``named_parameters()``."""
-        return {kernel: names[0] for kernel, names in self.tensors.items()}
-
     def replaced(self, weights) -> dict[str, torch.Tensor]:
         """Map names for :func:`swapped` to ``weights``, one per kernel."""
         return {place: weight for places, weight in zip(self.places.values(), weights) for place in places}

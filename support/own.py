@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import importlib.util
 import inspect
+import os
 import sys
 from contextlib import contextmanager, nullcontext
 from importlib.machinery import PathFinder
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from config import InputError
 
 PROJECT = Path(__file__).resolve().parents[1]
+_usual_import, _folders = builtins.__import__, {}  # folder of a user's code → what exchanges the modules for it
 
 
 @contextmanager
@@ -161,21 +164,39 @@ def _imports_of(folder):
     """Import as a Python that starts in ``folder``, without this project's folder.
 
     A loaded module for whose name another file would be found (``models``, where the folder has one too) is taken out
-    of sys.modules for that time; afterwards it is back, and the other one out.
+    of sys.modules for that time; afterwards it is back, and the other one out. An import statement in the folder's code
+    that is reached later, as in a forward, does the same again.
     """
-    path, loaded = list(sys.path), dict(sys.modules)
-    sys.path[:] = [str(folder), *(p for p in path if Path(p).resolve() not in (folder, PROJECT))]
+    here = [str(folder), *(p for p in sys.path if Path(p).resolve() not in (folder, PROJECT))]
     importlib.invalidate_caches()
-    clash = {name for name, module in loaded.items() if "." not in name and name not in sys.stdlib_module_names
-             and len({_places(getattr(module, "__spec__", None)), _places(PathFinder.find_spec(name)), ()}) > 2}
-    hidden = {name: sys.modules.pop(name) for name in loaded if name.partition(".")[0] in clash}
-    try:
+    clash = {name for name, module in [*sys.modules.items()] if "." not in name and name not in sys.stdlib_module_names
+             and len({_places(getattr(module, "__spec__", None)), _places(PathFinder.find_spec(name, here)), ()}) > 2}
+    theirs = {}
+
+    @contextmanager
+    def exchanged():
+        path, known = [*sys.path], lambda: [name for name in sys.modules if name.partition(".")[0] in clash]
+        hidden = {name: sys.modules.pop(name) for name in known()}
+        sys.path[:] = here
+        sys.modules.update(theirs)
+        try:
+            yield
+        finally:
+            theirs.update((name, sys.modules.pop(name)) for name in known())
+            sys.modules.update(hidden)
+            sys.path[:] = path + [p for p in sys.path if p not in (*path, str(folder))]
+
+    with exchanged():
         yield
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] in clash]:
-            del sys.modules[name]
-        sys.modules.update(hidden)
-        sys.path[:] = path + [p for p in sys.path if p not in (*path, str(folder))]
+    _folders[f"{folder}{os.sep}"], builtins.__import__ = exchanged, _import
+
+
+def _import(name, globals=None, *more, **named):
+    """``import`` for everyone; for code in a user's folder, what that folder has."""
+    place = str((globals or {}).get("__file__"))
+    own = [exchanged for folder, exchanged in _folders.items() if place.startswith(folder)]
+    with own[0]() if own and "site-packages" not in place else nullcontext():
+        return _usual_import(name, globals, *more, **named)
 
 
 def _places(spec):

@@ -53,7 +53,7 @@ def test_kernels_come_in_forward_order_and_in_groups_of_four():
     assert [list(b.kernels) for b in blocks] == [["e", "d", "c", "b"], ["a"]]
     assert [b.name for b in blocks] == ["group0", "group1"]
     assert blocks[0].parameters == tuple(f"{n}.{leaf}" for n in "edcb" for leaf in ("weight", "bias"))
-    assert blocks[1].kernels["a"] is model.a and blocks[1].weight_names == {"a": "a.weight"}
+    assert blocks[1].kernels["a"] is model.a and blocks[1].tensors == {"a": ("a.weight",)}
     assert [list(b.kernels) for b in find_blocks(model)] == [["a", "b", "c", "d"], ["e"]]  # without a forward
 
 
@@ -179,8 +179,8 @@ def test_attention_weights_that_are_parameters_of_their_own(training):
     block, = found.blocks
     assert isinstance(block.kernels["attn.in_proj_weight"], ParameterKernel)
     assert block.kernels["attn.in_proj_weight"].weight is model.attn.in_proj_weight
-    assert block.weight_names == {"patch": "patch.weight", "attn.in_proj_weight": "attn.in_proj_weight",
-                                  "attn.out_proj": "attn.out_proj.weight"}
+    assert block.tensors == {"patch": ("patch.weight",), "attn.in_proj_weight": ("attn.in_proj_weight",),
+                             "attn.out_proj": ("attn.out_proj.weight",)}
     assert block.parameters == ("patch.weight", "patch.bias", "attn.in_proj_weight", "attn.in_proj_bias",
                                 "attn.out_proj.weight", "attn.out_proj.bias")
     assert found.coverage == 1.0 and model.training == training
@@ -237,7 +237,6 @@ def test_a_shared_module_is_one_kernel_with_all_its_names():
     assert sum(k.params for k in found.compressed) == 108 + 144 + 144
     block, = found.blocks
     assert block.state_names == ("a.weight", "first.weight", "again.weight", "b.weight")
-    assert block.weight_names["first"] == "first.weight"
     assert block.parameters.count("first.weight") == 1 and "again.weight" not in block.parameters
     assert kernels(model, exclude=["again"])[0] == ["a", "b"]
 

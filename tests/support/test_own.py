@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-import config
 import hirelc
 import models
 from config import InputError
@@ -90,7 +89,8 @@ def make(num_classes):
 def late():
     import data
 """,
-    "models.py": "import config\nfrom torch import nn\nclass MobileNetV2(nn.Linear): pass\n",
+    "models.py": "import config\nfrom torch import nn\nclass MobileNetV2(nn.Linear):\n  def forward(self, x):\n"
+                 "    import config, helper\n    return super().forward(x) + helper.MORE + config.WIDTH\n",
     "config.py": "WIDTH = {width}\n", "helper.py": "MORE = {width}\n", "support/extra.py": "BIAS = {width} == 4\n",
     "data.py": "raise OSError('imported by the function only')\n"}
 
@@ -105,13 +105,13 @@ def test_a_files_imports_are_its_neighbours_and_ours_stay_ours(tmp_path, monkeyp
     one, two = own_network(f"{first}/net.py:make", 5), own_network(f"{second}/net.py:make", 5)
     assert one.weight.shape == (5, 6) and two.weight.shape == (5, 8)
     assert one.bias is None and two.bias is not None
+    assert one(torch.zeros(1, 6)).eq(3 + 3).all() and torch.equal(two(torch.zeros(1, 8))[0], two.bias + (4 + 4))
     with pytest.raises(InputError, match="OSError: imported by the function only"):
         own_network(f"{first}/net.py:late", 5)
     for folder, width in ((second, 4), (first, 3)):
         monkeypatch.chdir(folder)
         assert own_network("net:make", 5).weight.shape == (5, 2 * width)
     assert sys.path == path and all(sys.modules[name] is module for name, module in loaded.items())
-    assert sys.modules["models"] is models and sys.modules["config"] is config
 
 
 def check_figures(given, compressed, policy, result, classifiers):
