@@ -296,7 +296,7 @@ def _replace(config, key, value):
 
 def _typed(key, item, value):
     """``value`` (text or already typed) as the field's type, checked against its choices or range."""
-    if typing.get_origin(wanted := typing.get_type_hints(_OWNER[key])[item.name]) is not tuple:
+    if typing.get_origin(wanted := typing.get_type_hints(_OWNER[key], globals())[item.name]) is not tuple:
         return _scalar(key, wanted, value, item.metadata)
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not parts:

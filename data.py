@@ -241,7 +241,7 @@ def as_images(source, what="the images"):
 
 
 def _as_images(source, what):
-    if all(hasattr(source, name) for name in ("batch", "batches", "__len__")):
+    if all(callable(getattr(source, name, None)) for name in ("batch", "batches", "__len__")):
         return source
     if not isinstance(source, (tuple, list)) or [isinstance(part, torch.Tensor) for part in source] != [True, True]:
         return sources.adapt(source, what)

@@ -32,11 +32,11 @@ from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
 from deploy.checks import check_given, check_settings, check_use, check_writable, fingerprint, generators, protected
 from deploy.cycle import Best, Cycle, measure
-from deploy.given import GivenBlock, GivenBudgets, fitted
 from deploy.qat import Distillation, GridTraining
 from deploy.target import Demands, check_sizes, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
 from evidence import baselines, plan, sensitivities, summary
+from evidence.given import GivenBlock, GivenBudgets, fitted
 from evidence.null import NullHLA, NullLLA
 from evidence.report import results_table
 from evidence.table import Entries, tabulated
@@ -161,6 +161,7 @@ class Run:
         check_sizes(self.config, self.shapes, model_bytes(model))
         if config.model.source:
             check_use(model, self.train_set, test, self.blocks, self.config.data.batch_size, log)
+            self.phases.identity |= fingerprint(model, (train, test), ())  # also of what its file imports
 
     @property
     def eval_images(self) -> int:
@@ -489,8 +490,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
             runs.open_directory(path, config, run, resume)
         phases.begin(resume)
     out = algorithm_1(run)
-    result = summary.summarise(run, out) | {
-        "policy_source": policy and policy.source, "skipped_images": splits.skipped}
+    result = summary.summarise(run, out) | {"policy_source": policy and policy.source, "skipped_images": splits.skipped}
     if ranks.first:
         summary.finish(path, run, out, result, runs.write)
     return result

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import InputError
-from support.kernels import (CLASSIFIER, ELSEWHERE, INDIRECT, LAST, PATCHES, SHORTCUT, UNREACHED, Block, Kernel, Survey,
+from support.kernels import (CLASSIFIER, ELSEWHERE, INDIRECT, LAST, PATCHES, SHORTCUT, UNREACHED, Block, Kernel,
                              registered_kernels, traced_kernels)
 from support.weights import (PRETRAINED, PRETRAINED_STATS, classifier_name, load_pretrained,  # noqa: F401 (for callers)
                              set_quick_gelu, weights_path)
@@ -363,6 +363,21 @@ def build(name: str, num_classes: int, image_size: int = 224, width: float = 1.0
 GROUP = 4  # kernels of a block where the network does not say what its blocks are
 OUT_OF_SCOPE = (CLASSIFIER, SHORTCUT, PATCHES, LAST)  # reasons that hold for compress.scope=paper only
 LEFT_OUT = {"patch_embed.proj": PATCHES, ".downsample.": SHORTCUT, "conv_head": LAST}  # by a part of the name
+
+
+@dataclass
+class Survey:
+    """The blocks of a network and everything that is not in one. ``excluded`` has its reasons set."""
+    blocks: list[Block]
+    compressed: list[Kernel]
+    excluded: list[Kernel]
+
+    @property
+    def coverage(self) -> float:
+        """Return the compressed share of the parameters of all kernels but the classifier, in [0, 1]."""
+        done, excluded = (sum(k.params for k in kernels if not k.classifier)
+                          for kernels in (self.compressed, self.excluded))
+        return done / max(done + excluded, 1)
 
 
 def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str = "paper") -> Survey:

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from compress import set_state
 from config import InputError
 from support.own import copy_network, forward, memory, said
 
@@ -71,8 +72,8 @@ def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
     with contextlib.suppress(InputError):  # of images that it does not take
         noise = torch.randn(2, *x.shape[1:], generator=torch.Generator().manual_seed(SEED))
         if next(network.parameters()).device.type == "cpu":
-            digest.update(bits(forward(network, noise)).numpy().tobytes())
-    return {"given": digest.hexdigest()}
+            digest.update(f"{forward(network, noise).double().norm():.3g}".encode())  # on another machine too
+    return {"network and images": digest.hexdigest()}
 
 
 def bits(tensor) -> torch.Tensor:
@@ -120,6 +121,10 @@ def check_given(model) -> None:
         raise InputError(f"{what} is prepared for quantisation by torch.ao; give the network as it was before")
     if any(is_lazy(t) for t in (*model.parameters(), *model.buffers())):
         raise InputError(f"{what} holds parameters without a shape yet (lazy modules); call it on a batch once before")
+    every, named = (dict(found).values() for found in (nn.Module.named_parameters(model), model.named_parameters()))
+    if not {*map(id, every)} == {*map(id, named)} == {*map(id, model.parameters())}:
+        raise InputError(f"{what} has a parameters() or named_parameters() of its own that leaves some out; give it "
+                         "without")
     _check_tensors(model, what)
     held = {id(t) for t in model.state_dict(keep_vars=True).values()}
     for name, p in model.named_parameters():
@@ -168,7 +173,8 @@ def _check_tensors(model, what):
             for name, (*_, t) in seen.items():
                 if isinstance(leaf, (torch.Tensor, np.ndarray)) and leaf is not t and _overlap(t, leaf):
                     raise InputError(f"{what}: a {type(module).__name__} keeps a view of {name} (.data, .T, numpy), "
-                                     "which a copy does not follow; make it in the forward")
+                                     "which a copy does not follow; make it in the forward, or where it is made there, "
+                                     "call the network on a batch once before")
     for name, t in model.named_buffers():
         if t.layout != torch.strided or t.is_quantized or 0 in [n for n, side in zip(t.stride(), t.shape) if side > 1]:
             raise InputError(f"{what}: the buffer {name} is sparse, quantised or expanded; register a clone of it")
@@ -237,6 +243,14 @@ def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> No
         for mode in (True, False):
             trial.train(mode)
             missing = _check_gradients(trial, images[:batch_size] if mode else images, kernels)
+        with torch.no_grad():  # what it keeps of the forwards before, and of weights that it no longer has
+            for p in trial.parameters():
+                p.mul_(1.1)
+        fresh = copy_network(model)
+        set_state(fresh, trial.state_dict())
+        if found := difference(fresh, trial, images):
+            raise InputError(f"{what} keeps something outside its state dict (a cache of its weights, a counter): with "
+                             f"other weights it gives other logits than a fresh one that is given these ({found})")
     if missing:
         log.note(f"no gradient reaches {', '.join(missing[:8])} in eval mode: the sensitivity leaves them out")
 

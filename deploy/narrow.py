@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
+import logging
 import operator
 import os
 from dataclasses import dataclass, field
@@ -67,8 +69,10 @@ class Value:
 
 def _program(model, images, functional=False):
     """The forward of a network as torch.export sees it, for batches of any size; without side effects if asked."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch writes pages before it raises
     try:
-        with torch.no_grad(), visible_attention():
+        with torch.no_grad(), visible_attention(), contextlib.redirect_stderr(io.StringIO()):
             shapes = torch.export.ShapesCollection()
             shapes[images] = {0: torch.export.Dim.DYNAMIC}  # wherever forward takes them, *args too
             try:
@@ -83,6 +87,8 @@ def _program(model, images, functional=False):
         why = said(error)
         size = " for batches of any size" if "Constraints violated" in why or "specialized" in why else ""
         raise InputError(f"{type(model).__name__} cannot be exported{size}: {why}") from error
+    finally:
+        logging.disable(disabled)
 
 
 def _graph(program) -> fx.GraphModule:

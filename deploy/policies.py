@@ -11,7 +11,7 @@ from itertools import zip_longest
 from compress import (FULL_BITS, STRATEGIES, BlockConfig, KernelConfig, LayerBudget, NetworkConfig, channels_kept,
                       kernel_retained, kernel_shapes)
 from config import Config, InputError, override
-from support.files import member, one_line, parse_json, quoted, read_json, shown
+from support.files import one_line, parse_json, read_json, shown
 
 MAX_BYTES = 4 << 20  # of a policy.json; one of 120 kernels has about 40,000
 GIVE = "give the policy.json of a run"
@@ -149,3 +149,18 @@ def _budget(block, place) -> LayerBudget:
     if member(entry, "strategy", str, place) not in STRATEGIES:
         raise InputError(f"{place}: strategy={quoted(entry['strategy'])}, expected one of {', '.join(STRATEGIES)}")
     return LayerBudget(**{key: entry[key] for key in (*BOUNDS, "strategy")})
+
+
+def member(owner, key, kinds, place):
+    """Return ``owner[key]`` of a parsed file, which must be of the type or types ``kinds``; a bool is no number. Raises
+    InputError that names the ``place``."""
+    value = owner.get(key)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        what = {int: "a whole number", (int, float): "a number", str: "text", list: "a list", dict: "an object"}[kinds]
+        raise InputError(f"{place}: {key}{'=' + quoted(value) if key in owner else ' is missing'}, expected {what}")
+    return value
+
+
+def quoted(value) -> str:
+    """Return a value from a file in a form fit for a one-line message: text in quotes, a list by its length."""
+    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (list, dict)) else shown(repr(value))

@@ -23,7 +23,7 @@ import torch
 
 import data
 import models
-from config import EXPERIMENTS, Config, override
+from config import Config, override
 from deploy import pack
 from evidence import networks
 from evidence.figures import lines

@@ -4,7 +4,6 @@ CIFAR-10.
     python hirelc.py --model evidence/networks.py:resnet20 --weights resnet20-cifar10.pth …
 """
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 

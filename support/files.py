@@ -48,25 +48,10 @@ def parse_json(raw: bytes):
         raise ValueError("lists or objects nested too deep") from None
 
 
-def member(owner, key, kinds, place):
-    """Return ``owner[key]`` of a parsed file, which must be of the type or types ``kinds``; a bool is no number. Raises
-    InputError that names the ``place``."""
-    value = owner.get(key)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        what = {int: "a whole number", (int, float): "a number", str: "text", list: "a list", dict: "an object"}[kinds]
-        raise InputError(f"{place}: {key}{'=' + quoted(value) if key in owner else ' is missing'}, expected {what}")
-    return value
-
-
 def shown(name) -> str:
     """Return a name from a file in a form fit for a one-line message."""
     name = str(name) if len(str(name)) <= 200 else str(name)[:200] + "…"
     return name if name.isprintable() else ascii(name)
-
-
-def quoted(value) -> str:
-    """Return a value from a file in a form fit for a one-line message: text in quotes, a list by its length."""
-    return f"a {type(value).__name__} of {len(value)}" if isinstance(value, (list, dict)) else shown(repr(value))
 
 
 def one_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from support.own import forward, untouched
 
 CLASSIFIER = "classifier: no kernel comes after it on the way to the logits"
 SHORTCUT = "1x1 projection on a residual shortcut"
-UNREACHED = "never reached by the forward"
+UNREACHED = "never reached by the forward in eval mode"
 INDIRECT = "not used as it is: the forward computes another tensor from it first"
 ELSEWHERE = "the forward reads it from elsewhere than its module (a list, a closure), where no other can be tried"
 PATCHES = "patch embedding: not part of an encoder block"
@@ -81,21 +81,6 @@ class Kernel:
     def names(self) -> set[str]:
         """Return every name by which ``exclude`` and ``groups`` may call it."""
         return {self.name, *self.tensors, *(t.removesuffix(".weight") for t in self.tensors)}
-
-
-@dataclass
-class Survey:
-    """The blocks of a network and everything that is not in one. ``excluded`` has its reasons set."""
-    blocks: list[Block]
-    compressed: list[Kernel]
-    excluded: list[Kernel]
-
-    @property
-    def coverage(self) -> float:
-        """Return the compressed share of the parameters of all kernels but the classifier, in [0, 1]."""
-        done, excluded = (sum(k.params for k in kernels if not k.classifier)
-                          for kernels in (self.compressed, self.excluded))
-        return done / max(done + excluded, 1)
 
 
 def registered_kernels(model: nn.Module) -> list[Kernel]:

@@ -10,7 +10,6 @@ from torch import nn
 
 import models
 from config import Config, InputError
-from support.kernels import Survey
 from support.log import Log
 from support.own import copy_network, own_network, try_network
 from support.published import PRETRAINED
@@ -38,7 +37,7 @@ def check(config: Config, ranks: Ranks) -> None:
                          "imagenet, none or dataset")
 
 
-def make(config: Config, splits, device, ranks: Ranks, log: Log, check) -> tuple[nn.Module, Survey]:
+def make(config: Config, splits, device, ranks: Ranks, log: Log, check) -> tuple[nn.Module, models.Survey]:
     """Return the network of a run with its weights on the device, and its kernels and blocks; ``check(model)`` looks at
     one of the user's before it is worked on."""
     c = config.model

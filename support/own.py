@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import copy
 import importlib.util
 import inspect
-import os
 import sys
 from contextlib import contextmanager, nullcontext
 from importlib.machinery import PathFinder
@@ -19,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from config import InputError
 
 PROJECT = Path(__file__).resolve().parents[1]
-_usual_import, _folders = builtins.__import__, {}  # folder of a user's code → what exchanges the modules for it
 
 
 @contextmanager
@@ -47,6 +44,8 @@ def forward(model: nn.Module, images, mode=None) -> torch.Tensor:
     try:
         with torch.no_grad(), visible_attention(), mode or nullcontext():
             logits = model(images)
+    except InputError:  # of what looks at it from inside
+        raise
     except Exception as error:  # whatever the network's own code raises
         raise InputError(f"{name} fails on {batch}: {said(error)}") from error
     tensor = isinstance(logits, torch.Tensor)
@@ -130,73 +129,94 @@ def own_network(source: str, num_classes: int) -> nn.Module:
     """Return the network that ``module:function`` or ``path/to/file.py:function`` makes.
 
     The function is called without arguments, or with ``num_classes`` where it has a parameter of that name. File and
-    function run as in a Python that starts in the file's folder (for a module: in the current directory). Raises
-    InputError where there is no such module, file or function, and where it fails or returns something else.
+    function run as in a Python that starts in the file's folder (for a module: in the current directory), and so does
+    the process from here on: one network each. Raises InputError where there is no such module, file or function, and
+    where it fails or returns something else.
     """
     place, _, function = source.rpartition(":")
     if not (place and function):
         raise InputError(f"--model {source}: expected module:function or path/to/file.py:function")
     path = Path(place).resolve() if place.endswith(".py") else None
     try:
-        with _imports_of(path.parent if path else Path.cwd()):
-            if path:  # the number keeps files of one name in two folders apart
-                spec = importlib.util.spec_from_file_location(f"own_{path.stem}_{abs(hash(path))}", path)
-                module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(module)
-            else:
-                module = importlib.import_module(place)
-            make = getattr(module, function, None)
-            if not callable(make):
-                raise InputError(f"{place} has no function '{function}'")
-            sized = "num_classes" in inspect.signature(make).parameters
-            network = make(num_classes=num_classes) if sized else make()
-            if not isinstance(network, nn.Module):
-                raise InputError(f"returned a {type(network).__name__}, expected a torch.nn.Module")
-            return network
+        _start_in(path.parent if path else Path.cwd())
+        if path:  # the number keeps files of one name in two folders apart
+            spec = importlib.util.spec_from_file_location(f"own_{path.stem}_{abs(hash(path))}", path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        make = getattr(module, function, None)
+        if not callable(make):
+            raise InputError(f"{place} has no function '{function}'")
+        sized = "num_classes" in inspect.signature(make).parameters
+        network = make(num_classes=num_classes) if sized else make()
+        if not isinstance(network, nn.Module):
+            raise InputError(f"returned a {type(network).__name__}, expected a torch.nn.Module")
+        return network
     except InputError as error:
         raise InputError(f"--model {source}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever the file's own code raises
         raise InputError(f"--model {source}: {said(error)}") from error
 
 
+class _Ours:
+    """Finds this project's modules for a user's code where no other file of the name is on sys.path."""
+    modules = {}  # by name; those that have left sys.modules
+
+    def find_spec(self, name, path=None, target=None):
+        """Return the spec of the loaded module, or None for the finders after this one."""
+        module, parent = self.modules.get(name), name.rpartition(".")[0]
+        if module is None or parent and sys.modules.get(parent) is not self.modules.get(parent) or _places(
+                PathFinder.find_spec(name, path)) not in ((), _places(module.__spec__)):
+            return None
+        spec = copy.copy(module.__spec__)
+        spec.loader = self
+        return spec
+
+    def create_module(self, spec):
+        """Return the module as it is."""
+        return self.modules[spec.name]
+
+    def exec_module(self, module):
+        """Do nothing: it has been executed."""
+
+
+_ours = _Ours()
+
+
 @contextmanager
-def _imports_of(folder):
-    """Import as a Python that starts in ``folder``, without this project's folder.
-
-    A loaded module for whose name another file would be found (``models``, where the folder has one too) is taken out
-    of sys.modules for that time; afterwards it is back, and the other one out. An import statement in the folder's code
-    that is reached later, as in a forward, does the same again.
-    """
-    here = [str(folder), *(p for p in sys.path if Path(p).resolve() not in (folder, PROJECT))]
-    importlib.invalidate_caches()
-    clash = {name for name, module in [*sys.modules.items()] if "." not in name and name not in sys.stdlib_module_names
-             and len({_places(getattr(module, "__spec__", None)), _places(PathFinder.find_spec(name, here)), ()}) > 2}
-    theirs = {}
-
-    @contextmanager
-    def exchanged():
-        path, known = [*sys.path], lambda: [name for name in sys.modules if name.partition(".")[0] in clash]
-        hidden = {name: sys.modules.pop(name) for name in known()}
-        sys.path[:] = here
-        sys.modules.update(theirs)
-        try:
-            yield
-        finally:
-            theirs.update((name, sys.modules.pop(name)) for name in known())
-            sys.modules.update(hidden)
-            sys.path[:] = path + [p for p in sys.path if p not in (*path, str(folder))]
-
-    with exchanged():
+def ours_by_name():
+    """Put this project's modules back into sys.modules inside, where their objects are pickled by name."""
+    theirs = {name: sys.modules.pop(name) for name in _ours.modules if name in sys.modules}
+    sys.modules.update(_ours.modules)
+    try:
         yield
-    _folders[f"{folder}{os.sep}"], builtins.__import__ = exchanged, _import
+    finally:
+        for name in _ours.modules:
+            del sys.modules[name]
+        sys.modules.update(theirs)
 
 
-def _import(name, globals=None, *more, **named):
-    """``import`` for everyone; for code in a user's folder, what that folder has."""
-    place = str((globals or {}).get("__file__"))
-    own = [exchanged for folder, exchanged in _folders.items() if place.startswith(folder)]
-    with own[0]() if own and "site-packages" not in place else nullcontext():
-        return _usual_import(name, globals, *more, **named)
+def _start_in(folder):
+    """Import from here on as a Python that starts in ``folder``, without this project's folder.
+
+    A loaded module for whose name another file would be found leaves sys.modules for that. So do all of this project's,
+    which have imported one another already: a user's code may have files of those names, and put their folder on
+    sys.path itself. Where there is no other file of the name, they are found as before.
+    """
+    loaded = {name: _places(getattr(module, "__spec__", None))  # now: namespace packages follow sys.path
+              for name, module in [*sys.modules.items()] if "." not in name and name not in sys.stdlib_module_names}
+    sys.path[:] = [str(folder), *(p for p in sys.path if Path(p).resolve() not in (folder, PROJECT))]
+    importlib.invalidate_caches()
+    own = {path.stem for path in PROJECT.glob("*.py")} | {"deploy", "evidence", "support"}
+    mine = {name for name, places in loaded.items() if name in own and Path(*places[:1]).parent == PROJECT}
+    other = {name for name, places in loaded.items() if len({places, _places(PathFinder.find_spec(name)), ()}) > 2}
+    for name in [name for name in sys.modules if name.partition(".")[0] in mine | other]:
+        module = sys.modules.pop(name)
+        if name.partition(".")[0] in mine:
+            _ours.modules[name] = module
+    if _ours not in sys.meta_path:
+        sys.meta_path.insert(0, _ours)
 
 
 def _places(spec):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from config import InputError
+from support.own import ours_by_name
 
 
 class Elsewhere(Exception):
@@ -37,7 +38,8 @@ class Ranks:
         """Return every rank's ``value`` (anything that pickles), in their order, on all of them."""
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            with ours_by_name():
+                dist.all_gather_object(values, value)
         return values
 
     def same(self, value):

@@ -31,6 +31,7 @@ import torchvision
 from config import Config, InputError, flatten, read_settings
 from support.files import one_line, read_json, replace_file, shown, write_json
 from support.log import Log
+from support.own import ours_by_name
 from support.ranks import Ranks
 
 # where things lie, and how they are read, does not change the result
@@ -168,7 +169,8 @@ class Phases:
     def _write(self, file: str, value) -> None:
         if self.folder is not None and self.ranks.first:
             start = time.monotonic()
-            write(self.folder / file, lambda out: torch.save(value, out))
+            with ours_by_name():
+                write(self.folder / file, lambda out: torch.save(value, out))
             self.saving += time.monotonic() - start
 
     def _read(self, file: str):

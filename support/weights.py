@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import warnings
 import zipfile
 from dataclasses import dataclass
 
@@ -39,7 +40,8 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
         else:
             if zipfile.is_zipfile(path):
                 _check_zip(path)
-            value = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):
+                value = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # readers of damaged files raise almost anything
@@ -53,8 +55,11 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
         if isinstance(value, dict) and isinstance(value.get(key), dict):
             value = value[key]
     if not isinstance(value, dict) or not value or not all(isinstance(name, str) and isinstance(
-            tensor, torch.Tensor) and tensor.layout == torch.strided for name, tensor in value.items()):
-        raise InputError(f"{path}: holds no plain tensors by name; save the network's state_dict() with torch.save")
+            tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta
+            for name, tensor in value.items()):
+        below = [shown(key) for key in value if isinstance(value[key], dict)] if isinstance(value, dict) else []
+        raise InputError(f"{path}: holds no plain tensors by name" + f" but more below {', '.join(below)}" * bool(below)
+                         + "; save the network's state_dict() with torch.save")
     return {name: tensor.detach() for name, tensor in value.items()}
 
 

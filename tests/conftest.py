@@ -1,6 +1,8 @@
-"""Every test runs on one thread, from the same state of torch's global generator: quick and repeatable."""
+"""Every test runs on one thread, from the same state of torch's global generator, with this project's modules in
+sys.modules, which a user's network may take out: quick and repeatable."""
 
 import signal
+import sys
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
+    before, path, modules = torch.get_num_threads(), [*sys.path], dict(sys.modules)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
+    sys.path[:] = path
+    sys.modules.update(modules)

@@ -215,8 +215,7 @@ HARD = [14, 0, 0, 0, 0, 14, 0, 0]  # 0.25, and 4 bits with 1 of 4 channels: 0.03
 
 
 def lla_env(estimator, budget=FREE, sensitivity=0.6, weights=(30.0, 5.0, 1.0), envs=2, episode=20, **more):
-    env = LLAEnv(1, TWO, sensitivity, estimator, LIMITS, LLA(envs=envs, episode=episode), weights, blocks=4,
-                 **more)
+    env = LLAEnv(1, TWO, sensitivity, estimator, LIMITS, LLA(envs=envs, episode=episode), weights, blocks=4, **more)
     env.budget = budget
     return env
 

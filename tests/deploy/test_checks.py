@@ -188,6 +188,7 @@ def changed(change):
     (lambda: net(lambda m, x: m.fc(reentrant(m.a, x).mean((2, 3)))), "no gradient reaches a.weight: .*use_reentrant"),
     (lambda: net(lambda m, x: m.fc(reentrant(F.relu, m.a(x)).mean((2, 3)))), "cannot be trained .*use_reentrant"),
     (lambda: net(lambda m, x: m.fc(F.dropout(m.a(x).mean((2, 3))))), "the next time"),
+    (lambda: changed(lambda m: setattr(m, "named_parameters", lambda *_, **__: iter(()))), "leaves some out"),
     (lambda: net(lambda m, x: m.fc(OTHER(m.a(x).mean((2, 3))))), "none of the network's"),
     (lambda: net(lambda m, x: m.fc(m.a(x).mean((2, 3)) + 0 * m.a.weight.data.clamp_(-0.1, 0.1).sum())), "changes its")])
 def test_what_cannot_be_compressed_is_refused_before_the_work(make, words, monkeypatch):
@@ -248,5 +249,5 @@ def test_a_call_that_was_broken_off_goes_on_in_its_folder(tmp_path, monkeypatch)
     monkeypatch.setattr(hirelc.Trainer, "run_epoch", lambda *_: pytest.fail("trained again"))
     assert quick(model, run_dir=tmp_path)[2]["cycles"] == whole["cycles"]
     for other, asked in ((linear(), ()), (model, "l")):
-        with pytest.raises(InputError, match="given"):
+        with pytest.raises(InputError, match="network and images"):
             quick(other, run_dir=tmp_path, exclude=asked)

@@ -57,8 +57,7 @@ NETWORKS = {
     "deit": lambda: models.VisionTransformer(5, 16, 4, 2, 8, 2),
     "clip": lambda: models.VisionTransformer(5, 16, 8, 2, 8, 1, clip=True, quick_gelu=True),
     "resnet": lambda: models.ResNet(5, False, (1, 1, 1, 1), 0.125),
-    "attend": Attend, "flattening": Flattening, "plain": Plain, "grouped": Grouped,
-    "shared": Shared, "tied": tied}
+    "attend": Attend, "flattening": Flattening, "plain": Plain, "grouped": Grouped, "shared": Shared, "tied": tied}
 
 
 def make(name, seed=0):

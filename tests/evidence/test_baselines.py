@@ -25,8 +25,7 @@ def six():
 def space(limits=LIMITS, target=0.2, channels=(2, 16, 4), whole=(), drops=None, budget=100, inputs=8):
     """Blocks of one kernel each."""
     blocks = [SimpleNamespace(name=str(i), kernels={f"k{i}": nn.Linear(inputs, n)},
-                              whole=[f"k{i}"] if i in whole else [])
-              for i, n in enumerate(channels)]
+                              whole=[f"k{i}"] if i in whole else []) for i, n in enumerate(channels)]
     allowed = target * sum(inputs * n for n in channels)
     return Space(Problem(blocks, [0.5] * len(blocks), limits, retained_weights, allowed, budget, drops))
 

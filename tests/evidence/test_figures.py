@@ -96,8 +96,7 @@ def test_every_drop_of_the_csv_is_a_mark_and_marks_and_labels_lie_on_one_scale(o
 
 def test_a_kernel_s_bars_are_as_long_as_its_bits_and_what_it_keeps(out):
     known = [r for r in read_csv(out, "allocation") if r["run"] == "exp 4 seed 42 (miniature)"]
-    svg = next(f for f in tree(out).iter(HTML + "figure")
-               if f.get("data-csv") == "allocation" and "exp 4" in f[1].text)
+    svg = next(f for f in tree(out).iter(HTML + "figure") if f.get("data-csv") == "allocation" and "exp 4" in f[1].text)
     bars = [(float(b.get("width")) / float(t.get("width")), b[0].text) for t, b in zip(
         *[iter(svg.iter(SVG + "rect"))] * 2)]
     for row, bits, keep in zip(known, bars[::2], bars[1::2], strict=True):

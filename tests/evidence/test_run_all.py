@@ -35,8 +35,7 @@ def run(stub, *args):
 def test_seeds_in_any_way_the_ablations_and_the_report(stub, tmp_path, seeds):
     done, calls = run(stub, *seeds, "--paper", "--out", str(tmp_path), "--smoke", "--jobs", "1", "--set", "seed=7")
     flags = f"--out {tmp_path} --no-table --resume --smoke --set seed=7"
-    assert calls == [
-        *(f"hirelc.py --exp {exp} --seed {seed} {flags}" for seed in "12" for exp in range(1, 8)),
+    assert calls == [*(f"hirelc.py --exp {exp} --seed {seed} {flags}" for seed in "12" for exp in range(1, 8)),
         f"-P -m evidence.variants --exp 4 --seeds 1 2 {flags}",
         f"-P -m evidence.variants --exp 1 --seeds 1 --only no-hla a2c no-sens {flags}",
         f"-P -m evidence.report {tmp_path}"]

@@ -74,8 +74,7 @@ def test_all_against_autograds_hessian(network):
     model, blocks, x, y = network
     theta, g, hessian, parts = exact(model, blocks, x, y)
     product = theta * (hessian @ g)
-    for method, tolerance, values in (
-            ("gradient", 1e-4, [g[p].abs().mean() for p in parts]),
+    for method, tolerance, values in (("gradient", 1e-4, [g[p].abs().mean() for p in parts]),
             ("snip", 1e-4, [(theta * g)[p].abs().sum() for p in parts]),
             ("grasp", 1e-3, [product[p].sum().abs() for p in parts]),
             ("hessian", 0.15, [hessian.diagonal()[p].sum() for p in parts])):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from config import InputError
+from deploy import policies
 from deploy.checks import check_writable
 from support import files
 
@@ -51,7 +52,7 @@ def test_read_json(tmp_path):
 
 
 def test_names_values_and_errors_fit_on_a_line():
-    assert files.shown("a\nb") == files.quoted("a\nb") == "'a\\nb'" and files.shown("é" * 300) == "é" * 200 + "…"
+    assert files.shown("a\nb") == policies.quoted("a\nb") == "'a\\nb'" and files.shown("é" * 300) == "é" * 200 + "…"
     assert files.one_line(ValueError("a\n  b")) == "a b" and files.one_line(ValueError()) == "ValueError"
 
 

@@ -32,9 +32,7 @@ def chosen(network):
     return blocks, NetworkConfig(tuple(BlockConfig(kernels, kernel_shapes(block)) for block in blocks))
 
 
-# Files as they should be, and readers, which assert that what was read is sane
-
-def write_image(path, network):
+def write_image(path, network):  # a file as it should be; the reader asserts that what was read is sane
     picture = Image.frombytes("RGB", (48, 40), random.Random(0).randbytes(48 * 40 * 3))
     picture.convert("P" if path.suffix == ".gif" else "RGB").save(path)
 
@@ -66,8 +64,6 @@ def read_policy(path, network):
     for block in policies.read(path).fit(blocks, config)[0].blocks:
         assert all(kernel.bits in (3, 4, 5, 6, 7, 8, 32) and 0.4 <= kernel.keep <= 1 for kernel in block.kernels)
 
-
-# Ways to spoil
 
 def spoil(whole, draw):
     """Bytes of a file with one of: its end missing, bits flipped, bytes replaced by others, a span out, twice or 0."""

@@ -182,10 +182,14 @@ def test_sixteen_bit_images_are_scaled_and_float_ones_refused(tmp_path):
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(ramp).save(tmp_path / "8.png")
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(ramp.astype(">u2") * 257).save(tmp_path / "big.tif")
     Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "float.tif")
-    assert torch.equal(sources.decode(tmp_path / "16.png", 16), sources.decode(tmp_path / "8.png", 16))
-    with pytest.raises(InputError, match="float.tif: .* no known range"):
-        sources.decode(tmp_path / "float.tif", 16)
+    Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "32.tif")
+    for name in ("16.png", "big.tif"):
+        assert torch.equal(sources.decode(tmp_path / name, 16), sources.decode(tmp_path / "8.png", 16))
+    for name in ("float.tif", "32.tif"):
+        with pytest.raises(InputError, match=f"{name}: .* no known range"):
+            sources.decode(tmp_path / name, 16)
 
 
 @pytest.mark.parametrize("name, where, test", [

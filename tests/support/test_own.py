@@ -4,6 +4,7 @@ every figure counted anew here."""
 import json
 import math
 import os
+import pickle
 import sys
 
 import pytest
@@ -12,11 +13,12 @@ from torch import nn
 
 import hirelc
 import models
-from config import InputError
+import rl
+from config import Config, InputError
 from estimate import Proxy
 from networks import Attend, Caching, Flattening, Shared, fingerprint, pictures, same, strided, tied
 from support.log import Log
-from support.own import copy_network, own_network, try_network
+from support.own import copy_network, ours_by_name, own_network, try_network
 from deploy.policies import from_policy
 from test_estimate import alike, by_copy
 from train import accuracy
@@ -52,8 +54,10 @@ def test_copies_share_nothing_even_with_an_old_weight_norm():
 
 
 FILE = """
-import torch, helper
-def make(): return torch.nn.Linear(helper.N, 2)
+import sys, torch
+sys.path.insert(0, __file__[:-8] + "src")
+import models
+def make(): return torch.nn.Linear(models.N, 2)
 def sized(num_classes, width=3): return torch.nn.Linear(width, num_classes)
 def needs(depth): pass
 def number(): return 3
@@ -63,7 +67,8 @@ def fails(): raise ValueError("no\\nluck")
 
 def test_a_network_from_a_file_or_a_module(tmp_path, monkeypatch):
     (tmp_path / "mynet.py").write_text(FILE)
-    (tmp_path / "helper.py").write_text("N = 7\n")
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "models.py").write_text("N = 7\n")
     (tmp_path / "broken.py").write_text("def make(:\n")
     assert own_network(f"{tmp_path}/mynet.py:make", 5).weight.shape == (2, 7)
     assert own_network(f"{tmp_path}/mynet.py:sized", 5).weight.shape == (5, 3)
@@ -84,7 +89,7 @@ NEIGHBOURS = {
 from models import MobileNetV2
 from support.extra import BIAS
 def make(num_classes):
-    import config, helper
+    import config, helper, rl
     return MobileNetV2(config.WIDTH + helper.MORE, num_classes, BIAS)
 def late():
     import data
@@ -101,17 +106,18 @@ def test_a_files_imports_are_its_neighbours_and_ours_stay_ours(tmp_path, monkeyp
         (folder / "support").mkdir(parents=True)
         for name, text in NEIGHBOURS.items():
             (folder / name).write_text(text.format(width=width))
-    path, loaded = list(sys.path), dict(sys.modules)
     one, two = own_network(f"{first}/net.py:make", 5), own_network(f"{second}/net.py:make", 5)
     assert one.weight.shape == (5, 6) and two.weight.shape == (5, 8)
     assert one.bias is None and two.bias is not None
-    assert one(torch.zeros(1, 6)).eq(3 + 3).all() and torch.equal(two(torch.zeros(1, 8))[0], two.bias + (4 + 4))
+    assert torch.equal(two(torch.zeros(1, 8))[0], two.bias + (4 + 4))  # imports in the forward
+    assert sys.modules["rl"] is rl  # there is no other file of the name
+    with ours_by_name():
+        assert pickle.loads(pickle.dumps(Config())) == Config()
     with pytest.raises(InputError, match="OSError: imported by the function only"):
         own_network(f"{first}/net.py:late", 5)
     for folder, width in ((second, 4), (first, 3)):
         monkeypatch.chdir(folder)
         assert own_network("net:make", 5).weight.shape == (5, 2 * width)
-    assert sys.path == path and all(sys.modules[name] is module for name, module in loaded.items())
 
 
 def check_figures(given, compressed, policy, result, classifiers):
@@ -222,6 +228,19 @@ def test_model_from_a_file(net, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # as a module, under another name, trained from scratch
     assert hirelc.main(["--model", "net:make", "--name", "mine", "--weights", "none", "--out", str(out), *SET]) == 0
     assert "scratch" in json.loads((out / "mine-seed42" / "result.json").read_text())["timings"]
+
+
+def test_another_network_is_another_run(net, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source, words in ((f"{net}:make", "model file"), ("net:make", "network and images")):
+        net.write_text(SOURCE)
+        args = ["--model", source, "--name", words[:3], "--out", "runs", *SET]
+        with monkeypatch.context() as patched:
+            patched.setattr(hirelc, "algorithm_1", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert hirelc.main(args) == 130
+        net.write_text(SOURCE.replace("nn.ReLU()", "nn.Hardswish()"))
+        sys.modules.pop("net", None)
+        assert hirelc.main([*args, "--resume"]) == 2 and words in capsys.readouterr().err
 
 
 def test_weights_for_a_model_are_read_strictly_by_name(net, tmp_path, capsys):

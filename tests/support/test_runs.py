@@ -161,18 +161,6 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
     assert phases(tmp_path / "state", True).once("a: b", lambda: None) == [1.0]
 
 
-def test_a_model_file_that_changed_is_another_run(tmp_path):
-    file = tmp_path / "net.py"
-    config = hirelc.Config(model=hirelc.Config().model.__class__(source=f"{file}:make"))
-    file.write_text("one")
-    held = {"settings": runs.flatten(config), "model file": runs.identity(config)["model file"]}
-    (tmp_path / "config.json").write_text(json.dumps(held))
-    runs.check_directory(tmp_path, config)
-    file.write_text("two")
-    with pytest.raises(InputError, match="other settings: model file [^;]*; give"):
-        runs.check_directory(tmp_path, config)
-
-
 def test_a_folder_whose_settings_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as this program's settings"):
