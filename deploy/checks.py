@@ -240,9 +240,10 @@ def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> No
                 raise InputError(f"{what}: its forward changes its own parameter {name} (a constraint such as "
                                  "max-norm); make it a parametrization, or apply it after the training steps")
         trial = copy_network(model).requires_grad_()
-        for mode in (True, False):
-            trial.train(mode)
-            missing = _check_gradients(trial, images[:batch_size] if mode else images, kernels)
+        trial.train()
+        trained = _check_gradients(trial, images[:batch_size], kernels)
+        trial.eval()
+        used = _check_gradients(trial, images, kernels)
         with torch.no_grad():  # what it keeps of the forwards before, and of weights that it no longer has
             for p in trial.parameters():
                 p.mul_(1.1)
@@ -251,12 +252,14 @@ def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> No
         if found := difference(fresh, trial, images):
             raise InputError(f"{what} keeps something outside its state dict (a cache of its weights, a counter): with "
                              f"other weights it gives other logits than a fresh one that is given these ({found})")
-    if missing:
+    if missing := [name for name in kernels if name not in used]:
         log.note(f"no gradient reaches {', '.join(missing[:8])} in eval mode: the sensitivity leaves them out")
+    if unused := [name for name in trained if name not in {*used, *missing}]:
+        log.note(f"trained, but without effect in eval mode: {', '.join(unused[:8])}" + " …" * (len(unused) > 8))
 
 
 def _check_gradients(trial, images, kernels) -> list[str]:
-    """The kernels that no gradient reaches. InputError where that is all, or a training step of such a batch fails."""
+    """The parameters that a gradient reaches. InputError where no kernel is, or a step on such a batch fails."""
     what, reached = type(trial).__name__, dict(trial.named_parameters())
     try:
         with torch.enable_grad():
@@ -268,11 +271,10 @@ def _check_gradients(trial, images, kernels) -> list[str]:
     found = dict(zip(reached, found))
     if any(value is not None and value.layout != torch.strided for value in found.values()):
         raise InputError(f"{what} has sparse gradients, which AdamW does not take; give its embeddings sparse=False")
-    missing = [name for name in kernels if found[name] is None]
-    if len(missing) == len(kernels):
-        raise InputError(f"no gradient reaches {missing[0]}: {what} runs it under torch.no_grad, detaches what it "
+    if all(found[name] is None for name in kernels):
+        raise InputError(f"no gradient reaches {kernels[0]}: {what} runs it under torch.no_grad, detaches what it "
                          "gives, or uses torch.utils.checkpoint with use_reentrant=True (give it False)")
-    return missing
+    return [name for name, value in found.items() if value is not None]
 
 
 def like(images) -> torch.Tensor:
