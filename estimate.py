@@ -8,6 +8,7 @@ accuracies are in percentage points.
 import math
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,10 @@ GRANULARITY_FEATURE = {"uniform": 0.0, "log": 0.33, "log-script": 0.33, "per-cha
 
 
 # --- Logit-MSE proxy -------------------------------------------------------------------------------------------
-def proxy_drop(mse: float) -> float:
-    """Return the drop in points for a logit MSE: min(20 MSE, 50) (Eq. 23); not finite where the MSE is not."""
-    return min(20.0 * mse, WORST) if math.isfinite(mse) else mse
+def proxy_drop(mse: float, unit: float = 1.0) -> float:
+    """Return the drop in points for a logit MSE in parts of ``unit``: min(20 MSE, 50) (Eq. 23); not finite where the
+    MSE is not."""
+    return min(20.0 * mse / unit, WORST) if math.isfinite(mse) else mse
 
 
 def chain(links, state: Tensor) -> Tensor:
@@ -45,10 +47,13 @@ class Proxy:
 
     A candidate begins at the first stage that holds one of its kernels. What enters that stage is the same for all
     candidates of the block; it is computed once and kept until another block is asked for.
+
+    ``relative``: drops are told per unit of the variance of theta_0's logits. Eq. 23 takes the MSE as it is: where the
+    logits are large nearly every candidate has a drop of more than ten points, at which R_acc is 0 (docs/LEDGER.md).
     """
 
-    def __init__(self, model: nn.Module, blocks, batches):
-        self.model, self.blocks, self.batches = model, blocks, list(batches)
+    def __init__(self, model: nn.Module, blocks, batches, relative: bool = False):
+        self.model, self.blocks, self.batches, self.relative = model, blocks, list(batches), relative
         self.stages = tuple(stages(model))
         self.reference: list[Tensor] = []  # theta_0's logits, per batch
         self.block: int | None = None  # whose states are kept
@@ -57,7 +62,15 @@ class Proxy:
 
     def drops(self, index: int, configs) -> list[float]:
         """Estimate the drop in points of each candidate configuration of block ``index``."""
-        return [proxy_drop(mse) for mse in self.errors(index, configs)]
+        return [proxy_drop(mse, self.unit) for mse in self.errors(index, configs)]
+
+    @cached_property
+    def unit(self) -> float:
+        """The logit MSE of 20 points: 1, or with ``relative`` the variance of an image's logits, mean over images."""
+        if not self.relative:
+            return 1.0
+        self.errors(None, [])  # computes theta_0's logits where nothing has yet
+        return max(torch.cat(self.reference).float().var(1, correction=0).mean().item(), 1e-12)
 
     @torch.no_grad()
     def errors(self, index: int | None, configs) -> list[float]:

@@ -39,7 +39,7 @@ from evidence import baselines, plan, sensitivities, summary
 from evidence.given import GivenBlock, GivenBudgets, fitted
 from evidence.null import NullHLA, NullLLA
 from evidence.report import results_table
-from evidence.table import Entries, tabulated
+from evidence.table import Entries, relative_drops, tabulated
 from search import TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config
 from support import networks, runs
 from support.files import survive_ascii
@@ -88,7 +88,7 @@ def algorithm_1(run: Run) -> Outcome:
     surrogate = Surrogate(5 * sum(map(len, run.shapes)), c.surrogate, derive_seed(c.seed, "surrogate"))
     demands = run.demands(theta0, sensitivity, baseline["acc"])
     problem = baselines.make_problem(run.blocks, sensitivity, c, demands.allowance(run.shapes))
-    proxy = Proxy(run.model, run.blocks, run.calibration_batches())
+    proxy = Proxy(run.model, run.blocks, run.calibration_batches(), relative_drops(c))
     estimator = DropEstimator(proxy if run.given else tabulated(proxy, problem, c, once), surrogate, baseline["acc"])
     hla, lla = choose_search(run, sensitivity, estimator, problem)
     out = Outcome(theta0, baseline, sensitivity, demands, surrogate, carried=theta0,
@@ -332,7 +332,7 @@ def search_blocks(run: Run, lla, budgets, cycle: int, out: Outcome) -> list[Foun
         out.updates += [{"cycle": cycle, **update} for update in found[i].updates]
         run.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, retained "
                      f"{config.retained:.3f}, bits {config.average_bits:.2f}, keep {config.average_keep:.3f}")
-    out.searches.append(summary.search_row(cycle, list(found.values())))
+    out.searches.append(summary.search_row(cycle, list(found.values()), run.log.note))
     return [found[i] for i in range(len(run.blocks))]
 
 

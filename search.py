@@ -198,14 +198,14 @@ class LLAEnv:
     ``weights``: (alpha, beta, gamma_s) of the agent; ``budget``: set before each search; ``penalty_scale``: 0 drops
     P_sens (the ablation without sensitivity).
     """
-    kept = ("bad_rewards",)  # of a saved state
+    kept = ("bad_rewards", "unseen")  # of a saved state
 
     def __init__(self, index, shapes, sensitivity, estimator, limits, settings, weights, *, blocks, penalty_scale=1.0):
         self.index, self.blocks, self.shapes, self.sensitivity = index, blocks, shapes, sensitivity
         self.estimator, self.limits, self.settings, self.weights = estimator, limits, settings, weights
         self.penalty_scale, self.num_envs, self.obs_dim = penalty_scale, settings.envs, 12 + len(shapes)
         self.budget: LayerBudget | None = None
-        self.bad_rewards = 0  # that were not finite and became BAD_REWARD
+        self.bad_rewards, self.unseen = 0, 0  # that became BAD_REWARD; drops so large that R_acc is 0
         self.steps, self.history = 0, np.zeros((self.num_envs, settings.episode))  # rewards of the episode
 
     def reset(self) -> np.ndarray:
@@ -236,6 +236,7 @@ class LLAEnv:
                                  self.weights)
         bad = ~(np.isfinite(rewards) & np.isfinite(drops))
         self.bad_rewards += int(bad.sum())
+        self.unseen += int((accuracy_reward(drops) <= 0).sum())
         self.history[:, self.steps] = rewards = np.where(bad, BAD_REWARD, rewards)
         self.steps += 1
         done = self.steps >= self.settings.episode
@@ -369,10 +370,11 @@ class LLAEnsemble(_Ensemble):
         """Train every agent under ``budget`` and vote (§3.7 steps 4 and 5)."""
         for env in self.envs:
             env.budget = budget
-        before, asked = self.entropy(), self.estimator.evaluations
+        before, asked, unseen = self.entropy(), self.estimator.evaluations, sum(env.unseen for env in self.envs)
         updates = self.train(self.config.lla.timesteps)
         answered, config = self.estimator.evaluations, self.consensus()
-        compared = self.compared(config)
+        unseen = sum(env.unseen for env in self.envs) - unseen
+        compared = self.compared(config) | ({"unseen": unseen / (answered - asked)} if answered > asked else {})
         self.estimator.evaluations = answered  # the comparison is not part of the search
         return Found(config, updates, answered - asked, (before, self.entropy()), compared)
 

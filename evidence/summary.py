@@ -79,10 +79,10 @@ def missed(goal: dict, cr: float) -> str:
             f"{goal['packed_bytes']:,} bytes, CR {cr:.2f}, a drop of {goal['deployed_drop']:.2f}")
 
 
-def search_row(cycle: int, found) -> dict:
+def search_row(cycle: int, found, note) -> dict:
     """Return how far the low-level policies moved in a cycle, and what their votes are worth: means over the blocks.
 
-    ``found``: search.Found of every block.
+    ``found``: search.Found of every block; ``note(text)`` takes what is to be said.
     """
     row = {"level": "LLA", "cycle": cycle, "evaluations": sum(block.evaluations for block in found)}
     entropy = [block.entropy for block in found if block.entropy is not None]
@@ -91,6 +91,10 @@ def search_row(cycle: int, found) -> dict:
     for key in found[0].compared:
         values = [block.compared[key] for block in found]
         row[key] = None if None in values else math.fsum(values) / len(values)
+    if row.get("unseen", 0) > 0.5:
+        note(f"cycle {cycle}: {row['unseen']:.0%} of the low-level agents' candidates had an estimated drop of ten "
+             "points or more, where R_acc is 0: they learned of the size alone (search.estimate=table fits the drops "
+             "to the logits)")
     return row
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress import FULL_BITS, BlockConfig, KernelConfig, NetworkConfig, channels_kept
+from config import BASELINES
 from estimate import Proxy, proxy_drop
 from evidence.baselines import Problem, Space
 from evidence.stats import rank_correlation
@@ -58,8 +59,8 @@ class Table:
             self.entries[index], config.kernels, config.shapes)) for config in configs]
 
     def drops(self, index: int, configs) -> list[float]:
-        """Return the estimated drop of each candidate of a block, in points (Eq. 23)."""
-        return [proxy_drop(mse) for mse in self.errors(index, configs)]
+        """Return the estimated drop of each candidate of a block, in points (Eq. 23, relative as the proxy's)."""
+        return [proxy_drop(mse, self.proxy.unit) for mse in self.errors(index, configs)]
 
     def check(self, chosen: NetworkConfig) -> dict:
         """Measure a chosen network by the proxy; return the quality with all that were chosen so far."""
@@ -71,6 +72,11 @@ class Table:
 def needs_table(config) -> bool:
     """Whether the search asks for a table."""
     return config.search.estimate == "table" or config.search.method == "table"
+
+
+def relative_drops(config) -> bool:
+    """Whether drops are told in parts of the logits' variance: in every search that goes past the paper's."""
+    return needs_table(config) or config.search.method in BASELINES
 
 
 def tabulated(proxy: Proxy, problem: Problem, config, once) -> Proxy | Table:

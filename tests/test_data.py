@@ -31,8 +31,6 @@ def random_images(n=20, side=8, size=None, stats=UNIT, augment=()):
     return data.Images(pixels, torch.arange(n), size or side, *stats, augment)
 
 
-# Pieces of the augmentation
-
 def test_crop_cuts_the_window_that_the_corner_names():
     nine = torch.arange(1, 10, dtype=torch.uint8).view(1, 1, 3, 3).expand(3, 3, 3, 3)
     got = data.crop(nine, torch.tensor([0, 2, 1]), torch.tensor([0, 1, 1]), padding=1)
@@ -60,8 +58,6 @@ def test_resize_by_hand():
     assert torch.allclose(data.resize(edge, 2)[0, 0, 0], torch.tensor([1.0, 6.0]), atol=1e-4)
     assert data.resize(step, 2) is step
 
-
-# Batches of images in memory
 
 def test_flips_mirror_half_of_the_images_left_to_right():
     six = torch.arange(1, 7, dtype=torch.uint8).view(1, 1, 2, 3).expand(3, 3, 2, 3)
@@ -126,8 +122,6 @@ def test_without_a_generator_stored_order_unaugmented_normalised_and_limited():
     assert torch.equal(images.images, before) and images.labels.tolist() == list(range(50))
 
 
-# Streams from disk, normalisation by settings
-
 def make_tree(base, per_class=10):
     """{train,val}/{ant,bee,cat}/*.png of noise, all different."""
     rng = np.random.default_rng(0)
@@ -183,8 +177,6 @@ def test_pretrained_normalisation_takes_the_networks_statistics(tmp_path, name):
     for normalize, mean in (("imagenet", (0.485, 0.456, 0.406)), ("none", (0, 0, 0))):  # of a network of one's own
         assert data.load(Data(**settings, normalize=normalize)).test.mean == mean
 
-
-# A user's own images
 
 class Squares(Dataset):
     """Item i: a 1 x 4 x 4 image of i, NaN where ``spoilt``, label 10 + i; noise is drawn from torch's generator."""
@@ -271,8 +263,6 @@ def test_what_cannot_be_read_in_full_is_refused(source, word):
         data.as_images(source)
 
 
-# Images that are not finite
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39])          # the last is infinite as float32
 @pytest.mark.parametrize("kind", ["tensors", "part", "TensorDataset"])
 def test_images_in_memory_that_are_not_finite_are_named(kind, value):
@@ -294,8 +284,6 @@ def test_images_that_are_read_when_used_are_checked_then(workers):
             use()
     assert len(images.batch([3, 16])[1]) == 2
 
-
-# Synthetic images, held-out images
 
 def test_synthetic_is_deterministic_balanced_and_different_in_its_test_split():
     first, again, other = (data.synthetic(10, 100, 50, 16, seed) for seed in (1, 1, 2))

@@ -90,6 +90,7 @@ def snapshot(model):
 # --- Proxy -----------------------------------------------------------------------------------------------------
 def test_proxy_drop_by_hand():
     assert [proxy_drop(m) for m in (0.0, 0.1, 2.49, 2.5, 2.51, 1e6)] == pytest.approx([0.0, 2.0, 49.8, 50, 50, 50])
+    assert [proxy_drop(m, 40.0) for m in (4.0, 100.0, 200.0)] == [2.0, 50.0, 50.0]
     assert proxy_drop(math.inf) == math.inf and math.isnan(proxy_drop(math.nan))
 
 
@@ -128,6 +129,17 @@ def test_a_network_of_one_stage_comes_out_likewise_and_is_left_as_it_was(trainin
     hook.remove()
     assert before == snapshot(model) and proxy.drops(0, configs) == pytest.approx(wanted, rel=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(batches, given))  # although it writes into its images
+
+
+def test_relative_drops_are_in_parts_of_the_variance_of_an_images_logits():
+    model, blocks, batches = small()
+    config, whole = alike(blocks[0], 3, 0.5), Proxy(model, blocks, batches)
+    with torch.no_grad():
+        unit = np.mean([model.eval()(x.clone()).numpy().var(axis=1) for x in batches])
+    relative = Proxy(model, blocks, batches, relative=True)
+    assert relative.unit == pytest.approx(unit, rel=1e-5) and whole.unit == 1  # also before anything was estimated
+    wanted = min(20 * whole.errors(0, [config])[0] / unit, 50)
+    assert relative.drops(0, [config]) == pytest.approx([wanted], rel=1e-5) and wanted < 50
 
 
 def test_both_batches_count_and_wild_logits_end_at_fifty():

@@ -13,7 +13,8 @@ from torch import nn
 import search
 from compress import BlockConfig, KernelConfig, KernelShape, LayerBudget, NetworkConfig
 from config import HLA, LLA, Compress, Config, Search, override
-from search import HLAEnsemble, HLAEnv, LLAEnsemble, LLAEnv
+from evidence.summary import search_row
+from search import Found, HLAEnsemble, HLAEnv, LLAEnsemble, LLAEnv
 
 LIMITS = Compress(qtype="any", granularity="any")
 FREE = LayerBudget(target=0.25, max_pruning=0.6, min_bits=3, max_drop=2.0, strategy="auto")
@@ -421,9 +422,9 @@ def test_hla_budgets_are_the_vote_of_the_proposals():
 def test_the_low_level_goes_on_bit_for_bit_after_a_file():
     first, second = lla_ensemble(), lla_ensemble()
     first.search(FREE)
-    first.envs[1].bad_rewards = 3
+    first.envs[1].bad_rewards, first.envs[1].unseen = 3, 5
     second.load_state_dict(saved(first.state_dict()))
-    assert first.bad_rewards == second.bad_rewards == 3
+    assert first.bad_rewards == second.bad_rewards == 3 and second.envs[1].unseen >= 5
     first.estimator.calls.clear()  # the same drops again
     found = [str(ensemble.search(budget(target=0.15))) for ensemble in (first, second)]  # as text, for NaN's sake
     assert found[0] == found[1] and weights_of(first) == weights_of(second)
@@ -461,6 +462,15 @@ def test_the_consensus_is_compared_with_random_actions():
     expected = np.mean([search.lla_reward(0.5, consensus.retained, 0.25, 12 * 0.4 * (1 - consensus.retained), [],
                                           (alpha, beta, 1.0)) for alpha, beta in zip((1, 2, 3), (1.5, 5.0, 8.0))])
     assert row["consensus_reward"] == pytest.approx(expected) and row["random_reward"] < row["consensus_reward"]
+
+
+def test_candidates_without_an_accuracy_reward_are_counted_and_said():
+    ensemble, notes = lla_ensemble(), []
+    ensemble.estimator.rows = [[9.9, 10.0, 1.0, 1.0, 1.0]]
+    assert [ensemble.search(FREE).compared["unseen"] for _ in range(2)] == [0.5, 0.5]
+    found = [Found(None, [], 8, None, {"unseen": share}) for share in (1.0, 0.25)]
+    assert search_row(1, found, notes.append)["unseen"] == 0.625 and search_row(2, found[1:], notes.append)
+    assert len(notes) == 1 and "cycle 1: 62% of the low-level agents' candidates" in notes[0]
 
 
 def test_compliance_by_hand():

@@ -158,8 +158,6 @@ def test_an_archive_that_cannot_be_used_is_named(tmp_path, monkeypatch, how):
     assert not list(tmp_path.rglob("tmp*")) and not archive.with_suffix("").exists()
 
 
-# CIFAR
-
 CLASSES = ["ant", "bee", "cat"]
 
 
@@ -282,8 +280,6 @@ def test_cifar_from_the_published_archive(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-# Unreadable images
-
 def break_files(*paths):
     for i, path in enumerate(paths):
         path.write_bytes((b"no image", path.read_bytes()[:60])[i % 2])
@@ -336,8 +332,6 @@ def test_unreadable_images_of_a_stream(tmp_path, monkeypatch, workers, decoded):
         assert any("left out 1 train" in note and "ant/3.png" in note for note in splits.notes)
     assert sum(len(y) for _, y in splits.train.batches(4)) == 23
 
-
-# The cache
 
 def cache_files(base):
     return sorted((base / sources.CACHE).iterdir())
