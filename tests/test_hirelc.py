@@ -69,8 +69,6 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# The algorithm
-
 def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
     run, tape, choose = small_run(**TRAINED), [], hirelc.choose_search
 
@@ -109,6 +107,15 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
         ("feedback", first.drop, first.retained, 2), ("train_hla", 5), ("budgets", True), *steps]
     assert first.retained < 0.25 and first.drop == out.baseline["acc"] - first.acc
     assert [row.cycle for row in out.rows] == [0, 1, 2] and len(out.surrogate.buffer) == 2
+
+
+def test_in_searches_past_the_papers_drops_are_relative(monkeypatch):
+    told = []
+    monkeypatch.setattr(hirelc, "Proxy", lambda *args: told.append(args[3]) or 1 / 0)
+    for setting in ("method=hirelc", "method=null", "method=random", "method=table", "estimate=table"):
+        with pytest.raises(ZeroDivisionError):
+            algorithm_1(small_run(**dict([f"search.{setting}".split("=")])))
+    assert told == [False] * 2 + [True] * 3
 
 
 @pytest.mark.parametrize("carry", ["none", "rest"])
@@ -202,8 +209,6 @@ def test_holdout_chooses_on_training_images_and_reads_the_test_split_once(monkey
     assert looked[-5:] == [True] * 5 and not any(looked[:-5])  # five networks
     assert (result["protocol"], result["eval_images"], result["test_images"]) == ("holdout", 2, 40)
 
-
-# A whole smoke run
 
 FILES = {"config.json", "run.log", "cycles.csv", "updates.csv", "policy.json", "result.json", "best.pt", "baseline.pt",
          "packed.pt"}

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from compress import KernelConfig
-from config import Config, override
 from estimate import Proxy
 from evidence import table
 from evidence.baselines import Space, optimum
@@ -43,11 +42,6 @@ def test_an_additive_proxy_is_met():
         network = space.config(np.array([[bits - 3, 1, 0, 0], [2, 1, 0, 0]] * 3))
         assert made.errors(None, [network]) == pytest.approx(world.errors(None, [network]))
     assert made.drops(1, [network.blocks[1]]) == [5 * made.errors(1, [network.blocks[1]])[0]] < [50]
-
-
-def test_searches_past_the_papers_tell_drops_in_parts_of_the_logits():
-    for told, texts in ((True, ["search.estimate=table", "search=table", "search=random"]), (False, ["search=no-hla"])):
-        assert {table.relative_drops(override(Config(), [text])) for text in texts} == {told}
 
 
 def test_what_kernels_do_together_is_in_the_factors():
