@@ -16,7 +16,7 @@ NETWORKS = {
                  "data.train_images=20000 finetune.epochs=2 finetune.lr=1e-3"),
     "mobilenetv2": ("--exp 5", "mobilenetv2_100.pth", "data.image_size=128 data.normalize=pretrained",
                     "baseline.epochs=5 baseline.lr=5e-4",
-                    "data.train_images=20000 finetune.epochs=1 finetune.lr=5e-4"),
+                    "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4"),
     "resnet18": ("--exp 4", "resnet18.pth", "data.image_size=128 data.normalize=pretrained",
                  "baseline.epochs=3 baseline.lr=1e-4",
                  "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4"),
