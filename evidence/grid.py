@@ -45,8 +45,7 @@ CELL = (f"{RUN} preset=plus search.estimate=table baseline.epochs=0 finetune.kee
 METHODS = {**{name: f"search={name}" for name in (
     "uniform", "random", "greedy", "evolution", "sequential", "table", "null", "hirelc")},
     "untrained": "search=hirelc lla.timesteps=0",
-    "trained": "search=hirelc lla.timesteps=10000 lla.envs=8 lla.standardize=true",
-    "longer": "search=hirelc lla.timesteps=100000 lla.envs=8 lla.standardize=true"}
+    "trained": "search=hirelc lla.timesteps=10000 lla.envs=8 lla.standardize=true"}
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
         "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings")
 # Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.

@@ -93,8 +93,7 @@ def search_row(cycle: int, found, note) -> dict:
         row[key] = None if None in values else math.fsum(values) / len(values)
     if row.get("unseen", 0) > 0.5:
         note(f"cycle {cycle}: {row['unseen']:.0%} of the low-level agents' candidates had an estimated drop of ten "
-             "points or more, where R_acc is 0: they learned of the size alone (search.estimate=table fits the drops "
-             "to the logits)")
+             "points or more, where R_acc is 0: they learned of the size alone")
     return row
 
 
