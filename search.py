@@ -312,7 +312,7 @@ class Found:
     updates: list[dict]  # diagnostics of every update of every agent, rows of updates.csv
     evaluations: int  # candidates whose drop was estimated
     entropy: tuple[float, float] | None  # of the policies before and after, 1 = uniform
-    compared: dict  # see LLAEnsemble.compared
+    compared: dict  # see LLAEnsemble.compared; unseen: the part of the candidates with R_acc = 0
 
 
 class _Ensemble:

@@ -387,8 +387,6 @@ def test_a_policy_for_a_network_from_a_file(compressed, tmp_path, capsys):
     assert json.loads((tmp_path / "runs" / "make-seed42" / "policy.json").read_text()) == compressed[1]
 
 
-# Bad input
-
 @pytest.mark.parametrize("arguments, expected", [
     ("--exp 99", "unknown experiment 99; there are 1, 2"), ("--exp x", "invalid int value"), ("", "--exp"),
     ("--exp 4 --bogus", "unrecognized arguments"), ("--exp 4 --set seed", "key=value"),
