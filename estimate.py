@@ -25,10 +25,10 @@ GRANULARITY_FEATURE = {"uniform": 0.0, "log": 0.33, "log-script": 0.33, "per-cha
 
 
 # --- Logit-MSE proxy -------------------------------------------------------------------------------------------
-def proxy_drop(mse: float, unit: float = 1.0) -> float:
-    """Return the drop in points for a logit MSE in parts of ``unit``: min(20 MSE, 50) (Eq. 23); not finite where the
-    MSE is not."""
-    return min(20.0 * mse / unit, WORST) if math.isfinite(mse) else mse
+def proxy_drop(mse: float, unit: float = 1.0, worst: float = WORST) -> float:
+    """Return the drop in points for a logit MSE in parts of ``unit``: min(20 MSE, 50) (Eq. 23), or another ``worst``
+    in place of 50; not finite where the MSE is not."""
+    return min(20.0 * mse / unit, worst) if math.isfinite(mse) else mse
 
 
 def chain(links, state: Tensor) -> Tensor:
@@ -60,9 +60,9 @@ class Proxy:
         self.links = ()  # the stages from the block's first on
         self.states: list[Tensor] = []  # what enters them, per batch
 
-    def drops(self, index: int, configs) -> list[float]:
-        """Estimate the drop in points of each candidate configuration of block ``index``."""
-        return [proxy_drop(mse, self.unit) for mse in self.errors(index, configs)]
+    def drops(self, index: int, configs, worst: float = WORST) -> list[float]:
+        """Estimate the drop in points, at most ``worst``, of each candidate configuration of block ``index``."""
+        return [proxy_drop(mse, self.unit, worst) for mse in self.errors(index, configs)]
 
     @cached_property
     def unit(self) -> float:
@@ -227,11 +227,12 @@ class DropEstimator:
         """Whether estimates come from the surrogate."""
         return self.surrogate.active
 
-    def drops(self, index: int, configs) -> list[float]:
-        """Estimate the drops in points of candidate configurations of block ``index``."""
+    def drops(self, index: int, configs, worst: float = WORST) -> list[float]:
+        """Estimate the drops in points of candidate configurations of block ``index``; the proxy's are at most
+        ``worst``."""
         self.evaluations += len(configs)
         if not self.surrogate_active:
-            return self.proxy.drops(index, configs)
+            return self.proxy.drops(index, configs, worst)
         parts = [block_features(chosen) if chosen else UNKNOWN_KERNEL * len(block.kernels)
                  for chosen, block in zip(self.consensus, self.proxy.blocks)]
         rows = [sum([*parts[:index], block_features(config), *parts[index + 1:]], []) for config in configs]

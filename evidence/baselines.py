@@ -2,9 +2,10 @@
 
 Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each
 block judged with the others at theta_0 as the low-level agents' candidates are, that takes at most what is allowed:
-bytes of the packed file where the goal is its size, else Eq. 21's weights. One
-*evaluation* is one estimate of one block's candidate, so that a method is charged alike whether it looks at blocks or
-at networks; one that was made before costs nothing. No method makes more than the hierarchy (:func:`budget`).
+bytes of the packed file where the goal is its size, else Eq. 21's weights. A drop does not end at Eq. 23's 50 points
+here: sums of drops that are cut off cannot tell networks with ruined blocks apart. One *evaluation* is one estimate of
+one block's candidate, so that a method is charged alike whether it looks at blocks or at networks; one that was made
+before costs nothing. No method makes more than the hierarchy (:func:`budget`).
 
 Configurations are those that the agents' actions can say under uniform budgets. A *genome* is int [K, 4]: level of bits
 and of keep (0 = the least), type and granularity of each of the network's K kernels.
@@ -26,6 +27,7 @@ from estimate import WORST
 from rl import LLA_PPO, PPO
 from search import Found, derive_seed
 
+RUINED = 1e9  # points, in place of a drop that is not finite
 PARENTS, CHILDREN, TOURNAMENT = 32, 16, 3
 PATIENCE = 20  # generations of remembered candidates alone after which evolution has nothing more to try
 EPISODES_TOGETHER = 4  # of the sequential controller
@@ -70,14 +72,15 @@ def find(method: str, problem: Problem, seed: int) -> Choice:
     configuration meets the target, and the budget is at least one evaluation per block."""
     space = Space(problem)
     note = METHODS[method](space, np.random.default_rng(seed))
-    bad = space.bad and f"{space.bad} drops were not finite and became 50"
+    bad = space.bad and f"{space.bad} drops were not finite and count as the worst"
     return Choice(space.best, problem.budget - space.remaining, tuple(filter(None, (note, bad))))
 
 
 def joint_blocks(problem: Problem, estimator, config, note) -> list[JointBlock]:
     """Make the searches of all blocks for config.search.method; ``note(text)`` takes what is to be said."""
     method = config.search.method
-    problem = replace(problem, drops=estimator.drops, table=estimator.proxy)
+    drops = functools.partial(estimator.drops, worst=math.inf)
+    problem = replace(problem, drops=drops, table=estimator.proxy)
 
     @functools.lru_cache(maxsize=1)
     def find_in(cycle: int) -> Choice:
@@ -199,7 +202,7 @@ class Space:
         for i, blocks in sorted(asked.items()):
             for block, drop in zip(blocks, self.problem.drops(i, blocks), strict=True):
                 self.bad += not math.isfinite(drop)
-                self.known[i, block] = drop if math.isfinite(drop) else WORST
+                self.known[i, block] = drop if math.isfinite(drop) else RUINED
         drops = [math.fsum(self.known.get(pair, math.inf) for pair in enumerate(config.blocks)) for config in configs]
         for config, drop in zip(configs, drops):
             if drop < self.best_drop and self.cost(config) <= self.problem.allowed:

@@ -15,7 +15,7 @@ import numpy as np
 
 from compress import FULL_BITS, BlockConfig, KernelConfig, NetworkConfig, channels_kept
 from config import BASELINES
-from estimate import Proxy, proxy_drop
+from estimate import WORST, Proxy, proxy_drop
 from evidence.baselines import Problem, Space
 from evidence.stats import rank_correlation
 from search import derive_seed
@@ -58,9 +58,10 @@ class Table:
         return [self.factors[index] * sum(entry.mse(kernel, shape.n_out) for entry, kernel, shape in zip(
             self.entries[index], config.kernels, config.shapes)) for config in configs]
 
-    def drops(self, index: int, configs) -> list[float]:
-        """Return the estimated drop of each candidate of a block, in points (Eq. 23, relative as the proxy's)."""
-        return [proxy_drop(mse, self.proxy.unit) for mse in self.errors(index, configs)]
+    def drops(self, index: int, configs, worst: float = WORST) -> list[float]:
+        """Return the estimated drop of each candidate of a block, in points, at most ``worst`` (Eq. 23, relative as the
+        proxy's)."""
+        return [proxy_drop(mse, self.proxy.unit, worst) for mse in self.errors(index, configs)]
 
     def check(self, chosen: NetworkConfig) -> dict:
         """Measure a chosen network by the proxy; return the quality with all that were chosen so far."""

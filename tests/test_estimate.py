@@ -90,7 +90,7 @@ def snapshot(model):
 # --- Proxy -----------------------------------------------------------------------------------------------------
 def test_proxy_drop_by_hand():
     assert [proxy_drop(m) for m in (0.0, 0.1, 2.49, 2.5, 2.51, 1e6)] == pytest.approx([0.0, 2.0, 49.8, 50, 50, 50])
-    assert [proxy_drop(m, 40.0) for m in (4.0, 100.0, 200.0)] == [2.0, 50.0, 50.0]
+    assert [proxy_drop(m, 40.0) for m in (4.0, 100.0, 200.0)] == [2.0, 50.0, 50.0] and proxy_drop(9, 2, 99) == 90
     assert proxy_drop(math.inf) == math.inf and math.isnan(proxy_drop(math.nan))
 
 
@@ -268,7 +268,7 @@ class Stub:
     """In place of proxy and surrogate; keeps what it is asked."""
     blocks, active = small()[1], True
 
-    def drops(self, index, configs):
+    def drops(self, index, configs, worst):
         return [7.0 + index] * len(configs)
 
     def predict(self, rows):

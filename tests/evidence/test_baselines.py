@@ -89,9 +89,9 @@ def test_types_and_granularities_are_chosen_where_they_are_free(method):
 
 def joint(six, method="random", **settings):
     settings = {"search.method": method, "search.target": TARGET, "compress.bits_max": 5, "compress.max_pruning": 0.5,
-                "lla.timesteps": 2, "seed": 3, **settings}  # 12 evaluations
-    notes, estimator = [], SimpleNamespace(drops=six.drops, proxy=None)
-    config, allowance = override(Config(), settings), (retained_weights, TARGET * sum(
+                "lla.timesteps": 2, "seed": 3, **settings}  # 12 evaluations, all drops beyond 50
+    estimator = SimpleNamespace(drops=lambda i, c, worst: [min(1e3 + d, worst) for d in six.drops(i, c)], proxy=None)
+    config, notes, allowance = override(Config(), settings), [], (retained_weights, TARGET * sum(
         kernel.weight.numel() for block in six.blocks for kernel in block.kernels.values()))
     problem = baselines.make_problem(six.blocks, [1.0, 0.3], config, allowance)
     return baselines.joint_blocks(problem, estimator, config, notes.append), notes
@@ -121,7 +121,7 @@ def test_a_search_goes_on_behind_a_block(six):
 
 def test_what_there_is_to_say_is_noted_once(six):
     blocks, notes = joint(SimpleNamespace(blocks=six.blocks, drops=lambda i, c: [math.inf] * len(c)), "uniform")
-    assert [block.search(None) for block in blocks] and notes == ["6 drops were not finite and became 50"]
+    assert [block.search(None) for block in blocks] and notes == ["6 drops were not finite and count as the worst"]
 
 
 def test_keeps_are_the_agents_that_mean_other_channels():
@@ -146,10 +146,10 @@ def test_fitted_genomes_meet_the_target_and_leave_no_room():
     assert len({genome.tobytes() for genome in genomes}) > 40
 
 
-def test_a_drop_that_is_not_finite_is_fifty_points_and_the_best_meets_the_target():
+def test_a_drop_that_is_not_finite_is_the_largest_and_the_best_meets_the_target():
     s = space(channels=(2,), target=4.5 / 32, drops=lambda i, configs: [
         math.nan if c.kernels[0].bits == 3 else -float(c.kernels[0].bits) for c in configs])
-    assert s.scores([s.grouped([KernelConfig(bits)]) for bits in (3, 4, 5)]) == [50.0, -4.0, -5.0] and s.bad == 1
+    assert s.scores([s.grouped([KernelConfig(bits)]) for bits in (3, 4, 5)]) == [1e9, -4.0, -5.0] and s.bad == 1
     assert s.best.blocks[0].kernels[0].bits == 4
 
 
