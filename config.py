@@ -62,7 +62,7 @@ class Scratch:
     epochs: int = setting(30, "epochs of training from scratch with --weights none", low=1)
     lr: float = setting(1e-3, "AdamW learning rate", low=0.0)
     weight_decay: float = setting(0.05, "AdamW weight decay", low=0.0)
-    warmup_epochs: float = setting(1.0, "epochs of linear warm-up before the cosine", low=0.0)
+    warmup_epochs: float = setting(1.0, "epochs of linear warm-up before a cosine step by step to 0", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Finetune:
     lr: float = setting(5e-5, "AdamW learning rate", low=0.0)
     weight_decay: float = setting(0.01, "AdamW weight decay", low=0.0)
     patience: int = setting(3, "epochs without a better accuracy before it stops", low=1)
+    warmup_epochs: float = setting(0.0, "as scratch.warmup_epochs; 0 = constant within each epoch", low=0.0)
     mode: str = setting("paper", "paper: kernels move as FP32 numbers (ledger D14); qat: training on the grid",
                         choices=("paper", "qat"))
     scales: str = setting("learned", "scales of mode=qat: follow the weights (Eq. 19-20), or are learned (LSQ)",
@@ -269,8 +270,7 @@ def override(config: Config, assignments) -> Config:
 def read_settings(values) -> tuple[Config, tuple[str, ...]]:
     """Return the settings in a config.json's flat dictionary, and the names of those among them that are gone.
 
-    A value that a setting no longer has (GONE) counts as gone: the setting then has its default.
-    Raises InputError as :func:`override` does.
+    A value that a setting no longer has (GONE) counts as gone. Raises InputError as :func:`override` does.
     """
     if not isinstance(values, dict):
         raise InputError(f"settings are a dictionary, not a {type(values).__name__}")

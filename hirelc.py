@@ -370,7 +370,7 @@ def finetune(run: Run, cycle: int, chosen: NetworkConfig, masks: dict, theta0: d
     on_grid = GridTraining(run.blocks, chosen, masks, f.scales == "learned") if f.mode == "qat" else None
     loss = {"loss": Distillation(run.model, theta0, f.distill, f.temperature, run.half)} if f.distill else {}
     trainer = run.trainer(f"finetune {cycle}", Recipe("finetune.lr", f.epochs, f.lr, f.weight_decay, f.patience,
-                                                         keep=f.keep), masks=masks, on_grid=on_grid, **loss)
+                                                         f.warmup_epochs, f.keep), masks=masks, on_grid=on_grid, **loss)
     best = run.train(f"cycle {cycle}, fine-tuning", trainer)
     return {"before": before, "best": best, "epochs": len(trainer.history), "grids": trainer.best_grids}
 

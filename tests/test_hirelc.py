@@ -15,7 +15,7 @@ import data
 import hirelc
 import models
 import train
-from compress import prune_mask, snap_to_grid
+from compress import compress_network, prune_mask, snap_to_grid
 from config import Config, InputError, override
 from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
@@ -120,22 +120,22 @@ def test_in_searches_past_the_papers_drops_are_relative(monkeypatch):
 
 @pytest.mark.parametrize("carry", ["none", "rest"])
 def test_the_best_cycle_is_kept_and_theta_0_is_what_a_cycle_starts_from(monkeypatch, carry):
-    run, starts, ends = small_run(**{"search.cycles": 4, "search.method": "null", "carry": carry}), [], []
-    compress = hirelc.compress_network
+    run = small_run(**{"search.cycles": 4, "search.method": "null", "carry": carry, "finetune.warmup_epochs": 2})
+    starts, ends = [], []
 
     def measured(run, cycle, tuned, voted, new, out):
         ends.append(run.weights())
+        assert tuned["best"].lr == pytest.approx((1e-5, 1.01e-3)[tuned["best"].epoch - 1] / 2.01)  # of 2 epochs
         return Cycle(cycle, (50.0, 60.0, 60.0, 55.0)[cycle - 1], 0.0)
 
-    monkeypatch.setattr(hirelc, "compress_network", lambda *args: starts.append(run.weights()) or compress(*args))
+    monkeypatch.setattr(hirelc, "compress_network", lambda *a: starts.append(run.weights()) or compress_network(*a))
     monkeypatch.setattr(hirelc, "measure", measured)
     out = algorithm_1(run)
     assert out.best.row.cycle == 2 and equal(out.best.network, ends[1])  # the most accurate, the first of equals
     kernels = {f"{name}.weight" for block in run.blocks for name in block.kernels}
     for cycle, start in enumerate(starts):
         rest = out.theta0 if carry == "none" or not cycle else ends[cycle - 1]  # ledger D12
-        for key, value in start.items():
-            assert torch.equal(value, (out.theta0 if key in kernels else rest)[key]), (cycle, key)
+        assert equal(start, rest | {key: out.theta0[key] for key in kernels}), cycle
 
 
 def test_what_is_reported_is_the_best_cycle_and_drops_compare_like_with_like():
