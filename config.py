@@ -85,7 +85,7 @@ class Finetune:
     scales: str = setting("learned", "scales of mode=qat: follow the weights (Eq. 19-20), or are learned (LSQ)",
                           choices=("follow", "learned"))
     distill: float = setting(0.0, "weight of the distillation from theta_0 beside the cross-entropy's 1", low=0.0)
-    keep: str = setting("best", "epoch that is kept: the most accurate, or the last", choices=("best", "last"))
+    keep: str = setting("best", "epoch kept: the most accurate, or the last (no patience)", choices=("best", "last"))
     temperature: float = setting(4.0, "temperature of the distillation", low=0.1)
     bn_images: int = setting(2048, "training images that estimate BatchNorm's statistics on the grid; 0 = none", low=0)
 
@@ -208,7 +208,8 @@ class Config:
 PRESETS = {
     "none": {},
     "plus": {"search.method": "table", "surrogate.enabled": False, "compress.scope": "all", "compress.bits_min": 2,
-             "compress.granularity": "fitted", "finetune.mode": "qat", "finetune.distill": 1.0, "pack.rest": "float16"},
+             "compress.granularity": "fitted", "finetune.mode": "qat", "finetune.distill": 1.0, "finetune.keep": "last",
+             "pack.rest": "float16"},
 }
 # Settings of older versions. They were measured and did not help, or changed no result (docs/RESULTS.md).
 RETIRED = frozenset((
@@ -335,8 +336,7 @@ def _check_together(config):
     for section, names in (("lla", ("alpha", "beta", "gamma_s")), ("hla", ("alpha", "beta", "gamma"))):
         agents = len(getattr(config, section).algorithms)
         for name in names:
-            count = len(getattr(getattr(config, section), name))
-            if count != agents:
+            if (count := len(getattr(getattr(config, section), name))) != agents:
                 raise InputError(f"{section}.{name} has {count} values, {section}.algorithms has {agents}: "
                                  "give one per agent")
     if config.policy_sha256 and not config.policy:
