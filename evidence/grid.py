@@ -40,7 +40,7 @@ from train import correct
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "threads=1 precision=bfloat16 search.cycles=1 surrogate.warmup=0 search.proxy_batches=1"
-CELL = (f"{RUN} preset=plus search.estimate=table baseline.epochs=0 eval.protocol=holdout eval.full=false")
+CELL = f"{RUN} preset=plus search.estimate=table baseline.epochs=0 eval.protocol=holdout eval.full=false"
 METHODS = {**{name: f"search={name}" for name in (
     "uniform", "random", "greedy", "evolution", "sequential", "table", "null", "hirelc")},
     "untrained": "search=hirelc lla.timesteps=0",
