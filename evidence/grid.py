@@ -46,7 +46,7 @@ METHODS = {**{name: f"search={name}" for name in (
     "untrained": "search=hirelc lla.timesteps=0",
     "trained": "search=hirelc lla.timesteps=10000 lla.envs=8 lla.standardize=true"}
 # the same with all channels kept
-METHODS |= {f"{name}-bits": f"{METHODS[name]} compress.max_pruning=0" for name in ("untrained", "trained")}
+METHODS |= {f"{name}-bits": f"{METHODS[name]} compress.max_pruning=0" for name in ("table", "untrained", "trained")}
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
         "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings")
 # Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.
