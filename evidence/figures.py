@@ -11,6 +11,7 @@ from xml.sax.saxutils import escape as _escape
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "currentColor")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4")
 WIDTH = 360  # units, so that letters stay readable on a phone
+HEIGHT = 236  # of a plot with its labels, in the same units
 MOST_POINTS = 40  # of a series that are drawn one by one; longer ones are a line
 
 
@@ -41,7 +42,26 @@ def bounds(values) -> tuple[float, float]:
 def lines(title: str, rows, x: str, y: str, labels: tuple[str, str]) -> str:
     """Draw row[y] over row[x], whole numbers, as a line per ``series``; rows without a y are left out."""
     rows = [row for row in rows if row[y] is not None]
-    (x0, x1), (y0, y1) = bounds([row[x] for row in rows]), bounds([row[y] for row in rows])
+    names = list(dict.fromkeys(row["series"] for row in rows))
+    return _svg(title, HEIGHT + 16 * len(names), [*_plot(rows, names, x, y, labels), *_legend(rows, names)])
+
+
+def panels(title: str, plots: dict, names, x: str, y: str, labels: tuple[str, str]) -> str:
+    """Draw several :func:`lines` in two columns, ``plots`` by their headings, with one legend: the series of ``names``,
+    which look the same in all of them. x has one range; a row without an x is a level, drawn across its plot."""
+    placed = [row for rows in plots.values() for row in rows if row[x] is not None]
+    drawn = [[_text(64, 0, heading), *_plot(rows, names, x, y, labels, placed)] for heading, rows in plots.items()]
+    drawn.append(_legend(placed, names, 24))
+    height = 16 + max(HEIGHT, 16 * len(names))
+    parts = [part for n, own in enumerate(drawn) for part in
+             (f'<g transform="translate({n % 2 * WIDTH} {16 + n // 2 * height})">', *own, "</g>")]
+    return _svg(title, 16 + (len(drawn) + 1) // 2 * height, parts, 2 * WIDTH)
+
+
+def _plot(rows, names, x: str, y: str, labels, across=None) -> list[str]:
+    """Draw one plot, in WIDTH x HEIGHT units; a series looks as its place among ``names`` says, and x has the range of
+    the rows ``across``."""
+    (x0, x1), (y0, y1) = bounds([row[x] for row in across or rows]), bounds([row[y] for row in rows])
     left, right, top, bottom = 64, WIDTH - 10, 10, 190
     px = lambda value: left + (value - x0) / (x1 - x0) * (right - left)  # noqa: E731
     py = lambda value: bottom - (value - y0) / (y1 - y0) * (bottom - top)  # noqa: E731
@@ -55,22 +75,34 @@ def lines(title: str, rows, x: str, y: str, labels: tuple[str, str]) -> str:
               f'<text x="12" y="{(top + bottom) / 2}" text-anchor="middle" '
               f'transform="rotate(-90 12 {(top + bottom) / 2})">{escape(labels[1])}</text>',
               f'<path class="axis" fill="none" d="M{left} {top}V{bottom}H{right}"/>']
-    below = bottom + 46
-    for k, name in enumerate(dict.fromkeys(row["series"] for row in rows)):
-        points = [row for row in rows if row["series"] == name]
-        colour, dash = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)]
-        path = " ".join(f"{px(row[x]):.2f},{py(row[y]):.2f}" for row in points)
-        for where in (path, f"6,{below - 4} 32,{below - 4}"):  # in the plot and in the legend
-            parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dash}" '
-                         f'points="{where}"/>')
-        fill = colour if k < len(COLOURS) else "#fff"  # beyond that many series they are hollow
-        marks = [(px(row[x]), py(row[y]), f"{name}: {row[x]}, {row[y]}") for row in points]
-        for cx, cy, about in [*marks, (19, below - 4, name)] if len(points) <= MOST_POINTS else ():
-            parts.append(f'<circle cx="{cx:.2f}" cy="{cy:.2f}" r="3" fill="{fill}" stroke="{colour}">'
-                         f'<title>{escape(about)}</title></circle>')
-        parts.append(_text(38, below, _short(name, 50)))
-        below += 16
-    return _svg(title, below, parts)
+    for k, name in enumerate(names):
+        points = [(px(row[x]), py(row[y]), f"{name}: {row[x]}, {row[y]}")
+                  for row in rows if row["series"] == name and row[x] is not None]
+        levels = [py(row[y]) for row in rows if row["series"] == name and row[x] is None]
+        parts += _series(k, points, points if len(points) <= MOST_POINTS else []) if points else []
+        parts += [part for level in levels for part in _series(k, [(left, level), (right, level)], [])]
+    return parts
+
+
+def _legend(rows, names, top: int = HEIGHT) -> list[str]:
+    """Draw a line per series below ``top``, with its mark where its points have one."""
+    parts = []
+    for k, name in enumerate(names):
+        marked = 0 < sum(row["series"] == name for row in rows) <= MOST_POINTS
+        parts += _series(k, [(6, top - 4), (32, top - 4)], [(19, top - 4, name)] if marked else [])
+        parts.append(_text(38, top, _short(name, 50)))
+        top += 16
+    return parts
+
+
+def _series(k: int, points, marks) -> list[str]:
+    """Draw the line of the k-th series through points (x, y, …), and its marks (x, y, what they are)."""
+    colour, dash = COLOURS[k % len(COLOURS)], DASHES[k % len(DASHES)]
+    fill = colour if k < len(COLOURS) else "#fff"  # beyond that many series they are hollow
+    where = " ".join(f"{x:.2f},{y:.2f}" for x, y, *_ in points)
+    return [f'<polyline fill="none" stroke="{colour}" stroke-width="1.5" stroke-dasharray="{dash}" points="{where}"/>',
+            *(f'<circle cx="{x:.2f}" cy="{y:.2f}" r="3" fill="{fill}" stroke="{colour}">'
+              f'<title>{escape(about)}</title></circle>' for x, y, about in marks)]
 
 
 def allocation(title: str, rows) -> str:
@@ -99,6 +131,6 @@ def _short(text, most: int, end: bool = False) -> str:
     return text if len(text) <= most else "…" + text[1 - most:] if end else text[:most - 1] + "…"
 
 
-def _svg(title: str, height: float, parts) -> str:
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
+def _svg(title: str, height: float, parts, width: float = WIDTH) -> str:
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}" role="img" '
             f'aria-label="{escape(title)}">\n' + "\n".join(parts) + "\n</svg>")

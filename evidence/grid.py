@@ -26,7 +26,7 @@ import models
 from config import Config, override
 from deploy import pack
 from evidence import networks
-from evidence.figures import lines
+from evidence.figures import panels
 from evidence.networks import NETWORKS
 from evidence.stats import crossed_interval
 from hirelc import STORED, Run
@@ -52,6 +52,14 @@ KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc
 # Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.
 PUBLISHED = {"resnet20": [("trained ternary quantisation (Zhu et al. 2017)", 16, 91.13)],
              "resnet56": [("trained ternary quantisation (Zhu et al. 2017)", 16, 93.56)]}
+# The figure's plots, and its series (up to their bracket): as they are called in it.
+TITLES = {"resnet20": "ResNet-20, CIFAR-10", "resnet56": "ResNet-56, CIFAR-10", "mobilenetv2": "MobileNetV2, half of "
+          "Tiny ImageNet", "resnet18": "ResNet18, half of Tiny ImageNet", "deit_tiny": "DeiT-Tiny, CIFAR-100"}
+SERIES = {"table": "table's optimum (--preset plus)", "greedy": "greedy by Fisher information", "uniform": "equal bits",
+          "evolution": "evolution", "sequential": "sequential controller", "random": "random search",
+          "given": "the network as given", "trained": "hierarchy, 10,000 steps", "hirelc": "hierarchy, 256 steps",
+          "untrained": "hierarchy, untrained", "null": "null controller", "repaired longer": "repaired longer",
+          "trained ternary quantisation": "published: ternary, Zhu et al. 2017"}
 
 
 def run(args, flags: str, name: str, seed: int, settings: str) -> int:
@@ -105,17 +113,28 @@ def keep(args, network: str, times: int, method: str, seed: int) -> None:
     where = override(Config(), [*images.split(), f"data.name={name}", f"data.dir={args.data_dir}"])
     test = data.load(where.data, pretrained_stats=models.PRETRAINED_STATS[where.model.name]).test
     model = getattr(networks, network)() if hasattr(networks, network) else None
-    hit = correct(pack.load(place / "packed.pt", model=model).to(memory_format=torch.channels_last), test)
+    model = pack.load(place / "packed.pt", model=model).to(memory_format=torch.channels_last)
+    hit, given = correct(model, test), Path(args.results) / f"given-{network}.json"
     write_json(cell_file(args, network, times, method, seed), {
         **{key: result[key] for key in KEPT}, **{key: config[key] for key in ("started", "versions", "hardware")},
         "notes": [note.replace(str(args.data_dir), "DIR") for note in result["notes"]],
         "network": network, "times": times, "method": method, "settings": f"{NETWORKS[network][4]} {METHODS[method]}",
-        "test_images": len(test), "deployed_hits": np.packbits(hit.numpy()).tobytes().hex()})
+        "test_images": len(test), "deployed_hits": digits(hit)})
+    if not given.exists():
+        model.load_state_dict(torch.load(place / "baseline.pt", weights_only=True))
+        write_json(given, {"network": network, "times": 1, "method": "given", "fp32_bytes": result["fp32_bytes"],
+                           "packed_bytes": result["fp32_bytes"], "test_images": len(test),
+                           "deployed_hits": digits(correct(model, test))})
 
 
 def cell_file(args, network: str, times: int, method: str, seed: int) -> Path:
     """Return where the results of a cell are kept."""
     return Path(args.results) / f"{network}-{times}-{method}-seed{seed}.json"
+
+
+def digits(hit: torch.Tensor) -> str:
+    """Return which test images are right, bool [n], as a cell's file holds it."""
+    return np.packbits(hit.numpy()).tobytes().hex()
 
 
 def hits(cell: dict) -> np.ndarray:
@@ -125,12 +144,15 @@ def hits(cell: dict) -> np.ndarray:
 
 def table(cells: list[dict], network: str, times: int, reference: str) -> str:
     """Return Markdown with a row per method that has cells of a network and size: the deployed accuracy in percent, and
-    how far it is from that of ``reference``, paired by seed and image over the seeds that both have."""
+    how far it is from that of ``reference``, or of the network as ``given``, paired by seed and image over the seeds
+    that both have."""
     rows = [f"| {network}, file ÷ {times} | seeds | bytes | deployed | deployed - {reference}'s [95 %] | "
             "search, repair |", "|---" * 6 + "|"]
     of = {name: {cell["seed"]: cell for cell in cells if (cell["network"], cell["times"], cell["method"])
                  == (network, times, name)} for name in METHODS}
-    for name, own in of.items():
+    of["given"] = {seed: cell for cell in cells if (cell["network"], cell["method"]) == (network, "given")
+                   for own in of.values() for seed in own}
+    for name, own in ((name, of[name]) for name in METHODS):
         both, difference = sorted(own.keys() & of[reference].keys()), ""
         if not own:
             continue
@@ -146,8 +168,8 @@ def table(cells: list[dict], network: str, times: int, reference: str) -> str:
     return "\n".join(rows)
 
 
-def figure(args, cells: list[dict], network: str = "resnet20") -> None:
-    """Write results/frontier.csv, and docs/frontier.svg of its rows of one network."""
+def figure(args, cells: list[dict]) -> None:
+    """Write results/frontier.csv, and docs/frontier.svg of its rows: a plot per network, means over the seeds."""
     points = [(c["network"], c["method"], c["fp32_bytes"] / c["packed_bytes"], 100 * hits(c).mean()) for c in cells]
     points += [(name, *point) for name, own in PUBLISHED.items() for point in own]
     longer = [json.loads(path.read_text()) for path in Path(args.results).glob("long-*.json")]
@@ -158,13 +180,17 @@ def figure(args, cells: list[dict], network: str = "resnet20") -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    of, axes = {}, ("times smaller", "accuracy")
-    for row in (row for row in rows if row["network"] == network):
-        of.setdefault((row["series"], round(row["times smaller"])), []).append(row)
-    means = [own[0] | {key: round(float(np.mean([row[key] for row in own])), 2) for key in axes}
-             for own in of.values()]  # over the seeds
-    drawn = lines(f"{network}, CIFAR-10: accuracy of the packed file against its size", means, *axes,
-                  ("FP32 file / packed file", "accuracy of the packed file, %"))
+    plots, of = {title: [] for title in TITLES.values()}, {}
+    for row in rows:
+        of.setdefault((row["network"], row["series"].partition(" (")[0], round(row["times smaller"])), []).append(row)
+    for (network, series, times), own in of.items():
+        mean = {key: round(float(np.mean([row[key] for row in own])), 2) for key in ("times smaller", "accuracy")}
+        if series in SERIES:
+            level = {"times smaller": None} if times == 1 else {}  # the network as given
+            plots[TITLES[network]].append({"series": SERIES[series], **mean, **level})
+    plots = {title: own for title, own in plots.items() if own}
+    drawn = panels("accuracy of the packed file against its size", plots, SERIES.values(), "times smaller", "accuracy",
+                   ("FP32 file / packed file", "accuracy, %"))
     for name, style in (('class="grid"', 'stroke="#ddd"'), ('class="axis"', 'stroke="#000"'),  # a page of its own
                         ("<svg ", '<svg style="background:#fff" font-family="sans-serif" font-size="12" ')):
         drawn = drawn.replace(name, style)
@@ -182,16 +208,17 @@ def main() -> int:
     parser.add_argument("--times", type=int, nargs="+", default=[12, 8, 16], help="how many times smaller than FP32")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[45, 46, 47])
-    parser.add_argument("--table", choices=METHODS, metavar="METHOD", help="only print how others differ from METHOD")
+    parser.add_argument("--table", choices=[*METHODS, "given"], metavar="METHOD",
+                        help="only print how others differ from METHOD, or from the network as given")
     parser.add_argument("--figure", action="store_true", help="only draw the frontier")
     args = parser.parse_args()
     if args.table or args.figure:
-        cells = [json.loads(path.read_text()) for path in sorted(Path(args.results).glob("*-seed*.json"))]
-        cells = [cell for cell in cells if cell.get("method") in METHODS]
+        cells = [json.loads(path.read_text()) for path in sorted(Path(args.results).glob("*.json"))]
+        cells = [cell for cell in cells if cell.get("method") in {*METHODS, "given"}]
         if args.figure:
             figure(args, cells)
         else:
-            pairs = sorted({(cell["network"], cell["times"]) for cell in cells})
+            pairs = sorted({(cell["network"], cell["times"]) for cell in cells if cell["method"] != "given"})
             print("\n\n".join(table(cells, *pair, args.table) for pair in pairs))
         return 0
     Path(args.results).mkdir(exist_ok=True)

@@ -27,27 +27,28 @@ def test_every_cell_is_another_command_with_the_same_estimates_and_repair():
 
 def cell(method, seed, digits, times=12):  # of eight images
     return {"network": "resnet20", "method": method, "seed": seed, "times": times, "test_images": 8, "fp32_bytes": 1210,
-            "packed_bytes": 100, "deployed_hits": digits, "timings": {"table": 1.0, "search": 2.0, "finetune": 9.0}}
+            "packed_bytes": 1200 // times, "deployed_hits": digits, "timings": {"table": 1, "search": 2, "finetune": 9}}
 
 
 def test_the_table_by_hand():
     cells = [cell("random", 44, "c0"), cell("random", 45, "f0"), cell("table", 44, "f0"), cell("table", 45, "fc"),
-             cell("table", 46, "ff"), cell("table", 46, "00", times=8)]  # a seed that only one has is not compared
+             cell("table", 46, "ff"), cell("table", 46, "00", 8), cell("given", 0, "fe", 1)]
     random, table = grid.table(cells, "resnet20", 12, "table").splitlines()[2:]
     assert table == "| table | 44 45 46 | 100 | 75.00 |  | 3 s, 9 s |"
-    # By image the differences are 0 0 1/2 1/2 1/2 1/2 0 0, of variance 1/14; the seeds' are equal.
-    half = 100 * 1.959963984540054 * (1 / 14 / 8) ** 0.5
+    half = 100 * 1.959963984540054 * (1 / 14 / 8) ** 0.5  # differences by image: 0 0 1/2 1/2 1/2 1/2 0 0
     assert random == f"| random | 44 45 | 100 | 37.50 | -25.00 [{-25 - half:+.2f}, {-25 + half:+.2f}] | 3 s, 9 s |"
+    assert "| 37.50 | -50.00 [" in (text := grid.table(cells, "resnet20", 12, "given")) and "| 75.00 | -12.50 [" in text
 
 
 def test_the_figure_has_every_cell_and_the_published_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
-    grid.figure(SimpleNamespace(results=tmp_path), [cell("table", 44, "f0"), cell("table", 44, "fc")])
+    cells = [cell("table", 44, "f0"), cell("table", 44, "fc"), cell("given", 0, "fe", 1)]
+    grid.figure(SimpleNamespace(results=tmp_path), cells)
     rows = list(csv.DictReader(open(tmp_path / "frontier.csv")))
     assert {"network": "resnet20", "series": "table", "times smaller": "12.1", "accuracy": "50.0"} in rows
-    assert len(rows) == 2 + sum(map(len, grid.PUBLISHED.values()))
-    assert len(list(xml.parse(tmp_path / "docs" / "frontier.svg").iter("{http://www.w3.org/2000/svg}circle"))) == 2 + 2
+    drawn = [mark[0].text for mark in xml.parse(tmp_path / "docs" / "frontier.svg").findall(".//{*}circle")]
+    assert (len(rows), len(drawn), drawn[0]) == (3 + 2, 3 + 2, "table's optimum (--preset plus): 12.1, 62.5")
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -60,7 +61,6 @@ def test_a_cell_that_is_stopped_is_repeated_the_next_time(tmp_path, monkeypatch,
                                       "resnet20", "--methods", "table", "random", "--seeds", "45", "--times", "12",
                                       "--weights-dir", str(tmp_path)])
     assert grid.main() == code and grid.main() == code
-    names = [name for name, _ in calls]
     assert all("goal=size:10B" in settings for _, settings in calls)
-    assert names == (["resnet20-12-table"] * 2 if code else ["resnet20-12-table", "resnet20-12-random"])
+    assert [name[9:] for name, _ in calls] == (["12-table"] * 2 if code else ["12-table", "12-random"])
     assert code == 0 or "table seed 45 ended with 3" in capsys.readouterr().err
