@@ -44,7 +44,8 @@ CELL = f"{RUN} preset=plus search.estimate=table baseline.epochs=0 eval.protocol
 METHODS = {**{name: f"search={name}" for name in (
     "uniform", "random", "greedy", "evolution", "sequential", "table", "null", "hirelc")},
     "untrained": "search=hirelc lla.timesteps=0",
-    "trained": "search=hirelc lla.timesteps=10000 lla.envs=8 lla.standardize=true"}
+    "trained": "search=hirelc lla.timesteps=10000 lla.envs=8 lla.standardize=true",
+    "trained-long": "search=hirelc lla.timesteps=100000 lla.envs=8 lla.standardize=true"}
 # the same with all channels kept
 METHODS |= {f"{name}-bits": f"{METHODS[name]} compress.max_pruning=0" for name in ("table", "untrained", "trained")}
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
