@@ -116,16 +116,16 @@ def keep(args, network: str, times: int, method: str, seed: int) -> None:
     model = getattr(networks, network)() if hasattr(networks, network) else None
     model = pack.load(place / "packed.pt", model=model).to(memory_format=torch.channels_last)
     hit, given = correct(model, test), Path(args.results) / f"given-{network}.json"
-    write_json(cell_file(args, network, times, method, seed), {
-        **{key: result[key] for key in KEPT}, **{key: config[key] for key in ("started", "versions", "hardware")},
-        "notes": [note.replace(str(args.data_dir), "DIR") for note in result["notes"]],
-        "network": network, "times": times, "method": method, "settings": f"{NETWORKS[network][4]} {METHODS[method]}",
-        "test_images": len(test), "deployed_hits": digits(hit)})
     if not given.exists():
         model.load_state_dict(torch.load(place / "baseline.pt", weights_only=True))
         write_json(given, {"network": network, "times": 1, "method": "given", "fp32_bytes": result["fp32_bytes"],
                            "packed_bytes": result["fp32_bytes"], "test_images": len(test),
                            "deployed_hits": digits(correct(model, test))})
+    write_json(cell_file(args, network, times, method, seed), {
+        **{key: result[key] for key in KEPT}, **{key: config[key] for key in ("started", "versions", "hardware")},
+        "notes": [note.replace(str(args.data_dir), "DIR") for note in result["notes"]],
+        "network": network, "times": times, "method": method, "settings": f"{NETWORKS[network][4]} {METHODS[method]}",
+        "test_images": len(test), "deployed_hits": digits(hit)})
 
 
 def cell_file(args, network: str, times: int, method: str, seed: int) -> Path:
