@@ -50,6 +50,7 @@ METHODS = {**{name: f"search={name}" for name in (
 METHODS |= {f"{name}-bits": f"{METHODS[name]} compress.max_pruning=0" for name in ("table", "untrained", "trained")}
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
         "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings")
+MADE = ("started", "versions", "hardware")  # of a run's config.json
 # Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.
 PUBLISHED = {"resnet20": [("trained ternary quantisation (Zhu et al. 2017)", 16, 91.13)],
              "resnet56": [("trained ternary quantisation (Zhu et al. 2017)", 16, 93.56)]}
@@ -122,7 +123,7 @@ def keep(args, network: str, times: int, method: str, seed: int) -> None:
                            "packed_bytes": result["fp32_bytes"], "test_images": len(test),
                            "deployed_hits": digits(correct(model, test))})
     write_json(cell_file(args, network, times, method, seed), {
-        **{key: result[key] for key in KEPT}, **{key: config[key] for key in ("started", "versions", "hardware")},
+        **{key: result[key] for key in KEPT}, **{key: config[key] for key in MADE},
         "notes": [note.replace(str(args.data_dir), "DIR") for note in result["notes"]],
         "network": network, "times": times, "method": method, "settings": f"{NETWORKS[network][4]} {METHODS[method]}",
         "test_images": len(test), "deployed_hits": digits(hit)})

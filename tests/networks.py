@@ -1,4 +1,5 @@
-"""Small networks that are not of this project, images for them, and how to tell that a network was left alone."""
+"""Small networks that are not of this project, images for them, random numbers, a log that says nothing, and how to
+tell that a network was left alone."""
 
 import os
 
@@ -7,14 +8,36 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from support.log import Log
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def silent():
+    return Log(open(os.devnull, "w"))
+
 
 def pictures(n=40, channels=3, size=16, classes=3):
     """Noise with a brighter channel or corner per class, floats [n, C, size, size], and labels."""
-    generator = torch.Generator().manual_seed(n)
     y = torch.arange(n) % classes
-    x = torch.randn(n, channels, size, size, generator=generator)
+    x = torch.randn(n, channels, size, size, generator=seeded(n))
     x[:, 0] += y.view(-1, 1, 1)
     return x, y
+
+
+class Made(nn.Module):
+    """Modules by name, and ``run(self, x)`` that is their forward."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
 
 
 class Shared(nn.Module):
@@ -115,7 +138,7 @@ def strided():
 
 def randomised(model, seed=0):
     """Weights, biases and statistics such that neither a constant nor the images are lost on the way; eval mode."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             mean, std = (0.2, 0.3) if name.endswith(("bias", "mean")) else (1, 0.15)

@@ -17,13 +17,10 @@ from torch.utils.data import default_collate
 import data
 from support import images as sources
 from config import Data, InputError
+from networks import seeded
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))       # mean, std: black → -1, white → 1
 UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))       # leaves values in [0, 1]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def random_images(n=20, side=8, size=None, stats=UNIT, augment=()):
@@ -324,7 +321,7 @@ def test_held_out_images_are_a_fixed_twentieth_and_not_trained_on(kind):
     given = type("Own", (), {"batch": whole.batch, "__len__": lambda self: 100})() if kind == "interface" else whole
     train, chosen = data.hold_out(given)
     assert (len(train), len(chosen)) == (95, 5)
-    order = torch.randperm(100, generator=torch.Generator().manual_seed(data.HOLDOUT_SEED))
+    order = torch.randperm(100, generator=seeded(data.HOLDOUT_SEED))
     for part, index in ((train, order[5:].sort().values), (chosen, order[:5])):
         x, y = part.batch(torch.arange(len(part)))
         wanted, labels = whole.batch(index)

@@ -15,14 +15,11 @@ from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelSh
                       kernel_shapes)
 from config import Surrogate as Settings
 from estimate import UNKNOWN_KERNEL, DropEstimator, Proxy, Surrogate, block_features, kernel_features, proxy_drop
+from test_models import images
 
 FAMILIES = {"deit": ("deit_tiny_patch16_224", 0.125, 16), "clip": ("vit_base_patch32_clip_224", 0.07, 16),
             "resnet18": ("resnet18", 0.125, 0), "resnet50": ("resnet50", 0.07, 0),
             "mobilenetv2": ("mobilenetv2_100", 0.125, 0)}
-
-
-def images(count=6, seed=3):
-    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
 def build(family):
@@ -36,8 +33,8 @@ def build(family):
                 module.momentum = 1.0  # its statistics become those of the images
             elif isinstance(module, nn.Linear) and patch:
                 module.weight.mul_(4)  # at 0.02 a narrow ViT's blocks hardly move its logits
-        model(images(32, 9))
-        list(model.children())[-1].weight.div_(20 * model.eval()(images(32, 9)).std())
+        model(images(32, 32, 9))
+        list(model.children())[-1].weight.div_(20 * model.eval()(images(32, 32, 9)).std())
     return model
 
 
@@ -45,7 +42,7 @@ def build(family):
 def family(request):
     """(model, blocks, two batches)"""
     model = build(request.param)
-    return model, models.find_blocks(model), list(images().split(4))
+    return model, models.find_blocks(model), list(images(6, 32, 3).split(4))
 
 
 def small():
@@ -169,7 +166,7 @@ def test_every_candidate_is_judged_against_theta0_whatever_was_asked_before(fami
 def test_a_candidate_starts_at_its_block_and_one_blocks_input_is_kept(name, index):
     model, ran = build(name), []
     blocks = models.find_blocks(model)
-    proxy, first = Proxy(model, blocks, [images()]), next(iter(blocks[index].kernels.values()))
+    proxy, first = Proxy(model, blocks, [images(6, 32, 3)]), next(iter(blocks[index].kernels.values()))
     for module in (m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))):
         module.register_forward_hook(lambda m, x, y: ran.append((m, y.shape[1])))
 

@@ -21,8 +21,8 @@ from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
 from evidence import summary
 from hirelc import Cycle, Run, algorithm_1, compress_model
+from networks import silent
 from support import networks
-from support.log import Log
 from train import accuracy, correct
 
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "hla.burst=4", "data.train_images=64",
@@ -33,10 +33,6 @@ SMALL = {"data.batch_size": 16, "eval.images": 30, "search.cycles": 2, "lla.time
 API = {key.replace(".", "__"): value for key, value in {**SMALL, "search.cycles": 1}.items()}
 TRAINED = {"baseline.epochs": 6, "baseline.patience": 6, "baseline.lr": 0.03}  # it learns something
 SMALL["model.weights"] = "given"
-
-
-def silent():
-    return Log(open(os.devnull, "w"))
 
 
 def images():

@@ -17,12 +17,9 @@ import models
 from compress import BlockConfig, Grid, KernelConfig, NetworkConfig, kernel_shapes
 from config import Config
 from deploy.qat import GridTraining
+from networks import seeded
 from support.networks import switches
 from train import Epoch, Recipe, Trainer, accuracy, block_fisher, correct, fisher_sensitivity
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Points:

@@ -18,33 +18,20 @@ from config import InputError
 from deploy import checks, narrow, pack
 from estimate import Proxy
 from models import find_blocks
+from networks import Made, seeded, silent
 from test_estimate import alike, by_copy
-from test_hirelc import silent
 
 QUICK = dict(search="greedy", search__cycles=1, finetune__epochs=1, sensitivity__images=4, baseline__epochs=0,
              data__batch_size=8, eval__full=False, finetune__bn_images=16)
 
 
 def images(count=24, side=12, seed=0):
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed)), torch.arange(count) % 3
+    return torch.randn(count, 3, side, side, generator=seeded(seed)), torch.arange(count) % 3
 
 
 def quick(model, **more):
     """Compress with few images: (network, policy, result)."""
     return hirelc.compress_model(model, images(), images(seed=1), log=silent(), **QUICK | more)
-
-
-class Made(nn.Module):
-    """Modules by name, and ``run(self, x)`` that is their forward."""
-
-    def __init__(self, run, **modules):
-        super().__init__()
-        self.run = run
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def random_network(seed):

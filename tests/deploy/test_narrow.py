@@ -15,12 +15,12 @@ import models
 from compress import prune_mask
 from config import InputError
 from deploy import narrow
-from networks import Attend, Flattening, Grouped, Plain, Shared, fingerprint, randomised, same, tied
+from networks import Attend, Flattening, Grouped, Made, Plain, Shared, fingerprint, randomised, same, seeded, tied
 
 
 def pruned(model, example, keep=None, everything=False, seed=0):
     """Zero rows, in place: the kernels that are compressed, or every Conv2d and Linear; ``keep`` None: each its own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     holders = [k for block in models.find_blocks(model, example) for k in block.kernels.values()]
     if everything:
         holders += [m for m in model.modules() if type(m) in (nn.Conv2d, nn.Linear) and m not in holders]
@@ -98,7 +98,7 @@ def chain(*layers):
     return randomised(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), end))
 
 
-IMAGES = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(2, 3, 9, 9, generator=seeded(1))
 
 
 @pytest.mark.parametrize("padding, norm", [(0, nn.BatchNorm2d), (1, nn.BatchNorm2d), ("same", nn.Identity)])
@@ -135,17 +135,14 @@ def test_a_convolution_in_groups_shrinks_evenly_or_says_why_not(gone, shape, sta
     assert shapes(network)[2][1] == shape[0]
 
 
-class Layers(nn.Module):
+class Layers(Made):
     """A convolution with pruned channels, and a function that takes it to the input of ``fc``."""
 
     def __init__(self, run, features=8, **modules):
-        super().__init__()
-        self.a, self.run, self.fc = nn.Conv2d(3, 8, 3, padding=1), run, nn.Linear(features, 3)
-        for name, module in modules.items():
-            setattr(self, name, module)
+        super().__init__(run, a=nn.Conv2d(3, 8, 3, padding=1), fc=nn.Linear(features, 3), **modules)
 
     def forward(self, x):
-        return self.fc(self.run(self, torch.relu(self.a(x))))
+        return self.fc(super().forward(torch.relu(self.a(x))))
 
 
 MERGED = [  # batch and channels in one dimension: each map alone, MobileViT's unfold, ShuffleNet's shuffle, size -1

@@ -9,9 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
+from compress import BlockConfig, KernelConfig, KernelShape, NetworkConfig
 from config import flatten
-from evidence import grid
+from deploy import pack
+from evidence import grid, networks
 from support.cli import arguments
+from support.kernels import Block
 
 
 def test_every_cell_is_another_command_with_the_same_estimates_and_repair():
@@ -52,15 +56,35 @@ def test_the_figure_has_every_cell_and_the_published_numbers(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_cell_that_is_stopped_is_repeated_the_next_time(tmp_path, monkeypatch, capsys, code):
-    calls = []
-    torch.save({"weight": torch.zeros(30)}, tmp_path / "resnet20-cifar10.pth")
-    monkeypatch.setattr(grid, "run", lambda args, flags, name, seed, settings: calls.append((name, settings)) or code)
-    monkeypatch.setattr(grid, "keep", lambda *cell: grid.cell_file(*cell).write_text("{}"))
-    monkeypatch.setattr(sys, "argv", ["grid.py", "--out", str(tmp_path), "--results", str(tmp_path), "--networks",
-                                      "resnet20", "--methods", "table", "random", "--seeds", "45", "--times", "12",
-                                      "--weights-dir", str(tmp_path)])
+def test_a_cell_is_scored_when_its_run_has_ended_and_repeated_where_it_was_stopped(tmp_path, monkeypatch, capsys, code):
+    calls, given, small = [], networks.resnet20(), networks.resnet20()
+    given.linear.bias.data[3], small.linear.bias.data[5] = 99, 99  # the class of every image
+    block, config = Block("b", {"linear": small.linear}, ()), BlockConfig((KernelConfig(32),), (KernelShape(10, 640),))
+    packed = pack.pack(small, [block], NetworkConfig((config,)), {"linear": torch.ones(10) > 0}, {"linear": None}, {})
+
+    def run(args, flags, name, seed, settings):
+        (place := grid.folder(args, "resnet20", name, seed)).mkdir(exist_ok=True)
+        torch.save(given.state_dict(), place / "baseline.pt")
+        (place / "packed.pt").write_bytes(packed)
+        for file, values in (("result", {**dict.fromkeys(grid.KEPT, 7), "notes": [f"read from {tmp_path}"]}),
+                             ("config", {"settings": {"data.name": "synthetic"}, **dict.fromkeys(grid.MADE, 8)})):
+            (place / f"{file}.json").write_text(json.dumps(values))
+        return calls.append((name, settings)) or code
+
+    monkeypatch.setattr(grid, "run", run)
+    monkeypatch.setitem(grid.NETWORKS, "resnet20", ("", "w.pth", "data.image_size=32 data.train_images=1 "
+                                            "data.test_images=40", "", "seed=1"))
+    torch.save({"weight": torch.zeros(30)}, tmp_path / "w.pth")
+    places = (f"{flag}={tmp_path}" for flag in ("--out", "--results", "--data-dir", "--weights-dir"))
+    monkeypatch.setattr(sys, "argv", ["grid.py", *places, "--networks", "resnet20", "--methods", "table", "random",
+                                      "--seeds", "45", "--times", "12"])
     assert grid.main() == code and grid.main() == code
     assert all("goal=size:10B" in settings for _, settings in calls)
     assert [name[9:] for name, _ in calls] == (["12-table"] * 2 if code else ["12-table", "12-random"])
     assert code == 0 or "table seed 45 ended with 3" in capsys.readouterr().err
+    if code == 0:
+        whole, _, cell = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
+        labels = data.synthetic(10, 1, 40, 32, data.SYNTHETIC_SEED)[1].labels
+        assert [grid.hits(c).tolist() for c in (cell, whole)] == [(labels == k).int().tolist() for k in (5, 3)]
+        assert [cell[key] for key in ("cr", "hardware", "notes", "settings")] == [7, 8, ["read from DIR"],
+                                                                                  "seed=1 search=table"]

@@ -10,6 +10,7 @@ from torch import nn
 import models
 from evidence import sensitivities
 from evidence.sensitivities import block_values, sensitivity
+from networks import seeded
 
 METHODS = ("gradient", "snip", "grasp", "hessian")
 
@@ -34,14 +35,10 @@ BLOCKS = [block("a"), block("b")]
 X, Y = torch.tensor([[4.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, -8.0], [0.0, 0.0, 4.0]]), torch.tensor([0, 0, 1, 1])
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def test_hessian_of_a_diagonal_one_is_exact_with_any_vector():
     """Each image touches one weight, so H is diagonal: x^2/4 at z = 0, mean over four images."""
     for seed in range(3):
-        assert block_values("hessian", Line(), BLOCKS, X, Y, generator(seed), probes=1) == pytest.approx(
+        assert block_values("hessian", Line(), BLOCKS, X, Y, seeded(seed), probes=1) == pytest.approx(
             [16 / 4 / 4, (4 + 64 + 16) / 4 / 4])
 
 
@@ -78,7 +75,7 @@ def test_all_against_autograds_hessian(network):
             ("snip", 1e-4, [(theta * g)[p].abs().sum() for p in parts]),
             ("grasp", 1e-3, [product[p].sum().abs() for p in parts]),
             ("hessian", 0.15, [hessian.diagonal()[p].sum() for p in parts])):
-        got = block_values(method, model, blocks, x, y, generator(), probes=800)
+        got = block_values(method, model, blocks, x, y, seeded(), probes=800)
         assert got == pytest.approx([value.item() for value in values], rel=tolerance)
 
 
@@ -88,7 +85,7 @@ def test_the_largest_is_one_and_the_network_is_left_as_it_was(network, method):
     model.train()
     model[0].weight.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    values = sensitivity(method, model, blocks, x, y, generator())
+    values = sensitivity(method, model, blocks, x, y, seeded())
     assert max(values) == 1.0 and 0 < min(values) < 1
     assert model.training and not model[0].weight.requires_grad and model[3].weight.requires_grad
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -98,15 +95,15 @@ def test_the_largest_is_one_and_the_network_is_left_as_it_was(network, method):
 def test_flat_and_broken_losses():
     """A classifier that sees nothing has no sensitivity; numbers that are not finite are an error."""
     for method in METHODS:
-        assert sensitivity(method, Line(), BLOCKS, torch.zeros(4, 3), Y, generator()) == [1.0, 1.0]
+        assert sensitivity(method, Line(), BLOCKS, torch.zeros(4, 3), Y, seeded()) == [1.0, 1.0]
         with pytest.raises(FloatingPointError, match=f"sensitivity={method}"):
-            sensitivity(method, Line(a=float("nan")), BLOCKS, X, Y, generator())
+            sensitivity(method, Line(a=float("nan")), BLOCKS, X, Y, seeded())
 
 
 def test_a_negative_trace_counts_as_none(monkeypatch):
     for values, expected in (([-3.0, 2.0, 1.0], [0.0, 1.0, 0.5]), ([-1.0, 0.0], [1.0, 1.0])):
         monkeypatch.setattr(sensitivities, "block_values", lambda *_: values)
-        assert sensitivity("hessian", None, BLOCKS, X, Y, generator()) == expected
+        assert sensitivity("hessian", None, BLOCKS, X, Y, seeded()) == expected
 
 
 @pytest.mark.parametrize("name, patch", [("deit_tiny_patch16_224", 16), ("mobilenetv2_100", 0)])

@@ -13,24 +13,22 @@ import models
 from support.kernels import CLASSIFIER, ELSEWHERE, INDIRECT, SHORTCUT, UNREACHED, ParameterKernel, traced_kernels
 from config import InputError
 from models import build, find_blocks, survey
+from networks import Made
 from support.own import try_network
 
 X = torch.linspace(-1, 1, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
 
 
-class Net(nn.Module):
+class Net(Made):
     """A network from its modules and the function that is its forward; a head for three classes is added."""
 
     def __init__(self, forward, head=4, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.run = forward
+        super().__init__(forward, **modules)
         if head:
             self.head = nn.Linear(head, 3)
 
     def forward(self, x):
-        y = self.run(self, x)
+        y = super().forward(x)
         return self.head(y.flatten(2).mean(2) if y.dim() == 4 else y) if hasattr(self, "head") else y
 
 
@@ -155,25 +153,19 @@ def test_what_only_looks_like_a_shortcut_is_compressed(model, names):
     assert kernels(model()) == (names, {"head": CLASSIFIER})
 
 
-class Attend(nn.Module):
+def attend(other=None):
     """Tokens of 4 × 4 pixels through nn.MultiheadAttention; ``other``: keys and values of another width."""
-
-    def __init__(self, other=None, head=True):
-        super().__init__()
-        self.patch = nn.Conv2d(3, 8, 4, stride=4)
-        self.attn = nn.MultiheadAttention(8, 2, batch_first=True, kdim=other, vdim=other)
-        self.other = nn.Linear(8, other) if other else None
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        x = self.patch(x).flatten(2).transpose(1, 2)  # [B, T, 8]
-        y = self.other(x) if self.other else x
-        return self.head((x + self.attn(x, y, y, need_weights=False)[0]).mean(1))
+    def run(m, x):
+        x = m.patch(x).flatten(2).transpose(1, 2)  # [B, T, 8]
+        y = m.other(x)
+        return (x + m.attn(x, y, y, need_weights=False)[0]).mean(1)
+    return Net(run, 8, patch=nn.Conv2d(3, 8, 4, stride=4), other=nn.Linear(8, other) if other else nn.Identity(),
+               attn=nn.MultiheadAttention(8, 2, batch_first=True, kdim=other, vdim=other))
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_attention_weights_that_are_parameters_of_their_own(training):
-    model = Attend().train(training)
+    model = attend().train(training)
     found = survey(model, X)
     assert [k.name for k in found.compressed] == ["patch", "attn.in_proj_weight", "attn.out_proj"]
     block, = found.blocks
@@ -187,10 +179,10 @@ def test_attention_weights_that_are_parameters_of_their_own(training):
 
 
 def test_separate_query_key_and_value_weights():
-    names, left = kernels(Attend(other=6))
+    names, left = kernels(attend(other=6))
     assert names == ["patch", "other", "attn.q_proj_weight", "attn.k_proj_weight", "attn.v_proj_weight",
                      "attn.out_proj"] and left == {"head": CLASSIFIER}
-    first, second = find_blocks(Attend(other=6), X, exclude="patch")
+    first, second = find_blocks(attend(other=6), X, exclude="patch")
     assert first.parameters == ("other.weight", "other.bias", "attn.q_proj_weight", "attn.in_proj_bias",
                                 "attn.k_proj_weight", "attn.v_proj_weight")  # the bias of all three counts once
 

@@ -3,7 +3,6 @@ every figure counted anew here."""
 
 import json
 import math
-import os
 import pickle
 import sys
 
@@ -16,8 +15,7 @@ import models
 import rl
 from config import Config, InputError
 from estimate import Proxy
-from networks import Attend, Caching, Flattening, Shared, fingerprint, pictures, same, strided, tied
-from support.log import Log
+from networks import Attend, Caching, Flattening, Shared, fingerprint, pictures, same, silent, strided, tied
 from support.own import copy_network, ours_by_name, own_network, try_network
 from deploy.policies import from_policy
 from test_estimate import alike, by_copy
@@ -26,7 +24,7 @@ from train import accuracy
 TINY = {"search__cycles": 1, "lla__timesteps": 4, "hla__timesteps": 4, "baseline__epochs": 0, "finetune__epochs": 1,
         "finetune__lr": 1e-3, "sensitivity__images": 2, "search__proxy_batches": 1, "data__batch_size": 16,
         "device": "cpu"}
-QUIET = Log(stream=open(os.devnull, "w"))
+QUIET = silent()
 
 
 def test_channels_last_only_where_it_runs():

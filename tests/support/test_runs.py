@@ -21,9 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # where this file is run as a s
 
 import hirelc  # noqa: E402
 from config import InputError  # noqa: E402
-from networks import Trap  # noqa: E402
+from networks import Trap, silent  # noqa: E402
 from support import cli, runs  # noqa: E402
-from support.log import Log  # noqa: E402
 
 SMALL = ["data.train_images=96", "data.test_images=48", "scratch.epochs=2", "finetune.epochs=2", "lla.timesteps=4",
          "hla.timesteps=4", "hla.burst=4", "sensitivity.images=4", "surrogate.epochs=2", "surrogate.warmup=2",
@@ -55,10 +54,6 @@ def assert_same(path, reference):
         assert mine.keys() == other.keys()
         assert not [key for key in mine if mine[key] != other[key]]
     assert sorted(p.name for p in path.iterdir()) == sorted(p.name for p in reference.iterdir())  # nothing is left over
-
-
-def silent():
-    return Log(open(os.devnull, "w"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
