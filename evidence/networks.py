@@ -22,7 +22,7 @@ NETWORKS = {
                  "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4"),
     "deit_tiny": ("--exp 1", "deit_tiny.pth",
                   "model.name=deit_tiny_patch16_224 data.image_size=112 data.normalize=pretrained",
-                  "baseline.epochs=3 baseline.lr=1e-4",
+                  "baseline.epochs=5 baseline.lr=1e-4",
                   "data.train_images=20000 finetune.epochs=1 finetune.lr=1e-4")}
 
 
