@@ -72,8 +72,8 @@ def test_a_cell_is_scored_when_its_run_has_ended_and_repeated_where_it_was_stopp
         return calls.append((name, settings)) or code
 
     monkeypatch.setattr(grid, "run", run)
-    monkeypatch.setitem(grid.NETWORKS, "resnet20", ("", "w.pth", "data.image_size=32 data.train_images=1 "
-                                            "data.test_images=40", "", "seed=1"))
+    images = "data.image_size=32 data.train_images=1 data.test_images=40"
+    monkeypatch.setitem(grid.NETWORKS, "resnet20", ("", "w.pth", images, "", "seed=1"))
     torch.save({"weight": torch.zeros(30)}, tmp_path / "w.pth")
     places = (f"{flag}={tmp_path}" for flag in ("--out", "--results", "--data-dir", "--weights-dir"))
     monkeypatch.setattr(sys, "argv", ["grid.py", *places, "--networks", "resnet20", "--methods", "table", "random",
