@@ -1,10 +1,12 @@
-"""``python -m evidence.readme`` writes the parts of the documentation that are made of others: README.md's blocks
-``<!-- figures NAME -->`` from docs/RESULTS.md, docs/GUIDE.md's ``<!-- settings -->`` from config.py."""
+"""``python -m evidence.readme`` writes the parts of the documentation that are made of others: the frontier's tables in
+docs/RESULTS.md and its figure from results/, README.md's blocks ``<!-- figures NAME -->`` from docs/RESULTS.md,
+docs/GUIDE.md's ``<!-- settings -->`` from config.py."""
 
 import re
 from pathlib import Path
 
 from config import Config, fields_of, get
+from evidence.cells import csv_of, figure, frontier, read, sizes, summary, table
 from support.files import write_text
 
 ROOT, PAGES = Path(__file__).resolve().parent.parent, ("README.md", "docs/GUIDE.md", "docs/RESULTS.md")
@@ -32,10 +34,26 @@ def settings_table() -> str:
     return "\n".join([*rows, ""])
 
 
+def with_tables(page: str, tables: list[str]) -> str:
+    """Return a page with tables in the place of those that begin with the same line.
+
+    Raises ValueError where the page has none.
+    """
+    for table in tables:
+        head = table.partition("\n")[0]
+        page, found = re.subn(rf"^{re.escape(head)}(\n\|.*)*", lambda _: table, page, flags=re.M)
+        if not found:
+            raise ValueError(f"docs/RESULTS.md: no table begins with {head!r}; write that line where it should stand")
+    return page
+
+
 def made() -> dict[str, str]:
-    """Return the pages with their made parts as they should be: path below the root → text."""
+    """Return the files with made parts as they should be: path below the root → text."""
     readme, guide, results = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
-    return {PAGES[0]: with_figures(readme, results), PAGES[1]: SETTINGS.sub(lambda _: settings_table(), guide)}
+    cells, points = read(ROOT / "results"), frontier(ROOT / "results")
+    results = with_tables(results, [summary(cells), *(table(cells, *size, "table") for size in sizes(cells))])
+    texts = with_figures(readme, results), SETTINGS.sub(lambda _: settings_table(), guide), results
+    return dict(zip(PAGES, texts)) | {"results/frontier.csv": csv_of(points), "docs/frontier.svg": figure(points)}
 
 
 if __name__ == "__main__":
