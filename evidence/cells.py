@@ -26,7 +26,7 @@ METHODS |= {f"{name}-bits": f"{METHODS[name]} compress.max_pruning=0" for name i
 # Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.
 PUBLISHED = {"resnet20": [("trained ternary quantisation (Zhu et al. 2017)", 16, 91.13)],
              "resnet56": [("trained ternary quantisation (Zhu et al. 2017)", 16, 93.56)]}
-# The figure's plots, and its series (up to their bracket): as they are called in it.
+# Networks as tables and figure call them, and the figure's series (up to their bracket) as it does.
 TITLES = {"resnet20": "ResNet-20, CIFAR-10", "resnet56": "ResNet-56, CIFAR-10", "mobilenetv2": "MobileNetV2, half of "
           "Tiny ImageNet", "resnet18": "ResNet18, half of Tiny ImageNet", "deit_tiny": "DeiT-Tiny, CIFAR-100"}
 SERIES = {"table": "table's optimum (--preset plus)", "greedy": "greedy by Fisher information", "uniform": "equal bits",

@@ -39,6 +39,8 @@ CELL = f"{RUN} preset=plus search.estimate=table baseline.epochs=0 eval.protocol
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
         "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings")
 MADE = ("started", "versions", "hardware")  # of a run's config.json
+
+
 def run(args, flags: str, name: str, seed: int, settings: str) -> int:
     """Run hirelc.py, which goes on with what was stopped; return its exit code. Ctrl-C reaches it as well."""
     flags = f"{flags} --seed {seed} --name {name} --no-table --resume --set {settings} out={args.out}".split()

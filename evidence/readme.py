@@ -39,9 +39,9 @@ def with_tables(page: str, tables: list[str]) -> str:
 
     Raises ValueError where the page has none.
     """
-    for table in tables:
-        head = table.partition("\n")[0]
-        page, found = re.subn(rf"^{re.escape(head)}(\n\|.*)*", lambda _: table, page, flags=re.M)
+    for text in tables:
+        head = text.partition("\n")[0]
+        page, found = re.subn(rf"^{re.escape(head)}(\n\|.*)*", lambda _: text, page, flags=re.M)
         if not found:
             raise ValueError(f"docs/RESULTS.md: no table begins with {head!r}; write that line where it should stand")
     return page

@@ -18,7 +18,7 @@ README, GUIDE, _, LEDGER = PAGES.values()
 
 
 def test_made_parts_are_as_the_command_writes_them_and_tables_are_whole():
-    assert (texts := made()) == {name: (ROOT / name).read_text(encoding="utf-8") for name in texts}
+    assert (texts := made()) == {name: (ROOT / name).read_text(encoding="utf-8") for name in texts} and len(texts) == 5
     assert re.findall(r"^\| (\d) \| (.*?) \| (.*?) → (.*?) \| (.*?) \| (.*?) \|", README, re.M) == [
         (str(e.number), e.title, *(f"{x:.2f}" for x in (e.paper.baseline, e.paper.final, e.paper.drop, e.paper.cr)))
         for e in EXPERIMENTS.values()]

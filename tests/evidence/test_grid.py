@@ -11,8 +11,7 @@ import data
 from compress import BlockConfig, KernelConfig, KernelShape, NetworkConfig
 from config import flatten
 from deploy import pack
-from evidence import cells as of
-from evidence import grid, networks
+from evidence import cells, grid, networks
 from support.cli import arguments
 from support.kernels import Block
 
@@ -20,7 +19,7 @@ from support.kernels import Block
 def test_every_cell_is_another_command_with_the_same_estimates_and_repair():
     for flags, _, images, _, repair in grid.NETWORKS.values():
         found = []
-        for settings in of.METHODS.values():
+        for settings in cells.METHODS.values():
             text = f"{grid.CELL} {images} {repair} {settings}"
             values = flatten(arguments([*flags.split(), "--set", *text.split()])[1][0])
             found.append(json.dumps(values, sort_keys=True))
@@ -34,25 +33,26 @@ def cell(method, seed, digits, times=12):  # of eight images
 
 
 def test_the_tables_by_hand():
-    cells = [cell("random", 44, "c0"), cell("random", 45, "f0"), cell("table", 44, "f0"), cell("table", 45, "fc"),
+    found = [cell("random", 44, "c0"), cell("random", 45, "f0"), cell("table", 44, "f0"), cell("table", 45, "fc"),
              cell("table", 46, "ff"), cell("greedy", 46, "00", 8), cell("given", 0, "fe", 1)]
-    random, table = of.table(cells, "resnet20", 12, "table").splitlines()[2:]
+    random, table = cells.table(found, "resnet20", 12, "table").splitlines()[2:]
     assert table == "| table | 44 45 46 | 100 | 75.00 |  | 3 s, 9 s |"
     half = 100 * 1.959963984540054 * (1 / 14 / 8) ** 0.5  # differences by image: 0 0 1/2 1/2 1/2 1/2 0 0
     assert random == f"| random | 44 45 | 100 | 37.50 | -25.00 [{-25 - half:.2f}, {-25 + half:.2f}] | 3 s, 9 s |"
-    assert "| 37.50 | -50.00 [" in (text := of.table(cells, "resnet20", 12, "given")) and "| 75.00 | -12.50 [" in text
-    assert of.summary(cells).splitlines()[2] == "| ResNet-20, CIFAR-10, 87.50 | 8 | | | | 0.00* | | | |"
-    assert of.summary(cells).splitlines()[3].startswith("| | 12 | | | | | 75.00 | | -12.50 [")
+    given = cells.table(found, "resnet20", 12, "given")
+    assert "| 37.50 | -50.00 [" in given and "| 75.00 | -12.50 [" in given
+    assert cells.summary(found).splitlines()[2] == "| ResNet-20, CIFAR-10, 87.50 | 8 | | | | 0.00* | | | |"
+    assert cells.summary(found).splitlines()[3].startswith("| | 12 | | | | | 75.00 | | -12.50 [")
 
 
 def test_the_figure_has_every_cell_and_the_published_numbers(tmp_path):
     for name, found in enumerate((cell("table", 44, "f0"), cell("table", 44, "fc"), cell("given", 0, "fe", 1))):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
-    rows = of.frontier(tmp_path)
+    rows = cells.frontier(tmp_path)
     assert {"network": "resnet20", "series": "table", "times smaller": 12.1, "accuracy": 50.0} in rows
-    drawn = [mark[0].text for mark in xml.fromstring(of.figure(rows)).findall(".//{*}circle")]
+    drawn = [mark[0].text for mark in xml.fromstring(cells.figure(rows)).findall(".//{*}circle")]
     assert (len(rows), len(drawn), drawn[0]) == (3 + 2, 3 + 2, "table's optimum (--preset plus): 12.1, 62.5")
-    assert of.csv_of(rows).splitlines()[:2] == ["network,series,times smaller,accuracy", "resnet20,given,1.01,87.5"]
+    assert cells.csv_of(rows).splitlines()[:2] == ["network,series,times smaller,accuracy", "resnet20,given,1.01,87.5"]
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -85,6 +85,6 @@ def test_a_cell_is_scored_when_its_run_has_ended_and_repeated_where_it_was_stopp
     if code == 0:
         whole, _, cell = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json")))
         labels = data.synthetic(10, 1, 40, 32, data.SYNTHETIC_SEED)[1].labels
-        assert [of.hits(c).tolist() for c in (cell, whole)] == [(labels == k).int().tolist() for k in (5, 3)]
+        assert [cells.hits(c).tolist() for c in (cell, whole)] == [(labels == k).int().tolist() for k in (5, 3)]
         assert [cell[key] for key in ("cr", "hardware", "notes", "settings")] == [7, 8, ["read from DIR"],
                                                                                   "seed=1 search=table"]
