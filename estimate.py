@@ -7,14 +7,13 @@ accuracies are in percentage points.
 
 import math
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress import BlockConfig, KernelConfig, NetworkConfig, compress_kernel, eval_mode, kernel_shapes
+from compress import BlockConfig, KernelConfig, NetworkConfig, compress_kernel, eval_mode
 from models import stages
 from support.kernels import swapped
 
@@ -242,15 +241,3 @@ class DropEstimator:
         """Take the configuration of a cycle as the blocks' consensus; return how good a table of estimates is there."""
         self.consensus = list(chosen.blocks)
         return self.proxy.check(chosen)
-
-    def state_dict(self) -> dict:
-        """Return the consensus of every block and the number of evaluations."""
-        consensus = [chosen and [asdict(kernel) for kernel in chosen.kernels] for chosen in self.consensus]
-        return {"consensus": consensus, "evaluations": self.evaluations}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore what :meth:`state_dict` returned, for the same blocks."""
-        shapes = map(kernel_shapes, self.proxy.blocks)
-        self.consensus = [chosen and BlockConfig(tuple(KernelConfig(**kernel) for kernel in chosen), of_block)
-                          for chosen, of_block in zip(state["consensus"], shapes)]
-        self.evaluations = state["evaluations"]

@@ -104,16 +104,16 @@ def vote_actions(actions, weights=None) -> np.ndarray:
     return np.rint(np.round(weights @ actions, 6)).astype(np.int64)
 
 
-def confidence_weights(rewards, temperature: float = 1.0) -> np.ndarray:
-    """Return omega_n = softmax_n(mean of agent n's last rewards / T) (Eq. 17); ``rewards``: one sequence per agent.
+def confidence_weights(rewards) -> np.ndarray:
+    """Return omega_n = softmax_n(mean of agent n's last rewards / T), T = 1 (Eq. 17).
 
-    They are standardised over the ensemble first: raw ones of about 3,000 would make the softmax a maximum. Without any
-    reward (lla.timesteps=0) all weigh the same.
+    rewards: one sequence per agent. They are standardised over the ensemble first: raw ones of about 3,000 would make
+    the softmax a maximum. Without any reward (lla.timesteps=0) all weigh the same.
     """
     pooled = np.concatenate([np.asarray(r, dtype=np.float64) for r in rewards])
     if not len(pooled):
         return np.full(len(rewards), 1 / len(rewards))
-    means = np.array([(np.mean(r) - pooled.mean()) / (pooled.std() + 1e-8) for r in rewards]) / temperature
+    means = np.array([(np.mean(r) - pooled.mean()) / (pooled.std() + 1e-8) for r in rewards])
     powers = np.exp(means - means.max())
     return powers / powers.sum()
 
@@ -261,15 +261,6 @@ class HLAEnv:
         self.obs_dim = 5 + 2 * len(self.sensitivity)
         self.last_drop, self.last_retained, self.cycle, self.steps = 0.0, 1.0, 1, 0
 
-    def budget(self, tier: int, strategy: int, sensitivity: float) -> LayerBudget:
-        """Return the budget of one block."""
-        return layer_budget(tier, strategy, sensitivity, self.limits)
-
-    def budgets(self, action) -> tuple[LayerBudget, ...]:
-        """Decode an action, int [2 B], to one budget per block."""
-        pairs = _split(action, hla_nvec(1), len(self.sensitivity))
-        return tuple(self.budget(tier, strategy, s) for (tier, strategy), s in zip(pairs, self.sensitivity))
-
     def feedback(self, last_drop: float, last_retained: float, cycle: int) -> None:
         """Set delta_{c-1} and rho_{c-1} as measured, and the cycle c (from 1) that begins (§3.7 step 1)."""
         self.last_drop, self.last_retained, self.cycle = last_drop, last_retained, cycle
@@ -284,17 +275,13 @@ class HLAEnv:
         head = [self.last_drop / 10, self.last_retained, (self.cycle - 1) / self.search.cycles, slot3, slot4]
         return np.array([head + [v for pair in zip(self.sensitivity, targets) for v in pair]], dtype=np.float32)
 
-    def terms(self, targets, mean) -> tuple[float, float, float, float]:
-        """Return R_bal, R_sens, R_glob and R_dyn, unscaled, of the blocks' targets and their mean (Eq. 11-12)."""
-        wanted = self.search.target
-        return (balance_reward(targets), sensitivity_reward(targets, self.sensitivity), global_reward(mean, wanted),
-                dynamic_reward(mean, self.last_retained, self.last_drop, wanted, self.search.max_drop))
-
     def step(self, actions):
         """Propose budgets for all blocks; returns the observation, reward and done, each with a leading 1."""
-        targets = [budget.target for budget in self.budgets(actions[0])]
+        targets = [budget.target for budget in decode_hla(actions[0], self.sensitivity, self.limits)]
         mean = float(self.params @ np.array(targets) / self.params.sum())  # weighted by parameters
-        r_bal, r_sens, r_glob, r_dyn = self.terms(targets, mean)
+        r_bal, r_sens = balance_reward(targets), sensitivity_reward(targets, self.sensitivity)
+        r_glob = global_reward(mean, self.search.target)
+        r_dyn = dynamic_reward(mean, self.last_retained, self.last_drop, self.search.target, self.search.max_drop)
         alpha, beta, gamma = self.weights
         reward = gamma * r_bal + alpha / 30 * (r_sens + r_dyn) + beta / 6 * r_glob
         self.steps += 1
@@ -353,13 +340,12 @@ class _Ensemble:
 
 class LLAEnsemble(_Ensemble):
     """Low-level agents of one block, the one of place ``index`` of ``blocks``, and their vote (§3.4.1)."""
-    environment = LLAEnv
 
     def __init__(self, index, block, sensitivity, estimator, config, blocks):
         s, self.config, self.index, self.estimator = config.lla, config, index, estimator
         self.shapes, penalty = kernel_shapes(block), 0.0 if config.sensitivity.method == "none" else 1.0
-        self.envs = [self.environment(index, self.shapes, sensitivity, estimator, config.compress, s, weights,
-                                      blocks=blocks, penalty_scale=penalty)
+        self.envs = [LLAEnv(index, self.shapes, sensitivity, estimator, config.compress, s, weights, blocks=blocks,
+                            penalty_scale=penalty)
                      for weights in zip(s.alpha, s.beta, s.gamma_s)]
         more = {"standardize": float(s.standardize)}
         self._make(s.algorithms, f"block {index}, agent", lla_nvec(len(self.shapes)),
@@ -410,11 +396,10 @@ class LLAEnsemble(_Ensemble):
 
 class HLAEnsemble(_Ensemble):
     """High-level agents and their vote (§3.4.2). ``params`` [B]: FP32 parameters of each block's kernels."""
-    environment = HLAEnv
 
     def __init__(self, params, sensitivity, config):
         s = config.hla
-        self.envs = [self.environment(params, sensitivity, config.compress, config.search, s, weights)
+        self.envs = [HLAEnv(params, sensitivity, config.compress, config.search, s, weights)
                      for weights in zip(s.alpha, s.beta, s.gamma)]
         self._make(s.algorithms, "high-level agent", hla_nvec(len(sensitivity)),
                    [config.seed + n for n in range(len(s.algorithms))], HLA_PPO, HLA_A2C, level="HLA", block="")
@@ -426,7 +411,8 @@ class HLAEnsemble(_Ensemble):
 
     def budgets(self, deterministic: bool) -> tuple[LayerBudget, ...]:
         """Vote on the agents' budgets from the reset observation; greedy proposals, or drawn ones (§3.7 step 3)."""
-        return vote_budgets([env.budgets(action) for env, action in zip(self.envs, self._proposals(deterministic))])
+        return vote_budgets([decode_hla(action, env.sensitivity, env.limits)
+                             for env, action in zip(self.envs, self._proposals(deterministic))])
 
 
 class UniformBudgets:

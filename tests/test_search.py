@@ -147,9 +147,6 @@ def test_confidence_weights_by_hand():
     # Each agent's mean counts, spread inside an agent widens the unit: pooled 0, 2, 2, 4 has mean 2, std sqrt 2,
     # the means 1 and 3 become -0.7071 and 0.7071; 1 / (1 + e^(-1.41421)) = 0.804430.
     assert search.confidence_weights([[0.0, 2.0], [2.0, 4.0]]) == pytest.approx([0.195570, 0.804430], abs=1e-5)
-    # T = 2 halves the exponent: e^(-1.06066) = 0.346227, 1 / 1.692454 = 0.590858.
-    assert search.confidence_weights([[1.0], [1.0], [4.0]], temperature=2.0) == pytest.approx(
-        [0.204571, 0.204571, 0.590858], abs=1e-5)
     for rewards in ([[3000.0] * 5] * 3, [[1.0, 3.0], [3.0, 1.0], [2.0]], [[], [], []]):
         assert search.confidence_weights(rewards) == pytest.approx([1 / 3] * 3)
 
