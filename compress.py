@@ -369,8 +369,7 @@ def eval_mode(model: torch.nn.Module):
     that they have now.
     """
     before = [(module, module.training) for module in model.modules()]
-    model.train()
-    model.eval()
+    to_eval(model)
     try:
         yield
     finally:
@@ -378,6 +377,13 @@ def eval_mode(model: torch.nn.Module):
             for module, mode in before:
                 if module.training != mode:
                     module.train(mode)
+
+
+def to_eval(model: torch.nn.Module) -> None:
+    """Bring a network into eval mode through train(); a program of torch.export has no modes and stays as it is."""
+    with contextlib.suppress(NotImplementedError):
+        model.train()
+        model.eval()
 
 
 def set_state(model: torch.nn.Module, state, assign: bool = False) -> None:

@@ -64,7 +64,7 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float,
     if total >= CLOSENESS * budget:
         return moved, ""
     why = f"compress.bits_max={limits.bits_max} allows no more" if largest else "no choice lies within 1 % below it"
-    return moved, f"the target of {budget:,.6g} is not met: {why}, the configuration takes {total:,.6g}"
+    return moved, f"the configuration takes {total:,.6g} of the {budget:,.6g} that it may take: {why}"
 
 
 def allocations(blocks, shapes, sensitivity, limits, budget: float,

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from compress import set_state
+from compress import set_state, to_eval
 from config import InputError
 from support.own import copy_network, forward, memory, said
 
@@ -297,9 +297,8 @@ def difference(reference: nn.Module, other, images, exact: bool = True) -> str:
     errors, floats = [], [t.dtype for t in (*reference.parameters(), images) if t.is_floating_point()]
     close = CLOSE_IN_HALF if min(dtype.itemsize for dtype in floats) < 4 else CLOSE
     for network in (reference, other):
-        if isinstance(network, nn.Module) and not isinstance(network, fx.GraphModule):  # which is in eval mode for good
-            network.train()
-            network.eval()
+        if isinstance(network, nn.Module):
+            to_eval(network)
     for size in BATCHES:
         batch = like(images)[:size]
         try:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import models
 from compress import (FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, decode, encode,
-                      set_state)
+                      set_state, to_eval)
 from config import Config, InputError
 from deploy import narrow
 from deploy.checks import bits, demand, difference
@@ -173,8 +173,10 @@ def _digest(index, blob) -> bytes:
 
 def _channels_last(model) -> bool:
     """Say whether the network's 4-d parameters have channels last. The last bits of a convolution depend on it."""
-    weights, last = [p for p in model.parameters() if p.dim() == 4], torch.channels_last
-    return all(p.is_contiguous(memory_format=last) for p in weights) and not all(p.is_contiguous() for p in weights)
+    weights = [p for p in model.parameters() if p.dim() == 4]
+    # By the strides: a tensor of 1 x 1 kernels, or of one input channel, counts as contiguous in either format.
+    return all(p.is_contiguous(memory_format=torch.channels_last) for p in weights) and any(
+        p.stride() != torch.empty(p.shape, device="meta").stride() for p in weights)
 
 
 def _pack_kernel(kernel, weight, mask, grid) -> np.ndarray:
@@ -343,8 +345,7 @@ def load(file, model: nn.Module | None = None) -> nn.Module:
             raise InputError(f"{packed.where}: {name} does not keep the values that are read into it: it shares memory "
                              "with another tensor, is expanded, or its module changes them")
     model.to(memory_format=torch.channels_last if packed.channels_last else torch.preserve_format)
-    model.train()  # what a network computes from its weights in eval mode is that of the new ones
-    model.eval()
+    to_eval(model)  # what a network computes from its weights in eval mode is that of the new ones
     return model
 
 

@@ -43,8 +43,8 @@ def decode(path, side):
             if side:
                 row[0] = CHANGED * (image.mode != "RGB" or image.size != (side, side))
                 low, high = np.asarray(image).min(), np.asarray(image).max()
-                if image.mode == "F" or image.mode[0] == "I" and (low < 0 or high >= 2**16 or (
-                        image.mode == "I" and high < 2**8)):  # whole numbers, of 8 or of 16 bits?
+                if image.mode == "F" or image.mode[0] == "I" and (
+                        low < 0 or high >= 2**16 or 0 < high < 2**8):  # whole numbers, of 8 or of 16 bits?
                     raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 or 16 bits")
                 if image.mode.startswith("I"):  # 16 bits, which convert would cut off at 255
                     image = Image.fromarray((np.asarray(image).astype(np.int64) // 257).clip(0, 255).astype(np.uint8))

@@ -24,7 +24,7 @@ from support.own import forward, untouched
 
 CLASSIFIER = "classifier: no kernel comes after it on the way to the logits"
 SHORTCUT = "1x1 projection on a residual shortcut"
-UNREACHED = "never reached by the forward in eval mode"
+UNREACHED = "not reached by the forward of the traced images in eval mode"
 INDIRECT = "not used as it is: the forward computes another tensor from it first"
 ELSEWHERE = "the forward reads it from elsewhere than its module (a list, a closure), where no other can be tried"
 PATCHES = "patch embedding: not part of an encoder block"
@@ -323,12 +323,10 @@ def traced_kernels(model: nn.Module, example) -> list[Kernel]:
         if p not in kernels or kernels[p].name in used:
             continue
         kernel = used[kernels[p].name] = kernels[p]
-        if p in final:
-            kernel.reason, kernel.classifier = CLASSIFIER, True
-        elif not kernel.reason and p not in trace.applied:
-            kernel.reason = INDIRECT
-        elif not kernel.reason and p in projections and all(side == 1 for side in kernel.shape[2:]):
-            kernel.reason = SHORTCUT
+        kernel.classifier = p in final
+        kernel.reason = kernel.reason or (
+            INDIRECT if p not in trace.applied else CLASSIFIER if kernel.classifier else
+            SHORTCUT if p in projections and all(side == 1 for side in kernel.shape[2:]) else "")
     for p, kernel in kernels.items():
         if kernel.name not in used and not kernel.reason:
             kernel.reason = INDIRECT if p in trace.read else UNREACHED

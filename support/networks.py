@@ -97,7 +97,8 @@ def prepare(network: nn.Module, train, test, log: Log, config: Config, exclude=(
     log.info(f"{type(network).__name__}: {len(survey.compressed)} kernels in {len(survey.blocks)} blocks, "
              f"{100 * survey.coverage:.2f} % of the kernel parameters besides the classifier's")
     for k in survey.excluded:
-        (log.info if k.classifier else log.note)(f"not compressed: {k.name} ({k.params:,} parameters): {k.reason}")
+        say = log.info if k.reason == models.CLASSIFIER else log.note
+        say(f"not compressed: {k.name} ({k.params:,} parameters): {k.reason}")
     return network, survey
 
 

@@ -7,7 +7,6 @@ import os
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader as Loader
@@ -298,20 +297,6 @@ def test_synthetic_is_deterministic_balanced_and_different_in_its_test_split():
     assert splits.train.images.shape == (30, 3, 24, 24) and (len(splits.test), splits.asked) == (1000, (30, 1000))
     assert splits.num_classes == 7 and splits.train.labels.max() == 6
     assert splits.train.augment == ("flip", "crop") and splits.test.augment == ()
-
-
-def test_synthetic_is_learnt_by_a_small_convnet():
-    train, test = data.synthetic(10, 1000, 500, 32, 0)
-    model = torch.nn.Sequential(*(layer for c, n in ((3, 16), (16, 32), (32, 64)) for layer in (
-        torch.nn.Conv2d(c, n, 3, 2, 1), torch.nn.BatchNorm2d(n), torch.nn.ReLU())), torch.nn.Flatten(),
-        torch.nn.Linear(1024, 10))
-    optimizer, generator = torch.optim.Adam(model.parameters(), 3e-3), seeded()
-    for x, y in (batch for _ in range(8) for batch in train.batches(50, generator=generator)):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    x, y = next(test.batches(500))
-    assert (model.eval()(x).argmax(1) == y).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", ["images", "tensors", "interface"])

@@ -192,6 +192,18 @@ def test_a_network_of_ones_own(dtype, channels_last):
     refused(data, r"make.*pack\.load\(FILE, model=mine\)", pack.load)
 
 
+def test_layouts_that_contiguity_does_not_tell_and_a_program_that_has_no_modes():
+    def make():
+        return nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                             nn.Linear(4, 3))
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model = make().to(memory_format=layout)
+        data = pack.pack(model, *compressed(model, MIXED, EXAMPLE), OWN)
+        assert [p.stride() for p in pack.load(data, make()).parameters()] == [p.stride() for p in model.parameters()]
+    program = torch.export.export(make().eval(), (EXAMPLE,)).module()
+    assert bits_of(pack.load(data, program).state_dict()) == bits_of(model.state_dict())
+
+
 def test_the_rest_in_half_precision():
     model, network = ours(width=0.2)
     with torch.no_grad():

@@ -185,7 +185,8 @@ def test_sixteen_bit_images_are_scaled_and_float_ones_refused(tmp_path):
     Image.fromarray(ramp.astype(np.int32)).save(tmp_path / "32.tif")
     for name in ("16.png", "big.tif"):
         assert torch.equal(sources.decode(tmp_path / name, 16), sources.decode(tmp_path / "8.png", 16))
-    for name in ("float.tif", "32.tif"):
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "dark.png")  # 8 bits in 16
+    for name in ("float.tif", "32.tif", "dark.png"):
         with pytest.raises(InputError, match=f"{name}: .* no known range"):
             sources.decode(tmp_path / name, 16)
 

@@ -104,6 +104,8 @@ def test_a_classifier_whose_weight_is_computed():
     parametrizations.weight_norm(model.head)
     names, left = kernels(model)
     assert names == ["a"] and left == {"head": CLASSIFIER}
+    found = survey(model, X, scope="all")  # where a classifier is compressed, that is not why it is not
+    assert "parametri" in found.excluded[0].reason and found.coverage < 1
     cosine = Net(lambda m, x: F.linear(F.normalize(m.a(x).mean((2, 3))), F.normalize(m.out.weight)), head=0,
                  a=conv(3, 4), out=nn.Linear(4, 3, bias=False))
     assert kernels(cosine) == (["a"], {"out": CLASSIFIER})
