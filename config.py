@@ -82,8 +82,6 @@ class Finetune:
     warmup_epochs: float = setting(0.0, "as scratch.warmup_epochs; 0 = constant within each epoch", low=0.0)
     mode: str = setting("paper", "paper: kernels move as FP32 numbers (ledger D14); qat: training on the grid",
                         choices=("paper", "qat"))
-    scales: str = setting("learned", "scales of mode=qat: follow the weights (Eq. 19-20), or are learned (LSQ)",
-                          choices=("follow", "learned"))
     distill: float = setting(0.0, "weight of the distillation from theta_0 beside the cross-entropy's 1", low=0.0)
     keep: str = setting("best", "epoch kept: the most accurate, or the last (no patience)", choices=("best", "last"))
     temperature: float = setting(4.0, "temperature of the distillation", low=0.1)
@@ -207,15 +205,15 @@ class Config:
 
 PRESETS = {
     "none": {},
-    "plus": {"search.method": "table", "surrogate.enabled": False, "compress.scope": "all", "compress.bits_min": 2,
-             "compress.granularity": "fitted", "finetune.mode": "qat", "finetune.distill": 1.0, "finetune.keep": "last",
-             "pack.rest": "float16"},
+    "plus": {"search.method": "table", "search.cycles": 1, "surrogate.enabled": False, "compress.scope": "all",
+             "compress.bits_min": 2, "compress.granularity": "fitted", "finetune.mode": "qat", "finetune.distill": 1.0,
+             "finetune.keep": "last", "pack.rest": "float16"},
 }
 # Settings of older versions. They were measured and did not help, or changed no result (docs/RESULTS.md).
 RETIRED = frozenset((
     "lla.reward", "lla.project", "lla.choose", "lla.start", "lla.rounds", "lla.refine", "lla.gamma", "lla.rollout",
-    "lla.lr_factor", "hla.tiers", "search.around", "search.cache", "search.cache_mb", "search.dtype", "search.fold",
-    "search.winograd", "search.together"))
+    "lla.lr_factor", "hla.tiers", "finetune.scales", "search.around", "search.cache", "search.cache_mb", "search.dtype",
+    "search.fold", "search.winograd", "search.together"))
 GONE = (("vote", "mode"), ("carry", "all"), ("search.method", "plus"))  # values
 
 

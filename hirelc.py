@@ -33,7 +33,7 @@ from deploy.batchnorm import estimate_batchnorm
 from deploy.checks import check_given, check_settings, check_use, check_writable, fingerprint, generators, protected
 from deploy.cycle import Best, Cycle, measure
 from deploy.qat import Distillation, GridTraining
-from deploy.target import Demands, check_sizes, parse_goal, resolved
+from deploy.target import Demands, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
 from evidence import baselines, plan, sensitivities, summary
 from evidence.given import GivenBlock, GivenBudgets, fitted
@@ -47,8 +47,6 @@ from support.log import Log
 from support.own import copy_network
 from support.ranks import Elsewhere, Ranks, leave, lost, several, start
 from train import Epoch, Recipe, Trainer, accuracy, correct, fisher_sensitivity
-
-__all__ = ["EXPERIMENTS", "compress_model", "fisher_sensitivity", "main", "run_experiment"]
 
 
 @dataclass
@@ -158,7 +156,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.shapes = [kernel_shapes(block) for block in self.blocks]
         self.config = resolved(config, sum(s.params for block in self.shapes for s in block), model_bytes(model))
-        check_sizes(self.config, self.shapes, model_bytes(model))
+        self.demands(self.weights(), [], 0.0).check_sizes(self.shapes)
         if config.model.source:
             check_use(model, self.train_set, test, self.blocks, self.config.data.batch_size, log)
             self.phases.identity |= fingerprint(model, (train, test), ())  # also of what its file imports
@@ -202,8 +200,9 @@ class Run:
     def train_from_scratch(self) -> None:
         """Train on the experiment's own data where there are no weights."""
         c = self.config
-        if len(self.train_set) % c.data.batch_size == 1 and c.data.batch_size > 1:
-            self.log.note("the last batch of each training epoch holds one image and is left out (BatchNorm)")
+        left = len(self.train_set) % c.data.batch_size
+        if 0 < left < min(2 * self.ranks.size, len(self.train_set)):
+            self.log.note(f"{left} of the training images, other ones in each epoch, are left out (BatchNorm)")
         if c.model.weights == "none":
             recipe = Recipe("scratch.lr", **dataclasses.asdict(c.scratch))
             best = self.train("from scratch", self.trainer("scratch", recipe))
@@ -245,10 +244,14 @@ class Run:
             values = [0.5] * len(self.blocks)
         else:
             order = torch.randperm(len(self.train_set), generator=self.generator("sensitivity"))[:c.images]
+            if len(order) < c.images:
+                self.log.note(f"the sensitivities have {len(order)} images, not {c.images}: the training set is small")
             images, labels = self.train_set.batch(order, self.device)
             values = fisher_sensitivity(self.model, self.blocks, images, labels) if c.method == "fisher" else \
                 sensitivities.sensitivity(c.method, self.model, self.blocks, images, labels,
                                           self.generator("sensitivity", "vectors"))
+            if len(values) > 1 and set(values) == {1.0}:
+                self.log.note("no block has any sensitivity, since the loss is flat: all have 1")
         self.log.info("sensitivity " + " ".join(f"{s:.3f}" for s in values))
         return self.ranks.same(values)
 
@@ -367,7 +370,7 @@ def compress_and_finetune(run: Run, cycle: int, chosen: NetworkConfig, voted: Ne
 def finetune(run: Run, cycle: int, chosen: NetworkConfig, masks: dict, theta0: dict) -> dict:
     """Fine-tune the compressed network, leave it at its best epoch; return what was measured."""
     f, before = run.config.finetune, run.score()
-    on_grid = GridTraining(run.blocks, chosen, masks, f.scales == "learned") if f.mode == "qat" else None
+    on_grid = GridTraining(run.blocks, chosen, masks) if f.mode == "qat" else None
     loss = {"loss": Distillation(run.model, theta0, f.distill, f.temperature, run.half)} if f.distill else {}
     trainer = run.trainer(f"finetune {cycle}", Recipe("finetune.lr", f.epochs, f.lr, f.weight_decay, f.patience,
                                                          f.warmup_epochs, f.keep), masks=masks, on_grid=on_grid, **loss)
@@ -500,11 +503,8 @@ def dry_run(config: Config) -> str:
     """Return what :func:`run_experiment` would do, as text; nothing is written. Raises InputError where that would."""
     networks.check(config, Ranks())
     (policy, config), silent = policies.given(config.policy or None, config), Log(open(os.devnull, "w"))
-
-    def make_run(model, survey, train, test) -> Run:
-        return Run(model, survey, train, test, config, silent, given=fitted(policy, survey.blocks, config, silent))
-
-    return plan.plan(config, runs.check_directory(runs.run_directory(config), config), make_run)
+    return plan.plan(config, runs.check_directory(runs.run_directory(config), config), lambda model, survey, *sets: Run(
+        model, survey, *sets, config, silent, given=fitted(policy, survey.blocks, config, silent)))
 
 
 def main(argv=None) -> int:

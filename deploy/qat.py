@@ -2,8 +2,8 @@
 
 The optimiser moves full-precision weights, as in the paper's fine-tuning. Every forward pass uses the grid values of
 their kept rows, and the gradient goes straight through the rounding (Bengio et al. 2013), cut off where a weight lies
-outside the grid's range. A grid's scale follows the weights (Eq. 19-20), or is learned beside them as in LSQ (Esser et
-al. 2020). A log grid's ends always follow.
+outside the grid's range. A grid's scale is learned beside the weights as in LSQ (Esser et al. 2020); the ends of a log
+grid follow them (Eq. 19-20).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _OnGrid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         if not ctx.needs_input_grad[1]:
-            return gradient, None, None  # a grid that spans its weights clips none
+            return gradient, None, None  # a log grid spans its weights and clips none
         values, codes = ctx.saved_tensors
         steps = codes if ctx.grid.zero is None else codes - ctx.grid.zero
         position = values / ctx.grid.scale
@@ -47,11 +47,11 @@ class _OnGrid(torch.autograd.Function):
 class GridTraining:
     """Compressed kernels in training on the grid; blocks, config, masks as for ``compress.snap_to_grid``.
 
-    ``learned``: scales are parameters of the optimiser, starting where Eq. 19-20 put them; they are held as logarithms,
-    so that a step changes each by the same factor.
+    Scales are parameters of the optimiser, starting where Eq. 19-20 put them; they are held as logarithms, so that a
+    step changes each by the same factor.
     """
 
-    def __init__(self, blocks, config: NetworkConfig, masks: dict[str, Tensor], learned: bool):
+    def __init__(self, blocks, config: NetworkConfig, masks: dict[str, Tensor]):
         self.blocks = blocks
         self.kernels = {name: (holder.weight, kernel, masks[name].nonzero().squeeze(1))  # indices of the kept rows
                         for block, chosen in zip(blocks, config.blocks)
@@ -59,11 +59,10 @@ class GridTraining:
         self.kept: dict[int, Tensor] = {}  # inside in_place: full-precision weights, by id of the parameter
         self.start: dict[str, Grid] = {}  # grids whose scales are learned, as they were at the start
         self.log_scales: dict[str, nn.Parameter] = {}
-        if learned:
-            for name, (weight, kernel, rows) in self.kernels.items():
-                if kernel.bits < FULL_BITS and not kernel.granularity.startswith("log"):
-                    self.start[name] = dataclasses.replace(find_grid(weight.detach()[rows].float(), kernel), high=None)
-                    self.log_scales[name] = nn.Parameter(self.start[name].scale.log())
+        for name, (weight, kernel, rows) in self.kernels.items():
+            if kernel.bits < FULL_BITS and not kernel.granularity.startswith("log"):
+                self.start[name] = dataclasses.replace(find_grid(weight.detach()[rows].float(), kernel), high=None)
+                self.log_scales[name] = nn.Parameter(self.start[name].scale.log())
 
     def swapped(self, model: nn.Module):
         """Let the modules of ``model`` compute with :meth:`weights`, in the backward pass too, where activation

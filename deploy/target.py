@@ -84,25 +84,6 @@ def resolved(config: Config, params: int, model_bytes: int) -> Config:
     return override(config, settings | ({"search.target": min(max(min(targets), 0.01), 1.0)} if targets else {}))
 
 
-def check_sizes(config: Config, shapes, model_bytes: int) -> None:
-    """Raise InputError for a size that no configuration within the bounds has; ``config``: of :func:`resolved`;
-    shapes: per block the kernels' KernelShape."""
-    limits, goal, target = config.compress, parse_goal(config.goal), config.search.target
-    smallest = NetworkConfig(tuple(BlockConfig(tuple(KernelConfig(
-        limits.bits_min, 1 - limits.max_pruning if shape.prunable else 1.0) for shape in block), tuple(block))
-        for block in shapes))
-    if (_asks_ratio(config, goal) or config.search.method in BASELINES) and smallest.retained > target:
-        raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with compress.bits_min="
-                         f"{limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at least "
-                         f"{smallest.retained:.4f} is retained")
-    if goal and goal.max_bytes is not None:
-        rest = _rest_bytes(config, smallest.params, model_bytes)
-        least = rest + _kernels_bytes(smallest)
-        if least > goal.max_bytes:
-            raise InputError(f"goal={config.goal}: the file takes at least {least:,} bytes, {rest:,} of them for what "
-                             "is not compressed; ask for more, or try compress.scope=all or pack.rest=float16")
-
-
 class Demands:
     """What a goal, an enforced target and relaxing add to the loop.
 
@@ -116,13 +97,31 @@ class Demands:
         self.baseline_acc, self.file_bytes, self.log = baseline_acc, file_bytes, log
         self.goal = parse_goal(config.goal)
 
+    def check_sizes(self, shapes) -> None:
+        """Raise InputError for a size that no configuration within the bounds has; shapes: per block the kernels'."""
+        limits, goal, target = self.config.compress, self.goal, self.config.search.target
+        smallest = _alike(shapes, limits, limits.bits_min, 1 - limits.max_pruning)
+        if (_asks_ratio(self.config, goal) or self.config.search.method in BASELINES) and smallest.retained > target:
+            raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with compress.bits_min="
+                             f"{limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at least "
+                             f"{smallest.retained:.4f} is retained")
+        if goal and goal.max_bytes is not None:
+            rest = math.ceil(goal.max_bytes - self._room(smallest))
+            if (least := rest + _kernels_bytes(smallest)) > goal.max_bytes:
+                raise InputError(f"goal={self.config.goal}: the file takes at least {least:,} bytes, {rest:,} of them "
+                                 "for what is not compressed; ask for more, or try compress.scope=all or "
+                                 "pack.rest=float16")
+
     def chosen(self, voted: NetworkConfig) -> NetworkConfig:
-        """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for."""
-        chosen, target = voted, self.config.search.target
-        ratio = _asks_ratio(self.config, self.goal) and self.config.search.method not in BASELINES
+        """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for. What a
+        search found within them stays; only equal bits, which leave some over, are filled up."""
+        chosen, target, method = voted, self.config.search.target, self.config.search.method
+        ratio = _asks_ratio(self.config, self.goal) and method not in BASELINES
         if ratio:
             chosen = self._moved(voted, target * voted.params, retained_weights)
         if self.goal and self.goal.max_bytes is not None:
+            if method in BASELINES and method != "uniform" and self.file_bytes(voted) <= self.goal.max_bytes:
+                return voted
             room = self._room(voted)
             if not ratio or _kernels_bytes(chosen) > room:  # under a ratio the bytes are only a bound
                 chosen = self._moved(chosen, room, kernel_bytes)
@@ -133,9 +132,7 @@ class Demands:
         size and no ratio; else the weights of Eq. 21, of which search.target may stay. shapes: of the kernels."""
         if self.goal and self.goal.max_bytes is not None and not _asks_ratio(self.config, self.goal):
             limits = self.config.compress
-            kind = {} if limits.granularity == "any" else {"granularity": limits.granularity}
-            return kernel_bytes, self._room(NetworkConfig(tuple(
-                BlockConfig((KernelConfig(limits.bits_max, **kind),) * len(block), tuple(block)) for block in shapes)))
+            return kernel_bytes, self._room(_alike(shapes, limits, limits.bits_max, 1.0))
         return retained_weights, self.config.search.target * sum(s.params for block in shapes for s in block)
 
     def _room(self, config) -> float:
@@ -182,6 +179,14 @@ class Demands:
                "cr": goal.min_cr is None or row.cr >= goal.min_cr, "drop": self.holds(row)}
         return {"asked": self.config.goal, "met": all(met.values()), "missed": [k for k, v in met.items() if not v],
                 "deployed_drop": self.baseline_acc - row.deployed_acc, "packed_bytes": row.packed_bytes}
+
+
+def _alike(shapes, limits, bits: int, keep: float) -> NetworkConfig:
+    """The same for all kernels, with the type and granularity that take the least where a choice is allowed."""
+    kind = ("INT" if limits.qtype == "any" else limits.qtype,
+            "uniform" if limits.granularity == "any" else limits.granularity)
+    return NetworkConfig(tuple(BlockConfig(tuple(KernelConfig(bits, keep if shape.prunable else 1.0, *kind)
+                                                 for shape in block), tuple(block)) for block in shapes))
 
 
 def _asks_ratio(config: Config, goal: Goal | None) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 
 from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, channels_kept,
                       kernel_shapes)
-from config import LEVELS
+from config import LEVELS, InputError
 from deploy.allocate import allocations, least_sum
 from estimate import WORST
 from rl import LLA_PPO, PPO
@@ -68,10 +68,13 @@ def budget(blocks: int, agents: int, lla) -> int:
 
 
 def find(method: str, problem: Problem, seed: int) -> Choice:
-    """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``. Some
-    configuration meets the target, and the budget is at least one evaluation per block."""
+    """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``. The
+    budget is at least one evaluation per block. Raises InputError where the method finds nothing within the target."""
     space = Space(problem)
     note = METHODS[method](space, np.random.default_rng(seed))
+    if space.best is None:
+        raise InputError(f"search={method} finds no configuration that takes at most {problem.allowed:,.6g}, as asked: "
+                         "ask for a larger network, lower compress.bits_min or raise compress.max_pruning")
     bad = space.bad and f"{space.bad} drops were not finite and count as the worst"
     return Choice(space.best, problem.budget - space.remaining, tuple(filter(None, (note, bad))))
 
@@ -212,7 +215,8 @@ class Space:
 
 def uniform(space: Space, rng) -> None:
     """The same bits and keep everywhere: for every number of bits (type, granularity) the largest keep that meets the
-    target, and of these the least drop."""
+    target, and of these the least drop. Under a file's size greedy steps fill up what it leaves over
+    (deploy.target.Demands.chosen)."""
     allowed, configs = space.problem.allowed, []
 
     def network(bits, keep, qtype=space.qtypes[0], granularity=space.granularities[0]):
@@ -333,11 +337,12 @@ class SequentialEnv:
 def table_optimum(space: Space, rng) -> None:
     """The least sum of the table's entries, by dynamic programming, as integer programs allocate (HAWQ-V3, Yao et al.
     2021, 2011.10680): the exact optimum of the additive estimate, up to the slots of ``least_sum``."""
-    space.scores([optimum(space, space.problem.allowed)])
+    best = optimum(space, space.problem.allowed)
+    space.scores([best] if best else [])
 
 
-def optimum(space: Space, allowed: float) -> NetworkConfig:
-    """Return the configuration of the table's least sum that takes at most ``allowed``."""
+def optimum(space: Space, allowed: float) -> NetworkConfig | None:
+    """Return the configuration of the table's least sum that takes at most ``allowed``, None where nothing does."""
     table, options = space.problem.table, []
     for k, (shape, levels) in enumerate(zip(space.shapes, space.levels)):
         block = int(space.of_block[k])
@@ -346,7 +351,7 @@ def optimum(space: Space, allowed: float) -> NetworkConfig:
         options.append([(space.problem.cost(kernel, shape), factor * entries.mse(kernel, shape.n_out), kernel)
                         for kernel in kernels])
     chosen = least_sum([[(cost, damage) for cost, damage, _ in group] for group in options], allowed)
-    return space.grouped([group[index][-1] for group, index in zip(options, chosen)])
+    return space.grouped([group[index][-1] for group, index in zip(options, chosen)]) if chosen else None
 
 
 METHODS = dict(uniform=uniform, random=random_search, greedy=greedy, evolution=evolution, sequential=sequential,

@@ -104,18 +104,19 @@ def measure(proxy: Proxy, space: Space, rng) -> dict:
 def compare(table: Table, space: Space, rng, count: int = HELD_OUT) -> dict:
     """Return how far the table is from the proxy on ``count`` networks drawn on the size: rank correlation and mean
     relative error of the whole networks, and of as many candidates of single blocks, PER_BLOCK or more of each (means
-    over the blocks)."""
+    over the blocks); a rank correlation is None where one side is flat."""
     networks = [space.config(space.fitted(space.draw(rng), rng)) for _ in range(count)]
 
     def compared(index, configs):
         told, measured = (np.maximum(source.errors(index, configs), LEAST) for source in (table, table.proxy))
-        return rank_correlation(told, measured), float(np.abs(told / measured - 1).mean())
+        rank = rank_correlation(told, measured)
+        return None if math.isnan(rank) else rank, float(np.abs(told / measured - 1).mean())
 
     each = max(PER_BLOCK, count // len(table.blocks))
     blocks = [compared(i, [network.blocks[i] for network in networks[:each]]) for i in range(len(table.blocks))]
-    whole = compared(None, networks)
+    whole, ranks = compared(None, networks), [rank for rank, _ in blocks if rank is not None]
     return {"held_out": count, "networks_rank_correlation": whole[0], "networks_mean_error": whole[1],
-            "blocks_rank_correlation": float(np.nanmean([rank for rank, _ in blocks])),
+            "blocks_rank_correlation": float(np.mean(ranks)) if ranks else None,
             "blocks_mean_error": float(np.mean([error for _, error in blocks]))}
 
 

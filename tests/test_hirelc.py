@@ -184,6 +184,13 @@ def test_a_warm_up_sample_that_diverges_is_logged_and_left_out(rate, failed):
     assert len(notes) == failed and all("surrogate.warmup_lr" in note and "left out" in note for note in notes)
 
 
+def test_few_images_and_a_flat_loss_are_noted():
+    run = small_run(**{"sensitivity.images": 10_000})
+    nn.init.zeros_([*run.model.modules()][-1].weight)  # of the classifier
+    assert run.estimate_sensitivity() == [1.0, 1.0]
+    assert all(any(words in note for note in run.log.notes) for words in ("images, not 10000", "the loss is flat"))
+
+
 @pytest.mark.parametrize("setting, check", [
     ({"search.method": "no-hla"}, lambda out: all(b.target == 0.25 and b.min_bits == 3 for b in out.best.budgets)),
     ({"search.method": "null"}, lambda out: not out.updates),

@@ -335,30 +335,30 @@ class Checkpoint:
             raise KeyboardInterrupt
 
 
-def resnet_trainer(scales):
-    """A narrow ResNet18 with pruned channels; ``scales``: follow or learned for training on the grid, or none."""
+def resnet_trainer(qat):
+    """A narrow ResNet18 with pruned channels, in training on the grid or not."""
     torch.manual_seed(0)
     model = models.build("resnet18", 3, 12, 0.0625)
     blocks, splits = models.find_blocks(model), data.synthetic(3, 40, 24, 12, 0)
     config = NetworkConfig(tuple(BlockConfig((KernelConfig(4, 0.5),) * len(b.kernels), kernel_shapes(b))
                                  for b in blocks))
     masks = {name: torch.arange(len(m.weight)) % 2 == 0 for b in blocks for name, m in b.kernels.items()}
-    on_grid = GridTraining(blocks, config, masks, scales == "learned") if scales else None
+    on_grid = GridTraining(blocks, config, masks) if qat else None
     return model, trainer(model, *splits, 4, 0.01, 0.1, batch_size=16, eval_images=24, blocks=blocks, masks=masks,
                           on_grid=on_grid)
 
 
-@pytest.mark.parametrize("scales, stops", [("", (1, 2)), ("", (3,)), ("follow", (2,)), ("learned", (1, 1))])
-def test_a_training_that_was_cut_ends_as_one_that_was_not(scales, stops):
-    whole_model, whole = resnet_trainer(scales)
+@pytest.mark.parametrize("qat, stops", [(False, (1, 2)), (False, (3,)), (True, (2,)), (True, (1, 1))])
+def test_a_training_that_was_cut_ends_as_one_that_was_not(qat, stops):
+    whole_model, whole = resnet_trainer(qat)
     whole.run(checkpoint=Checkpoint())
     checkpoint = Checkpoint()
     for checkpoint.left in stops:
         with pytest.raises(KeyboardInterrupt):
-            resnet_trainer(scales)[1].run(checkpoint=checkpoint)
-    (model, last), checkpoint.left = resnet_trainer(scales), 99
+            resnet_trainer(qat)[1].run(checkpoint=checkpoint)
+    (model, last), checkpoint.left = resnet_trainer(qat), 99
     torch.manual_seed(99)  # the trainer's generator alone decides
     nn.init.ones_(model.conv1.weight)
     assert last.run(checkpoint=checkpoint) == whole.best and last.history == whole.history and len(whole.history) == 4
     assert same(snapshot(model), snapshot(whole_model))
-    assert not scales or all(torch.equal(last.best_grids[k].scale, g.scale) for k, g in whole.best_grids.items())
+    assert not qat or all(torch.equal(last.best_grids[k].scale, g.scale) for k, g in whole.best_grids.items())

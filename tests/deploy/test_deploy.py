@@ -19,9 +19,8 @@ def small_outcome(**settings):
     return result_of(run, out), pack.state(pack.read(out.best.packed)), out
 
 
-@pytest.mark.parametrize("scales", ["follow", "learned"])
-def test_training_on_the_grid_deploys_what_it_trained(scales):
-    result, state, out = small_outcome(**{"finetune.mode": "qat", "finetune.scales": scales, "finetune.bn_images": 0})
+def test_training_on_the_grid_deploys_what_it_trained():
+    result, state, out = small_outcome(**{"finetune.mode": "qat", "finetune.bn_images": 0})
     assert result["mode"] == "qat" and equal(state, out.best.network)
     for key in ("acc", "acc_full"):
         assert result[f"deployed_{key}"] == result[f"grid_{key}"] == result[f"final_{key}"]

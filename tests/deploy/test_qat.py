@@ -41,21 +41,20 @@ def small_network():
 
 @pytest.mark.parametrize("bits", [2, 4, 32])
 @pytest.mark.parametrize("qtype, granularity", KINDS)
-@pytest.mark.parametrize("learned", [False, True])
-def test_the_forward_uses_the_grid_values_of_the_kept_rows(bits, qtype, granularity, learned):
+def test_the_forward_uses_the_grid_values_of_the_kept_rows(bits, qtype, granularity):
     model, blocks, config, masks = linear(KernelConfig(bits, 0.6, qtype, granularity))
-    used = GridTraining(blocks, config, masks, learned).weights()
+    used = GridTraining(blocks, config, masks).weights()
     assert list(used) == ["0.weight"]
     expected = torch.zeros(5, 6)
     expected[masks["0"]] = quantize(model[0].weight.detach()[masks["0"]], bits, qtype, granularity)
-    torch.testing.assert_close(used["0.weight"], expected, rtol=1e-6 if learned else 0, atol=1e-7 if learned else 0)
+    torch.testing.assert_close(used["0.weight"], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_learned_scales_clip_the_gradient_and_get_that_of_lsq():
     model, blocks, config, masks = linear(KernelConfig(3, 1.0))
     with torch.no_grad():
         model[0].weight.copy_(torch.linspace(-1, 1, 30).view(5, 6))
-    training = GridTraining(blocks, config, masks, learned=True)
+    training = GridTraining(blocks, config, masks)
     with torch.no_grad():
         training.log_scales["0"].fill_(torch.tensor(0.1).log())  # codes -4…3: from -0.4 to 0.3
     coefficients = torch.randn(5, 6)
@@ -68,12 +67,11 @@ def test_learned_scales_clip_the_gradient_and_get_that_of_lsq():
     torch.testing.assert_close(training.log_scales["0"].grad, by_scale)
 
 
-@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("qtype, granularity", KINDS)
-def test_in_place_holds_values_that_its_grids_reproduce_and_puts_everything_back(qtype, granularity, learned):
+def test_in_place_holds_values_that_its_grids_reproduce_and_puts_everything_back(qtype, granularity):
     model, blocks, config, masks = linear(KernelConfig(4, 0.6, qtype, granularity))
     before = model[0].weight.detach().clone()
-    training = GridTraining(blocks, config, masks, learned)
+    training = GridTraining(blocks, config, masks)
     with pytest.raises(RuntimeError, match="stop"), training.in_place() as grids:
         rows = model[0].weight.detach()[masks["0"]]
         assert torch.equal(decode(encode(rows, grids["0"]), grids["0"]), rows)
@@ -82,14 +80,13 @@ def test_in_place_holds_values_that_its_grids_reproduce_and_puts_everything_back
     assert torch.equal(model[0].weight, before)
 
 
-@pytest.mark.parametrize("learned", [False, True])
-def test_the_trainer_keeps_weights_on_the_grid_and_learns(learned):
+def test_the_trainer_keeps_weights_on_the_grid_and_learns():
     train, test = data.synthetic(3, 96, 60, 12, 0)
     model = small_network()
     blocks, config, masks = compressed(model, KernelConfig(3, 0.75), torch.zeros(2, 3, 12, 12))
     trainer = Trainer(model, train, test, Recipe("finetune", 6, 0.01, 0.01), batch_size=16, eval_images=60,
                       eval_batch_size=60, generator=torch.Generator().manual_seed(0), blocks=blocks, masks=masks,
-                      on_grid=GridTraining(blocks, config, masks, learned))
+                      on_grid=GridTraining(blocks, config, masks))
     best = trainer.run()
     assert trainer.history[-1].loss < 0.8 * trainer.history[0].loss
     assert accuracy(correct(model, test)) == best.acc > 60  # what was measured is what is left in the network
@@ -103,7 +100,7 @@ def test_gradients_are_those_of_a_network_that_holds_the_grid_values():
     images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 3
     model, snapped = small_network(), small_network()
     blocks, config, masks = compressed(model, KernelConfig(4, 0.75), images[:4])
-    training = GridTraining(blocks, config, masks, learned=False)
+    training = GridTraining(blocks, config, masks)
     F.cross_entropy(functional_call(model, training.weights(), (images,)), labels).backward()
     snapped.load_state_dict(model.state_dict())
     snap_to_grid(models.find_blocks(snapped, images[:4]), config, masks)

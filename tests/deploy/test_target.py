@@ -10,7 +10,7 @@ from torch import nn
 
 from compress import KernelConfig, kernel_bytes, kernel_shapes
 from config import Compress, Config, InputError, override
-from deploy.target import Demands, Goal, check_sizes, give_back, parse_goal, resolved
+from deploy.target import Demands, Goal, give_back, parse_goal, resolved
 from support.log import Log
 from test_allocate import configured, total
 
@@ -71,7 +71,7 @@ def test_without_a_demand_nothing_changes():
     assert resolved(config, PARAMS, MODEL_BYTES) is config and d.chosen(voted) is voted
     assert d.key(row(acc=61.5)) == (61.5,)
     assert d.holds(row(deployed_acc=0.0)) and d.relaxed(row(), voted, 0) is None and d.result(row()) is None
-    check_sizes(override(config, {"search.target": 0.01}), [kernel_shapes(b) for b in BLOCKS], MODEL_BYTES)
+    demands(search__target=0.01).check_sizes([kernel_shapes(b) for b in BLOCKS])
 
 
 def test_the_target_is_what_the_goal_leaves_for_the_kernels():
@@ -86,13 +86,19 @@ def test_the_target_is_what_the_goal_leaves_for_the_kernels():
 
 def test_sizes_out_of_reach_are_refused_before_anything_is_trained():
     shapes = [kernel_shapes(block) for block in BLOCKS]  # at 3 bits and 12 of 32 channels: 90 + 4 + 4 bytes each
+    fitted = {"compress__granularity": "fitted"}  # 12 scales in place of one
+
+    def check(**settings):
+        demands(lambda config: total(config, kernel_bytes) + 744, **settings).check_sizes(shapes)
     for settings, words in (({"goal": "size:1195B"}, "1,196 bytes, 1,000 of them"), ({"goal": "cr:30"}, r"CR 30\.00"),
-                            ({"goal": "size:695B", "pack.rest": "float16"}, "696 bytes, 500 of them"),
-                            ({"enforce_target": True, "search.target": 0.03}, r"search\.target=0\.03 "),
-                            ({"search.method": "greedy", "search.target": 0.03}, r"0\.0352 is retained")):
+                            ({"goal": "size:1283B", **fitted}, "1,284 bytes, 1,000 of them"),
+                            ({"goal": "cr:25", "compress__granularity": "log-script"}, r"0\.0469 is retained"),
+                            ({"enforce_target": True, "search__target": 0.03}, r"search\.target=0\.03 "),
+                            ({"search__method": "greedy", "search__target": 0.03}, r"0\.0352 is retained")):
         with pytest.raises(InputError, match=words):
-            check_sizes(resolved(override(Config(), settings), PARAMS, MODEL_BYTES), shapes, MODEL_BYTES)
-    check_sizes(resolved(override(Config(), {"goal": "size:1196B"}), PARAMS, MODEL_BYTES), shapes, MODEL_BYTES)
+            check(**settings)
+    check(goal="size:1196B")
+    check(goal="size:1284B", **fitted)
 
 
 def test_votes_are_moved_onto_the_target_and_what_a_search_chose_for_it_is_not():
@@ -117,6 +123,10 @@ def test_bytes_count_the_file_besides_the_kernels():
     both = demands(file_bytes, goal="size:2000B,cr:10").chosen(voted)  # the ratio's 512 bytes and grids are too many
     assert both.cr >= 10 and total(both, kernel_bytes) <= 500
     assert demands(file_bytes, goal="size:2500B,cr:10").chosen(voted) == demands(goal="cr:10").chosen(voted)
+    full = total(voted, kernel_bytes) + 1244  # what a search found within the file stays, with the index's room used
+    for method, bytes_, stays in (("table", full, True), ("table", full - 1, False), ("uniform", full, False)):
+        d = demands(file_bytes, goal=f"size:{bytes_}B", search__method=method)
+        assert (d.chosen(voted) is voted) == stays and file_bytes(d.chosen(voted)) <= bytes_
 
 
 def test_under_a_goal_the_packed_file_decides():

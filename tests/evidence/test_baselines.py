@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress import KernelConfig, NetworkConfig, channels_kept
-from config import BASELINES, LLA, Compress, Config, override
+from config import BASELINES, LLA, Compress, Config, InputError, override
 from deploy.allocate import retained_weights
 from evidence import baselines
 from evidence.baselines import Problem, Space
@@ -60,6 +60,9 @@ def test_searches_use_their_budget():
     for method in ("random", "evolution", "sequential"):
         s = space(limits=Compress(), channels=(64,) * 8, drops=drops, budget=150)
         assert 140 <= baselines.find(method, s.problem, 0).evaluations <= 150
+    for method in set(BASELINES) - {"table"}:  # and nothing is found where nothing is small enough
+        with pytest.raises(InputError, match="smallest configuration takes|no configuration that takes at most"):
+            baselines.find(method, space(target=0.01, drops=drops).problem, 0)
 
 
 def test_uniform_is_the_best_of_the_largest_keeps(six):

@@ -69,7 +69,9 @@ def test_the_optimum_is_the_least_sum_of_all_that_fit():
         sums = (sums[:, :, None] + np.array(pairs).T[:, None, :]).reshape(2, -1)
     best = optimum(space, space.allowed)
     assert made.errors(None, [best])[0] == pytest.approx(sums[1][sums[0] <= space.allowed].min(), rel=1e-3)
-    assert best.retained <= TARGET
+    assert best.retained <= TARGET and optimum(space, 1.0) is None
+    quality = table.compare(made, space, np.random.default_rng(0), count=1)  # of one network nothing can be ranked
+    assert quality["networks_rank_correlation"] is quality["blocks_rank_correlation"] is None
 
 
 def test_a_chosen_network_is_checked_by_the_proxy():
