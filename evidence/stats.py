@@ -33,17 +33,35 @@ def paired_interval(lost: int, won: int, n: int) -> tuple[float, float]:
     return 100 * ((b - c) / total - half), 100 * ((b - c) / total + half)
 
 
+def t95(df: float) -> float:
+    """Return the two-sided 95 % quantile of Student's t with ``df`` >= 1 degrees of freedom: t = sqrt(df) tan(a), where
+    the density of the angle a is proportional to cos(a)^(df - 1)."""
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (df - 1)
+    mass = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(df) * math.tan(np.interp(0.95 * mass[-1], mass, angles))
+
+
+def mean_interval(values) -> tuple[float, float, float]:
+    """Return the mean of two or more values and its 95 % interval by Student's t."""
+    mean, half = float(np.mean(values)), t95(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
 def crossed_interval(before, after) -> tuple[float, float, float]:
     """Return the mean difference ``after`` - ``before`` of accuracies in percentage points and its 95 % interval.
 
     Arguments: which images were right with several seeds, bool [seeds, n] each, paired by seed and image. Both count as
     drawn at random: var = var over the images of the mean over the seeds, / n, + var over the seeds of the mean over
-    the images, / seeds (with one seed, of the images alone).
+    the images, / seeds (with one seed, of the images alone). The quantile is Student's, with the degrees of freedom of
+    Welch and Satterthwaite for that sum: two or three seeds say little of how much seeds differ.
     """
     difference = 100 * (np.asarray(after, float) - np.asarray(before, float))
     seeds, n = difference.shape
-    variance = difference.mean(0).var(ddof=1) / n + (difference.mean(1).var(ddof=1) / seeds if seeds > 1 else 0.0)
-    mean, half = float(difference.mean()), Z95 * math.sqrt(variance)
+    images = difference.mean(0).var(ddof=1) / n
+    drawn = difference.mean(1).var(ddof=1) / seeds if seeds > 1 else 0.0
+    df = (images + drawn) ** 2 / (images**2 / (n - 1) + drawn**2 / max(seeds - 1, 1)) if images + drawn else n - 1
+    mean, half = float(difference.mean()), t95(df) * math.sqrt(images + drawn)
     return mean, mean - half, mean + half
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from config import EXPERIMENTS
+from evidence.stats import mean_interval
 
 # Table 5 and Fig. 7 of the paper, all of experiment 1, by the settings that differ from it: drop in points, CR.
 PAPER_ABLATIONS = {
@@ -182,16 +183,18 @@ def packed_gains(group: Group, other: Group | None) -> dict[int, float]:
 
 def against_null(group: Group, groups: list[Group]) -> str:
     """Return how a group stands against the null controller's runs on the same seeds, else against its draws: a
-    difference in accuracy is shown where all of several seeds agree, or the 95 % intervals of one lie apart."""
+    difference in accuracy is shown where the 95 % interval over several seeds excludes zero, or those of one seed lie
+    apart."""
     if group.runs[0].null:
         return "is the null controller"
     null = null_of(group, groups)
     gains = packed_gains(group, null)
     if gains:
         a, b = group.by_seed(), null.by_seed()
-        low, high = min(gains.values()), max(gains.values())
-        for seed in gains if len(gains) == 1 else ():
-            mine, other = (side[seed].get("deployed_interval_full") or (0, 100) for side in (a, b))
+        if len(gains) > 1:
+            _, low, high = mean_interval(list(gains.values()))
+        else:
+            mine, other = (side[seed].get("deployed_interval_full") or (0, 100) for side in (a, b) for seed in gains)
             low, high = mine[0] - other[1], mine[1] - other[0]
         word = "More accurate" if low > 0 else "Less accurate" if high < 0 else "No difference in accuracy shown"
         size = statistics.fmean(a[seed]["packed_bytes"] / b[seed]["packed_bytes"] for seed in gains) - 1

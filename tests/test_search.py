@@ -427,17 +427,6 @@ def test_the_low_level_goes_on_bit_for_bit_after_a_file():
     assert found[0] == found[1] and weights_of(first) == weights_of(second)
 
 
-def test_the_high_level_goes_on_bit_for_bit_after_a_file():
-    first, second = hla_ensemble(), hla_ensemble()
-    assert [(r["level"], r["agent"], r["algorithm"], r["timesteps"]) for r in first.train(70)] == [
-        ("HLA", n, algorithm, steps) for n, algorithm in enumerate(("PPO", "A2C", "PPO")) for steps in (64, 70)]
-    first.feedback(2.5, 0.22, 3)
-    second.load_state_dict(saved(first.state_dict()))
-    assert all(env.reset()[0, :3] == pytest.approx([0.25, 0.22, 0.5]) for env in second.envs)
-    found = [(str(e.train(6)), [e.budgets(deterministic=False) for _ in range(3)]) for e in (first, second)]
-    assert found[0] == found[1]
-
-
 def test_entropy_is_one_for_uniform_policies_and_falls():
     ensemble = hla_ensemble()
     assert ensemble.entropy() == pytest.approx(1.0, abs=1e-3)

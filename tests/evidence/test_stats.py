@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from evidence.stats import crossed_interval, mcnemar, paired_interval, wilson
+from evidence.stats import crossed_interval, mcnemar, mean_interval, paired_interval, t95, wilson
 
 
 @pytest.mark.parametrize("hits, n, low, high", [
@@ -40,7 +40,11 @@ def test_mcnemar_by_hand(lost, won, p):
 def test_crossed_interval_by_hand():
     before, after = [[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 0]]
     # differences 0 0 1 0 and 0 1 1 0: per image 0, 1/2, 1, 0 of variance 11/48, per seed 1/4 and 1/2 of variance 1/32
-    half = 100 * 1.959963984540054 * math.sqrt(11 / 48 / 4 + 1 / 32 / 2)
+    images, seeds = 11 / 48 / 4, 1 / 32 / 2
+    half = 100 * t95((images + seeds) ** 2 / (images**2 / 3 + seeds**2 / 1)) * math.sqrt(images + seeds)
     assert crossed_interval(before, after) == pytest.approx((37.5, 37.5 - half, 37.5 + half))
-    half = 100 * 1.959963984540054 * math.sqrt(0.25 / 4)  # one seed: 0 0 1 0, of variance 1/4
+    half = 100 * 3.1824463 * math.sqrt(0.25 / 4)  # one seed: 0 0 1 0, of variance 1/4, three degrees of freedom
     assert crossed_interval(before[:1], after[:1]) == pytest.approx((25, 25 - half, 25 + half))
+    for df, t in ((1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (10, 2.2281389), (9999, 1.9602013)):
+        assert t95(df) == pytest.approx(t, rel=1e-5)
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2, 2 - 4.3026527 / 3**0.5, 2 + 4.3026527 / 3**0.5))

@@ -64,9 +64,10 @@ def test_the_verdict_has_a_row_per_experiment_with_bytes_whose_quotient_is_the_r
 
 @pytest.mark.parametrize("nulls, interval, word", [
     ((80.0, 80.5), [79.0, 82.0], "More accurate"), ((90.0, 91.0), None, "Less accurate"),
-    ((80.0, 91.0), None, "No difference in accuracy shown"), ((82.0,), [81.0, 83.0], "More accurate"),
+    ((80.0, 91.0), None, "No difference in accuracy shown"), ((80.0, 83.5), None, "No difference in accuracy shown"),
+    ((82.0,), [81.0, 83.0], "More accurate"),
     ((82.0,), [81.0, 83.5], "No difference in accuracy shown"), ((82.0,), None, "No difference in accuracy shown")])
-def test_all_seeds_must_agree_or_the_intervals_of_one_lie_apart(tmp_path, nulls, interval, word):
+def test_the_interval_over_the_seeds_excludes_zero_or_those_of_one_lie_apart(tmp_path, nulls, interval, word):
     for seed, acc in enumerate(nulls):
         put(tmp_path, f"a{seed}", full(seed=seed))  # 84.019 [83.29, 84.72]
         put(tmp_path, f"n{seed}", full(seed=seed, name="n", deployed_acc_full=acc, deployed_interval_full=interval),
