@@ -101,16 +101,16 @@ class Demands:
         """Raise InputError for a size that no configuration within the bounds has; shapes: per block the kernels'."""
         limits, goal, target = self.config.compress, self.goal, self.config.search.target
         smallest = _alike(shapes, limits, limits.bits_min, 1 - limits.max_pruning)
-        if (_asks_ratio(self.config, goal) or self.config.search.method in BASELINES) and smallest.retained > target:
-            raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with compress.bits_min="
-                             f"{limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at least "
-                             f"{smallest.retained:.4f} is retained")
         if goal and goal.max_bytes is not None:
             rest = math.ceil(goal.max_bytes - self._room(smallest))
             if (least := rest + _kernels_bytes(smallest)) > goal.max_bytes:
                 raise InputError(f"goal={self.config.goal}: the file takes at least {least:,} bytes, {rest:,} of them "
                                  "for what is not compressed; ask for more, or try compress.scope=all or "
                                  "pack.rest=float16")
+        if (_asks_ratio(self.config, goal) or self.config.search.method in BASELINES) and smallest.retained > target:
+            raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with compress.bits_min="
+                             f"{limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at least "
+                             f"{smallest.retained:.4f} is retained")
 
     def chosen(self, voted: NetworkConfig) -> NetworkConfig:
         """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for. What a
