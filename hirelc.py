@@ -156,7 +156,7 @@ class Run:
         self.device = next(model.parameters()).device
         self.shapes = [kernel_shapes(block) for block in self.blocks]
         self.config = resolved(config, sum(s.params for block in self.shapes for s in block), model_bytes(model))
-        self.demands(self.weights(), [], 0.0).check_sizes(self.shapes)
+        self.demands(self.weights(), [], 0.0).check_sizes(self.shapes)  # before any work: sizes are known already
         if config.model.source:
             check_use(model, self.train_set, test, self.blocks, self.config.data.batch_size, log)
             self.phases.identity |= fingerprint(model, (train, test), ())  # also of what its file imports

@@ -98,7 +98,7 @@ class Demands:
         self.goal = parse_goal(config.goal)
 
     def check_sizes(self, shapes) -> None:
-        """Raise InputError for a size that no configuration within the bounds has; shapes: per block the kernels'."""
+        """Raise InputError for a size that no configuration within the bounds has; shapes: KernelShape, per block."""
         limits, goal, target = self.config.compress, self.goal, self.config.search.target
         smallest = _alike(shapes, limits, limits.bits_min, 1 - limits.max_pruning)
         if goal and goal.max_bytes is not None:
