@@ -168,7 +168,7 @@ class Trainer:
     def run_epoch(self, progress=None, what="training") -> Epoch:
         """Train one epoch and measure it.
 
-        A last batch without two images per process is left out of larger ones: BatchNorm has no statistics of one.
+        Where batches are larger, a last one without two images per process is left out: BatchNorm needs two.
         """
         epoch, device = len(self.history), device_of(self.model)
         steps = math.ceil(len(self.train_set) / self.batch_size)
