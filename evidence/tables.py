@@ -19,9 +19,10 @@ from evidence.stats import mean_interval
 PAPER_ABLATIONS = {
     "the experiment itself": "1.72, CR 6.23; cycle 1: 3.28, CR 6.38", "search.method=no-hla": "6.80, CR 8.87",
     "lla.algorithms=A2C,A2C,A2C": "cycle 1: 7.19, CR 6.63", "sensitivity.method=none": "1.30 points more (Fig. 7)"}
-# Settings that name a run or say where it ran, not what was done.
+# Settings that name a run or say where it ran, not what was done; and those that say where theta_0 comes from.
 NOT_METHOD = {"exp", "name", "seed", "out", "device", "threads", "data.dir", "data.cache", "data.workers",
               "model.weights_dir", "policy", "policy_sha256"}
+HANDED_ON = {"model.weights", "model.quick_gelu", "baseline.epochs"}
 ABSENT, DAGGER = "–", " †"
 SEEDS_NOTE = "± is the standard deviation over the seeds (n − 1); [low, high] is the 95 % interval of a single run."
 DAGGER_NOTE = ("† The BatchNorm statistics of the packed network were estimated again, the baseline's were not (on the "
@@ -87,7 +88,7 @@ def grouped(runs) -> dict[int, list[Group]]:
     members: dict[int, dict[str, list[Run]]] = {}
     for run in runs:
         same = {key: run.result[key] for key in ("exp", "name", "model", "data", "smoke", "mode", "scope")}
-        same["method"] = {key: value for key, value in (run.settings or {}).items() if key not in NOT_METHOD}
+        same["method"] = method(run.settings)
         members.setdefault(run.result["exp"], {}).setdefault(json.dumps(same, sort_keys=True), []).append(run)
     return {exp: [Group(tuple(same)) for same in parts.values()] for exp, parts in members.items()}
 
@@ -98,10 +99,18 @@ def subjects(groups: list[Group]) -> list[Group]:
     return [g for g in trained if not g.runs[0].result["name"]] or trained or groups
 
 
+def method(settings: dict | None) -> dict:
+    """Return the settings of the method; not those of theta_0 where it is another run's, as evidence.variants gives."""
+    settings = settings or {}
+    handed_on = Path(settings.get("model.weights") or "").name == "baseline.pt"
+    left_out = NOT_METHOD | HANDED_ON if handed_on else NOT_METHOD
+    return {key: value for key, value in settings.items() if key not in left_out}
+
+
 def differing(settings: dict | None, reference: dict | None) -> dict:
     """Return the settings of the method that differ from the reference's, among those that both have."""
-    return {key: value for key, value in (settings or {}).items()
-            if key not in NOT_METHOD and key in (reference or {}) and reference[key] != value}
+    own, others = method(settings), method(reference)
+    return {key: value for key, value in own.items() if key in others and others[key] != value}
 
 
 def shown_settings(values: dict) -> str:
@@ -296,7 +305,8 @@ def variants_table(experiments: dict[int, list[Group]]) -> Table:
     return Table("variants", "Methods and ablations", (
         "exp", "network, data", "seeds", "what differs", "drop", "CR", "cycle 1: drop", "cycle 1: CR", "packed KB",
         "evaluations", "accuracy minus the experiment's", "paper: drop"), rows, (
-        "drop: of the fine-tuned network; evaluations: candidates judged; accuracy: of the packed file.",))
+        "drop: of the fine-tuned network; evaluations: candidates judged, without the passes of a table of estimates; "
+        "accuracy: of the packed file.",))
 
 
 def all_tables(runs) -> list[Table]:

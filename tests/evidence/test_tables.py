@@ -22,18 +22,22 @@ AGAIN = {"baseline_bn_acc_full": 86.5, "deployed_bn_drop_full": 2.48, "deployed_
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory):
-    """Experiment 1 on two seeds with four variants, experiment 4 as a miniature without a null run, and a user's."""
+    """Experiment 1 on two seeds with four variants, which begin with their seed's theta_0 of another run as those of
+    evidence.variants do, experiment 4 as a miniature without a null run, and a user's."""
     out = tmp_path_factory.mktemp("runs")
+    handed = {seed: {"model.weights": f"runs/exp1-no-hla-seed{seed}/baseline.pt", "baseline.epochs": "0"}
+              for seed in (7, 42, 43)}
     for seed, acc, cr in ((42, 85.0, 6.5), (43, 83.0, 7.5)):
         common = {**MORE, "seed": seed, "baseline_acc": 87.0}
         put(out, f"exp1-seed{seed}", full(**common, final_acc=acc, drop=87 - acc, cr=cr, deployed_acc_full=acc - 1))
         put(out, f"exp1-guess-seed{seed}", full(**common, name="guess", final_acc=acc - 4, drop=91 - acc, cr=6.0,
-                                                deployed_acc_full=acc - 1.25), {"sensitivity.method": "none"})
+            deployed_acc_full=acc - 1.25), handed[seed] | {"sensitivity.method": "none"})
     put(out, "exp1-x-seed42", result(**MORE, name="x", drop=17.0, cr=9.25), {"search.method": "no-hla"})
     put(out, "exp1-y-seed42", result(**{**MORE, "cycles": [cycle(1, 79.0, 6.125)]}, name="y"),
-        {"lla.algorithms": "A2C,A2C,A2C"})
-    put(out, "exp1-z-seed42", full(**MORE, name="z", cr=6.625, deployed_acc_full=83.5, packed_bytes=20_170_450), NULL)
-    put(out, "exp1-z-seed7", result(**MORE, name="z", seed=7, cr=50.0), NULL)
+        handed[42] | {"lla.algorithms": "A2C,A2C,A2C"})
+    put(out, "exp1-z-seed42", full(**MORE, name="z", cr=6.625, deployed_acc_full=83.5, packed_bytes=20_170_450),
+        handed[42] | NULL)
+    put(out, "exp1-z-seed7", result(**MORE, name="z", seed=7, cr=50.0), handed[7] | NULL)
     put(out, "exp1-null-seed99", result(**MORE, name="null", seed=99, cr=99.0), NULL | {"carry": "rest"})
     put(out, "exp4-seed42", result(**MORE, exp=4, model="resnet18", smoke=True))
     put(out, "mine", full(**AGAIN, exp=0, name="mine", cr=9.0))
