@@ -19,7 +19,7 @@ import torch
 import data
 import models
 from compress import model_bytes
-from config import BASELINES, LEVELS, Config, Data, InputError
+from config import LEVELS, Config, Data, InputError
 from deploy.checks import check_given
 from estimate import Proxy
 from evidence.table import needs_table
@@ -127,8 +127,9 @@ def _room(what: str, folder: Path, size: float) -> str:
 def _times(run, counts):
     """Return (phase, what, how often, seconds each) of training, evaluation and search, each step timed once."""
     c, proxy = run.config, Proxy(run.model, run.blocks, run.calibration_batches())
-    steps = math.ceil(counts[0] / c.data.batch_size)
-    tests = math.ceil(min(c.eval.images, counts[1]) / c.eval.batch_size)
+    held_out = round(data.HOLDOUT_SHARE * counts[0]) if c.eval.protocol == "holdout" else 0
+    steps = math.ceil((counts[0] - held_out) / c.data.batch_size)
+    tests = math.ceil((held_out or min(c.eval.images, counts[1])) / c.eval.batch_size)
     sample = random_config(run.shapes, c.compress, np.random.default_rng(0))
 
     def seconds(work) -> float:
@@ -148,12 +149,11 @@ def _times(run, counts):
             for phase, count in epochs.items()]
     rows.append(("sensitivity", "images", c.sensitivity.images if c.sensitivity.method != "none" else 0,
                  3 * step / c.data.batch_size))
-    agents = 1 if c.search.method in BASELINES else len(c.lla.algorithms)
-    tried = 0 if c.search.method == "null" or run.given else c.search.cycles * agents * c.lla.timesteps
-    if needs_table(c) and not run.given:  # after it an estimate is a look-up
-        kinds = math.prod(len(options) for options in numeric_options(c.compress))
-        tried = (c.compress.bits_max - c.compress.bits_min + 1) * kinds + LEVELS - 1  # per kernel, at most
-        tried = math.ceil(tried * sum(map(len, run.shapes)) / len(run.blocks))
-    rows.append(("search", "candidates of every block", tried, candidate))
+    widths = (c.compress.bits_max - c.compress.bits_min + 1) * math.prod(map(len, numeric_options(c.compress)))
+    tried = c.search.cycles * {"null": 0, "greedy": 2, "uniform": widths}.get(
+        c.search.method, len(c.lla.algorithms) * c.lla.timesteps)
+    if needs_table(c):  # after it an estimate is a look-up; per kernel, at most
+        tried = math.ceil((widths + LEVELS - 1) * sum(map(len, run.shapes)) / len(run.blocks))
+    rows.append(("search", "candidates of every block", 0 if run.given else tried, candidate))
     whole = math.ceil(counts[1] / c.eval.batch_size) if c.eval.full else 0
     return [*rows, ("report", "test batches of five networks", 5 * whole, test)]
