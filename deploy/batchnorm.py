@@ -13,24 +13,28 @@ from train import device_of
 def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, generator) -> bool:
     """Set the running mean and variance of every BatchNorm to the mean over batches of ``limit`` training images.
 
-    The images are augmented as in training; everything else stays in eval mode. Changes the network in place; one that
-    no image reaches keeps its statistics. Returns whether there was anything to estimate: a BatchNorm, and images.
+    The images are augmented as in training, two or more at a time; everything else stays in eval mode. Changes the
+    network in place; a BatchNorm that no image reaches, or that the network's own train() keeps in eval mode, keeps
+    its statistics. Returns whether there was anything to estimate: a BatchNorm, and images.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.running_mean is not None]
     if not norms or min(limit, len(images)) < 2:
         return False
-    momenta = [norm.momentum for norm in norms]
-    given = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
     with eval_mode(model):
+        model.train()
+        norms = {norm: norm.momentum for norm in norms if norm.training}
+        model.eval()
         for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the cumulative mean
             norm.train()
-        for x, _ in images.batches(batch_size, device_of(model), generator=generator, limit=limit):
+            for buffer in (norm.running_mean, norm.running_var):
+                buffer.nan_to_num_()  # which the first batch's factor, 1, would not get rid of
+        batches = images.batches(max(batch_size, 2), device_of(model), generator=generator, limit=limit)
+        for count, (x, _) in enumerate(batches, 1):
+            for norm in norms:
+                norm.momentum = 1 / count  # the cumulative mean
             if len(x) > 1:
                 model(x)
-    for norm, momentum, before in zip(norms, momenta, given):
+    for norm, momentum in norms.items():
         norm.momentum = momentum
-        if not norm.num_batches_tracked:
-            norm.load_state_dict(before, strict=False)
-    return True
+    return bool(norms)
