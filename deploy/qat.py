@@ -9,7 +9,6 @@ grid follow them (Eq. 19-20).
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from compress import FULL_BITS, Grid, NetworkConfig, decode, encode, find_grid, set_state
 from support.kernels import swapped
+from support.own import copy_network
 
 
 class _OnGrid(torch.autograd.Function):
@@ -113,7 +113,7 @@ class Distillation:
 
     def __init__(self, model: nn.Module, theta0: dict, weight: float, temperature: float, half: bool):
         self.weight, self.temperature, self.half = weight, temperature, half
-        self.teacher = copy.deepcopy(model)
+        self.teacher = copy_network(model)
         self.teacher.eval()
         set_state(self.teacher, theta0)
 
