@@ -230,7 +230,7 @@ def _close(a, b):
     """Which elements of two tensors are equal up to rounding."""
     if not a.is_floating_point():
         return a == b
-    return (a - b).abs() <= 16 * torch.finfo(a.dtype).eps * (b.abs() + 1)
+    return (a - b).abs() <= 16 * torch.finfo(a.dtype).eps * b.abs()
 
 
 def _equal(tensor, along):

@@ -112,6 +112,14 @@ def test_both_sides_shrink_and_the_constant_is_a_map_where_zeros_pad_it(padding,
     assert [tuple(t.shape) for t in stored] == ([] if padding == 0 else [(1, 3, 3, 5)])  # corners, edges and inside
 
 
+def test_small_constants_that_differ_stay_apart():
+    model = Made(lambda m, x: m.c(m.n(m.a(x).flatten(2).transpose(1, 2) + m.p)).mean(1) + m.d(x.mean((2, 3))),
+                 a=nn.Conv2d(3, 8, 3, 3), n=nn.LayerNorm(8, eps=1e-30), c=nn.Linear(8, 3), d=nn.Linear(3, 3))
+    model.p = nn.Parameter(1e-7 * torch.randn(1, 9, 8, generator=seeded(0)))
+    rows(model.a, *range(8)), nn.init.zeros_(model.a.bias)
+    check(model, IMAGES)
+
+
 def test_a_depthwise_pair_keeps_what_both_keep():
     model = chain(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 8, 3, 2, 1, groups=8),
                   nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 4, 1))
