@@ -71,10 +71,7 @@ def measure(run, cycle: int, tuned: dict, voted: NetworkConfig, new: Best, out) 
     grids = new.grids or snap_to_grid(run.blocks, chosen, new.masks)
     grid_acc = run.score()
     estimated = run.estimate_batchnorm()
-    notes: list[str] = []
-    new.packed = pack.pack(run.model, run.blocks, chosen, new.masks, grids, run.network, c.pack.rest, notes)
-    for note in notes:
-        log.note(note)
+    new.packed = pack.pack(run.model, run.blocks, chosen, new.masks, grids, run.network, c.pack.rest, log.note)
     pack.load(new.packed, run.model)
     deployed = run.score() if estimated or c.pack.rest != "float32" else grid_acc
     prediction = out.surrogate.predict([[v for block in chosen.blocks for v in block_features(block)]])[0] \

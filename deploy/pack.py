@@ -123,16 +123,16 @@ def unpack_bits(data: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 @torch.no_grad()
 def pack(model: nn.Module, blocks, config: NetworkConfig, masks: dict[str, Tensor], grids: dict[str, Grid | None],
-         network: dict, rest: str = "float32", notes: list[str] | None = None) -> bytes:
+         network: dict, rest: str = "float32", note=lambda text: None) -> bytes:
     """Return the packed file of a compressed network, as bytes for :func:`write`.
 
     model: as :func:`compress.snap_to_grid`, which returns ``grids``, leaves it. masks: kernel → bool [n_out]. network:
     how to rebuild it: ``name`` ("" for a network of one's own), ``num_classes``, ``image_size``, ``width``,
     ``patch_size``, ``quick_gelu``; further keys are kept. rest: ``float16`` puts the tensors that are no kernels in
-    half precision, except where a value would overflow: ``notes`` gets a sentence for each. Raises ValueError naming a
-    kernel that the file would not give back bit for bit; InputError for a state dict that cannot be stored.
+    half precision, but for those that it would make infinite or put off by 1/64 of the largest: ``note`` is given a
+    sentence for each. Raises ValueError naming a kernel that the file would not give back bit for bit; InputError for a
+    state dict that cannot be stored.
     """
-    notes = [] if notes is None else notes
     state, shared = model.state_dict(keep_vars=True), {}  # the parameters themselves: a tied one is the same object
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
@@ -152,9 +152,10 @@ def pack(model: nn.Module, blocks, config: NetworkConfig, masks: dict[str, Tenso
         tensor = stored = state[same[0]].detach().cpu()
         if rest == "float16" and tensor.dtype in (torch.float32, torch.float64):
             stored = tensor.half()
-            if not torch.equal(stored.isinf(), tensor.isinf()):
+            coarse = tensor.numel() and (stored - tensor).abs().max() > tensor.abs().max() / 64
+            if coarse or not torch.equal(stored.isinf(), tensor.isinf()):
                 stored = tensor
-                notes.append(f"{same[0]} stays {DTYPE_NAMES[tensor.dtype]}: float16 would make infinities of it")
+                note(f"{same[0]} stays {DTYPE_NAMES[tensor.dtype]}: float16 would not hold its values")
         blob.append(_raw(stored))
         index["rest"].append([same, DTYPE_NAMES[tensor.dtype], DTYPE_NAMES[stored.dtype], list(tensor.shape)])
     text, blob = json.dumps(index, separators=(",", ":"), allow_nan=False).encode(), np.concatenate(blob)

@@ -112,7 +112,8 @@ def test_a_file_byte_by_byte():
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[3.0, -2.0], [0.1, 0.1], [1.0, 0.0]]))
         model[1].weight.copy_(torch.tensor([[-1.5, 2.0, 0.5]]))
-    data = pack.pack(model, *compressed(model, [KernelConfig(3, 0.67), KernelConfig(3, 1.0, "FLOAT")]), OWN)
+    kernels = [KernelConfig(3, 0.67), KernelConfig(3, 1.0, "FLOAT")]
+    data = pack.pack(model, *compressed(model, kernels, torch.ones(2, 2)), OWN)
     expected = bytes([0b101]) + struct.pack("<f", 1.0) + (7 | 2 << 3 | 5 << 6 | 4 << 9).to_bytes(2, "little")
     expected += struct.pack("<f", 0.5) + bytes([3]) + (0 | 7 << 3 | 4 << 6).to_bytes(2, "little")
     index, blob = parts(data)
@@ -208,12 +209,14 @@ def test_the_rest_in_half_precision():
     model, network = ours(width=0.2)
     with torch.no_grad():
         model.fc.bias[0], model.bn1.running_var[1], model.bn1.running_mean[0] = 70_000.0, math.inf, 1e-9
+        model.bn1.bias.fill_(2e-8)
     model.layer1[0].bn1.double()
     arguments, notes = compressed(model, [KernelConfig(40), *MIXED]), []  # beyond 32 bits are raw rows
-    data = pack.pack(model, *arguments, network, "float16", notes)
-    assert len(notes) == 1 and notes[0].startswith("fc.bias stays float32")
+    data = pack.pack(model, *arguments, network, "float16", notes.append)
+    stay = [note.partition(" stays float32: ")[0] for note in notes]
+    assert stay == ["bn1.bias", "fc.bias"]
     kernels = {name for block in arguments[0] for name in block.state_names}
-    expected = {name: tensor if name in kernels or name == "fc.bias" or not tensor.is_floating_point()
+    expected = {name: tensor if name in {*kernels, *stay} or not tensor.is_floating_point()
                 else tensor.half().to(tensor.dtype) for name, tensor in model.state_dict().items()}
     assert bits_of(pack.load(data, copy.deepcopy(model)).state_dict()) == bits_of(expected)
 
@@ -302,7 +305,7 @@ def test_a_crafted_file_with_a_right_digest_is_refused(way, value):
 @pytest.mark.parametrize("kernel", [KernelConfig(3), KernelConfig(4, 1.0, "FLOAT", "per-channel"), KernelConfig(32)])
 def test_scales_and_weights_that_are_not_finite_are_refused(kernel):
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
-    index, blob = parts(pack.pack(model, *compressed(model, [kernel]), OWN))
+    index, blob = parts(pack.pack(model, *compressed(model, [kernel], torch.ones(2, 2)), OWN))
     for value in (math.nan, math.inf):
         blob[:4] = struct.pack("<f", value)
         refused(assembled(index, blob), "kernel 0: scales or weights that are not finite")
