@@ -386,19 +386,17 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str =
 
     ViT: {qkv, attn.proj, mlp.fc1, mlp.fc2} of each encoder block. The CNNs here: every Conv2d/Linear in forward order
     but the classifier, the down-sample projections and MobileNetV2's last 1×1 convolution, in groups of four. Any
-    other module: by what one forward of the batch ``example`` does (:func:`kernels.traced_kernels`), in groups of four;
-    without an example its Conv2d/Linear in registration order but the classifier (:func:`weights.classifier_name`).
+    other module: by what one forward of the batch ``example`` does (:func:`kernels.traced_kernels`), in groups of four.
     ``exclude``, ``groups``: names that override it (:func:`arrange`); ``scope="all"``: the kernels that the
     paper leaves out too, in extra blocks. Raises InputError where that leaves nothing to compress.
     """
     what, sections = type(model).__name__, None
-    ours = isinstance(model, (VisionTransformer, ResNet, MobileNetV2))
-    if ours or example is None:
+    if isinstance(model, (VisionTransformer, ResNet, MobileNetV2)):
         kernels, classifier = registered_kernels(model), classifier_name(model)
         for kernel in kernels:
-            if kernel.name == ("weight" if classifier == "" else classifier):  # "": the network is that one layer
+            if kernel.name == classifier:
                 kernel.reason, kernel.classifier = CLASSIFIER, True
-            elif ours:
+            else:
                 kernel.reason = next((LEFT_OUT[part] for part in LEFT_OUT if part in kernel.name), kernel.reason)
     else:
         kernels = traced_kernels(model, example)

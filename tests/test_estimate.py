@@ -56,7 +56,7 @@ def small():
             nn.init.kaiming_normal_(module.weight)
     model[2].running_var.uniform_(0.5, 2.0)
     batches = (2 * torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(1))).split(16)
-    return model, models.find_blocks(model), list(batches)
+    return model, models.find_blocks(model, batches[0]), list(batches)
 
 
 def alike(block, bits, keep=1.0, granularity="uniform"):

@@ -79,26 +79,6 @@ def test_narrow_networks_have_the_same_shortcuts():
     assert build("resnet18", 2, width=0.1).layer1[0].downsample is None
 
 
-def test_blocks_of_any_module_without_an_example():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 6),
-                          nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
-    blocks = find_blocks(model)
-    assert [list(block.kernels) for block in blocks] == [["0", "2", "4", "6"], ["8"]]
-    assert blocks[0].parameters == tuple(f"{i}.{leaf}" for i in (0, 2, 4, 6) for leaf in ("weight", "bias"))
-    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1))
-    assert [list(block.kernels) for block in find_blocks(conv)] == [["0", "1"]]
-    assert [list(block.kernels) for block in find_blocks(conv[:2])] == [["0", "1"]]
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-    model[1].weight = model[0].weight
-    assert [list(block.kernels) for block in find_blocks(model)] == [["0"]]
-
-
-@pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.ReLU(), nn.Sequential(nn.ReLU(), nn.Linear(3, 2))])
-def test_nothing_to_compress(model):
-    with pytest.raises(InputError, match="nothing to compress"):
-        find_blocks(model)
-
-
 @pytest.mark.parametrize("settings, words", [
     (dict(name="resnet19"), ["resnet19", "resnet18", "deit_small_patch16_224"]),
     (dict(name="deit_small_patch16_224", image_size=100), ["100", "16"]),
