@@ -24,10 +24,10 @@ from support.own import own_network
 from train import accuracy, correct
 
 NETWORKS = ("baseline", "baseline_bn", "final", "grid", "deployed")  # those whose accuracy is reported
-# drop → (before, after): each compares two networks whose BatchNorm statistics have one origin, but for "deployed",
-# whose statistics were estimated again while the baseline's are those of training
 OF_BEST = ("drop", "grid_acc", "deployed_acc", "cr", "msr", "cr_unweighted", "whole_model_ratio", "packed_bytes",
            "sparsity", "compliance", "retained", "voted_retained", "voted_compliance")  # of the best cycle's row
+# drop → (before, after): each compares two networks whose BatchNorm statistics have one origin, but for "deployed",
+# whose statistics were estimated again while the baseline's are those of training
 DROPS = {"": ("baseline", "final"), "grid_": ("baseline", "grid"), "deployed_": ("baseline", "deployed"),
          "deployed_bn_": ("baseline_bn", "deployed")}
 
@@ -224,8 +224,10 @@ def evaluate_packed(config: Config, path: str, log, device) -> dict:
     """
     packed = pack.read(path)
     network = {"name": "", "num_classes": None, "mean": [], "std": [], **packed.network}
-    if network["name"] and not config.model.source:
-        config = override(config, {"data.image_size": network["image_size"]})
+    own_size = network.get("image_size")
+    if own_size != config.data.image_size and (network["name"] or isinstance(own_size, int)):
+        config = override(config, {"data.image_size": own_size})
+        log.note(f"images have {own_size} px, as the file says")
     splits = data.load(config.data, log.progress, models.PRETRAINED_STATS[config.model.name])
     own = own_network(config.model.source, splits.num_classes) if config.model.source else None
     model = pack.load(path, own)
