@@ -339,8 +339,8 @@ def _check_together(config):
                                  "give one per agent")
     if config.policy_sha256 and not config.policy:
         raise InputError("policy_sha256 is of a policy, and there is none; give it with --policy FILE")
-    if any(sign in config.name for sign in "/\\") or config.name in (".", ".."):
-        raise InputError(f"name={config.name}: becomes part of a folder's name and cannot hold a path")
+    if any(sign in config.name for sign in "/\\") or config.name in (".", "..") or not config.name.isprintable():
+        raise InputError(f"name={config.name!r}: becomes part of a folder's name and cannot hold a path or line breaks")
 
 
 _OWNER = {key: (type(get(Config(), key.rpartition(".")[0])) if "." in key else Config) for key in fields_of(Config())}

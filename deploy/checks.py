@@ -111,8 +111,8 @@ def check_given(model) -> None:
     what = type(model).__name__
     if torch.is_inference_mode_enabled():
         raise InputError("called under torch.inference_mode(), in which nothing can be trained; call it outside")
-    if torch.empty(0).device.type != "cpu":
-        raise InputError("called under another default device (torch.device, set_default_device); call it outside")
+    if torch.empty(0).device.type != "cpu" or torch.get_default_dtype() != torch.float32:
+        raise InputError("called under another default device or dtype (torch.set_default_…); call it outside")
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, not a {what}")
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):

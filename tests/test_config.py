@@ -129,7 +129,7 @@ def test_conditions_between_settings():
         alone = changed(f"{section}.algorithms=A2C", *(f"{section}.{name}=2" for name in names))
         assert [get(alone, f"{section}.{name}") for name in names] == [(2.0,)] * 3
     refused("policy_sha256=00", "--policy")
-    for name in ("a/b", "../x", "/etc", "..", ".", "a\\b", "x/"):
+    for name in ("a/b", "../x", "/etc", "..", ".", "a\\b", "x/", "a\nb"):
         refused(f"name={name}", "name=", "path")
 
 
