@@ -40,9 +40,12 @@ COLUMNS = {"uniform": "equal bits", "untrained": "hierarchy, untrained", "traine
 
 
 def read(folder) -> list[dict]:
-    """Return the cells that a folder holds, in the order of their names, those of the networks as given among them."""
-    cells = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    return [cell for cell in cells if cell.get("method") in {*METHODS, "given"}]
+    """Return the cells that a folder holds, in the order of their names, those of the networks as given among them.
+    Files without a method are other results; ValueError for a method that is none of METHODS."""
+    cells = {path: json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))}
+    if unknown := [path.name for path, cell in cells.items() if cell.get("method", "given") not in {*METHODS, "given"}]:
+        raise ValueError(f"{folder}: unknown methods in {', '.join(unknown)}")
+    return [cell for cell in cells.values() if "method" in cell]
 
 
 def digits(hit: torch.Tensor) -> str:
@@ -133,7 +136,8 @@ def csv_of(rows: list[dict]) -> str:
 
 
 def figure(rows: list[dict]) -> str:
-    """Return the frontier's points as an SVG of its own: a plot per network, means over the seeds."""
+    """Return the frontier's points of the series in SERIES as an SVG of its own: a plot per network, means over the
+    seeds."""
     plots, of = {title: [] for title in TITLES.values()}, {}
     for row in rows:
         of.setdefault((row["network"], row["series"].partition(" (")[0], round(row["times smaller"])), []).append(row)
