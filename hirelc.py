@@ -36,7 +36,7 @@ from deploy.qat import Distillation, GridTraining
 from deploy.target import Demands, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
 from evidence import baselines, plan, sensitivities, summary
-from evidence.given import GivenBlock, GivenBudgets, fitted
+from evidence.given import GivenBlock, GivenBudgets, policy_for
 from evidence.null import NullHLA, NullLLA
 from evidence.report import results_table
 from evidence.table import Entries, relative_drops, tabulated
@@ -116,7 +116,6 @@ def algorithm_1(run: Run) -> Outcome:
     # past the paper: where a goal's drop is missed, blocks are given back
     while (chosen := out.demands.relaxed(out.best.row, out.best.config, len(out.rows) - 1 - cycles)) is not None:
         compress_and_finetune(run, len(out.rows), chosen, chosen, out.best.budgets, out, relaxed=True)
-    out.bad_rewards = sum(run.ranks.gather(sum(block.bad_rewards for block in lla)))
     return out
 
 
@@ -157,6 +156,9 @@ class Run:
         self.shapes = [kernel_shapes(block) for block in self.blocks]
         self.config = resolved(config, sum(s.params for block in self.shapes for s in block), model_bytes(model))
         self.demands(self.weights(), [], 0.0).check_sizes(self.shapes)  # before any work: sizes are known already
+        left = len(self.train_set) % config.data.batch_size
+        if 0 < left < min(2 * ranks.size, len(self.train_set)):
+            log.note(f"{left} of the training images, other ones in each epoch, are left out (BatchNorm)")
         if config.model.source:
             check_use(model, self.train_set, test, self.blocks, self.config.data.batch_size, log)
             self.phases.identity |= fingerprint(model, (train, test), ())  # also of what its file imports
@@ -199,12 +201,8 @@ class Run:
 
     def train_from_scratch(self) -> None:
         """Train on the experiment's own data where there are no weights."""
-        c = self.config
-        left = len(self.train_set) % c.data.batch_size
-        if 0 < left < min(2 * self.ranks.size, len(self.train_set)):
-            self.log.note(f"{left} of the training images, other ones in each epoch, are left out (BatchNorm)")
-        if c.model.weights == "none":
-            recipe = Recipe("scratch.lr", **dataclasses.asdict(c.scratch))
+        if self.config.model.weights == "none":
+            recipe = Recipe("scratch.lr", **dataclasses.asdict(self.config.scratch))
             best = self.train("from scratch", self.trainer("scratch", recipe))
             self.log.info(f"trained from scratch: {recipe.epochs} epochs, accuracy {best.acc:.2f} (epoch {best.epoch})")
 
@@ -333,6 +331,7 @@ def search_blocks(run: Run, lla, budgets, cycle: int, out: Outcome) -> list[Foun
     for i, (block, budget) in enumerate(zip(run.blocks, budgets)):
         config = found[i].config
         out.updates += [{"cycle": cycle, **update} for update in found[i].updates]
+        out.bad_rewards += found[i].bad_rewards
         run.log.info(f"  cycle {cycle}, block {block.name}: {budget.strategy}, target {budget.target:.3f}, retained "
                      f"{config.retained:.3f}, bits {config.average_bits:.2f}, keep {config.average_keep:.3f}")
     out.searches.append(summary.search_row(cycle, list(found.values()), run.log.note))
@@ -427,7 +426,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
         phases.begin(phases.exists)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
         run = Run(network, survey, train, test, config, log, pack.describe(network, config, train),
-                  given=fitted(policy, survey.blocks, config, log), phases=phases)
+                  given=policy_for(policy, survey.blocks, config, log), phases=phases)
         out = algorithm_1(run)
         result = summary.summarise(run, out, copy_network(model)) | {"data": "given", "timings": run.phases.seconds}
         result["policy_source"] = policy and policy.source
@@ -487,7 +486,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
     model, survey = networks.make(config, splits, device, ranks, log, check_given)
     with ranks.alike():
         run = Run(model, survey, splits.train, splits.test, config, log,
-                  pack.describe(model, config, splits.train), ranks, fitted(policy, survey.blocks, config, log),
+                  pack.describe(model, config, splits.train), ranks, policy_for(policy, survey.blocks, config, log),
                   phases, save=lambda out: ranks.first and summary.save(path, out, runs.write))
         if ranks.first:
             runs.open_directory(path, config, run, resume)
@@ -504,7 +503,7 @@ def dry_run(config: Config) -> str:
     networks.check(config, Ranks())
     (policy, config), silent = policies.given(config.policy or None, config), Log(open(os.devnull, "w"))
     return plan.plan(config, runs.check_directory(runs.run_directory(config), config), lambda model, survey, *sets: Run(
-        model, survey, *sets, config, silent, given=fitted(policy, survey.blocks, config, silent)))
+        model, survey, *sets, config, silent, given=policy_for(policy, survey.blocks, config, silent)))
 
 
 def main(argv=None) -> int:

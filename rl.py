@@ -125,21 +125,15 @@ class _Agent:
     """Actor, critic, optimiser and training loop of PPO and A2C.
 
     nvec: number of options of each action coordinate; seed: of the agent's generator; name: what errors call the agent.
-    Raises TypeError for an unknown hyperparameter, ValueError for an one out of range.
+    Raises TypeError for an unknown hyperparameter.
     """
 
     def __init__(self, env, nvec, seed=0, name=None, **hyper):
         self.env, self.nvec, self.name = env, tuple(int(n) for n in nvec), name or type(self).__name__
-        for key, value in hyper.items():
-            if key not in self.defaults:
-                raise TypeError(f"{type(self).__name__} has no {key}; it has {', '.join(self.defaults)}")
-            least = 1 if isinstance(self.defaults[key], int) else 0
-            if not least <= value < math.inf:
-                raise ValueError(f"{type(self).__name__}: {key} must be finite and at least {least}, got {value}")
+        if unknown := hyper.keys() - self.defaults.keys():
+            raise TypeError(f"{type(self).__name__} has no {', '.join(unknown)}; it has {', '.join(self.defaults)}")
         self.hyper = {**self.defaults, **hyper}
         self.obs_dim = int(env.obs_dim if hasattr(env, "obs_dim") else np.shape(env.reset())[1])
-        self.identity = {"algorithm": type(self).__name__, "nvec": list(self.nvec), "obs_dim": self.obs_dim,
-                         "hyper": self.hyper}
         self.generator = torch.Generator().manual_seed(int(seed))
         self.actor = Actor(self.obs_dim, self.nvec, self.generator)
         self.critic = mlp(self.obs_dim, 1, 1.0, self.generator)
@@ -227,15 +221,11 @@ class _Agent:
     def state_dict(self):
         """Return a copy of all that training depends on: tensors, numbers, strings, lists and dictionaries."""
         parts = {part: dict(getattr(self, part).state_dict()) for part in ("actor", "critic", "optimizer")}
-        return copy.deepcopy({**self.identity, **parts, "generator": self.generator.get_state(),
+        return copy.deepcopy({**parts, "generator": self.generator.get_state(),
                               "timesteps": self.timesteps, "recent_rewards": list(self.recent_rewards)})
 
     def load_state_dict(self, state):
-        """Take over a ``state_dict()``; training then goes on bit for bit. Raises ValueError, and changes nothing, if
-        it is of another algorithm, action or observation space, or has other hyperparameters."""
-        for key, mine in self.identity.items():
-            if state[key] != mine:
-                raise ValueError(f"the saved agent has {key} {state[key]}, this one {mine}")
+        """Take over a ``state_dict()`` of an agent of the same kind; training then goes on bit for bit."""
         for part in ("actor", "critic", "optimizer"):
             getattr(self, part).load_state_dict(state[part])
         self.generator.set_state(state["generator"])

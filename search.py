@@ -198,14 +198,13 @@ class LLAEnv:
     ``weights``: (alpha, beta, gamma_s) of the agent; ``budget``: set before each search; ``penalty_scale``: 0 drops
     P_sens (the ablation without sensitivity).
     """
-    kept = ("bad_rewards", "unseen")  # of a saved state
 
     def __init__(self, index, shapes, sensitivity, estimator, limits, settings, weights, *, blocks, penalty_scale=1.0):
         self.index, self.blocks, self.shapes, self.sensitivity = index, blocks, shapes, sensitivity
         self.estimator, self.limits, self.settings, self.weights = estimator, limits, settings, weights
         self.penalty_scale, self.num_envs, self.obs_dim = penalty_scale, settings.envs, 12 + len(shapes)
         self.budget: LayerBudget | None = None
-        self.bad_rewards, self.unseen = 0, 0  # that became BAD_REWARD; drops so large that R_acc is 0
+        self.bad_rewards, self.unseen = 0, 0  # of a search: that became BAD_REWARD; drops so large that R_acc is 0
         self.steps, self.history = 0, np.zeros((self.num_envs, settings.episode))  # rewards of the episode
 
     def reset(self) -> np.ndarray:
@@ -253,7 +252,7 @@ class HLAEnv:
     Observation float32 [1, 5 + 2 B], action int [1, 2 B]. ``params`` [B]: FP32 parameters of each block's kernels.
     ``weights``: (alpha, beta, gamma) scale R_sens + R_dyn by alpha/30, R_glob by beta/6, R_bal by gamma (ledger D9).
     """
-    num_envs, kept = 1, ("last_drop", "last_retained", "cycle")
+    num_envs = 1
 
     def __init__(self, params, sensitivity, limits, search, settings, weights):
         self.params, self.sensitivity = np.asarray(params, dtype=np.float64), list(sensitivity)
@@ -300,6 +299,7 @@ class Found:
     evaluations: int  # candidates whose drop was estimated
     entropy: tuple[float, float] | None  # of the policies before and after, 1 = uniform
     compared: dict  # see LLAEnsemble.compared; unseen: the part of the candidates with R_acc = 0
+    bad_rewards: int = 0  # that were not finite and became BAD_REWARD
 
 
 class _Ensemble:
@@ -327,15 +327,13 @@ class _Ensemble:
         return [agent.predict(env.reset(), deterministic)[0] for agent, env in zip(self.agents, self.envs)]
 
     def state_dict(self) -> dict:
-        """Return the states of agents and environments."""
-        return {"agents": [agent.state_dict() for agent in self.agents],
-                "envs": [{name: getattr(env, name) for name in env.kept} for env in self.envs]}
+        """Return the states of the agents; an environment's is set anew before it is used."""
+        return {"agents": [agent.state_dict() for agent in self.agents]}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what :meth:`state_dict` returned."""
-        for agent, env, of_agent, of_env in zip(self.agents, self.envs, state["agents"], state["envs"]):
-            agent.load_state_dict(of_agent)
-            vars(env).update(of_env)
+        for agent, own in zip(self.agents, state["agents"]):
+            agent.load_state_dict(own)
 
 
 class LLAEnsemble(_Ensemble):
@@ -355,14 +353,14 @@ class LLAEnsemble(_Ensemble):
     def search(self, budget: LayerBudget) -> Found:
         """Train every agent under ``budget`` and vote (§3.7 steps 4 and 5)."""
         for env in self.envs:
-            env.budget = budget
-        before, asked, unseen = self.entropy(), self.estimator.evaluations, sum(env.unseen for env in self.envs)
+            env.budget, env.bad_rewards, env.unseen = budget, 0, 0
+        before, asked = self.entropy(), self.estimator.evaluations
         updates = self.train(self.config.lla.timesteps)
         answered, config = self.estimator.evaluations, self.consensus()
-        unseen = sum(env.unseen for env in self.envs) - unseen
+        unseen, bad = (sum(getattr(env, name) for env in self.envs) for name in ("unseen", "bad_rewards"))
         compared = self.compared(config) | ({"unseen": unseen / (answered - asked)} if answered > asked else {})
         self.estimator.evaluations = answered  # the comparison is not part of the search
-        return Found(config, updates, answered - asked, (before, self.entropy()), compared)
+        return Found(config, updates, answered - asked, (before, self.entropy()), compared, bad)
 
     def consensus(self) -> BlockConfig:
         """Vote on the agents' greedy actions from the reset observation and decode the result (Eq. 16-17)."""
@@ -387,11 +385,6 @@ class LLAEnsemble(_Ensemble):
         numbers = {"consensus_drop": drops[0], "random_drop": drops[1:].mean(),
                    "consensus_reward": rewards[0], "random_reward": rewards[1:].mean()}
         return {key: float(value) if math.isfinite(value) else None for key, value in numbers.items()}
-
-    @property
-    def bad_rewards(self) -> int:
-        """Rewards so far that were not finite and became BAD_REWARD."""
-        return sum(env.bad_rewards for env in self.envs)
 
 
 class HLAEnsemble(_Ensemble):
@@ -451,11 +444,13 @@ def compliance(config: NetworkConfig, budgets) -> float:
 
 def random_config(shapes, limits, rng: np.random.Generator) -> NetworkConfig:
     """Draw a configuration for the surrogate's warm-up: bits in {4…8}, keep uniform in [0.6, 1], within ``limits``
-    (§3.6). shapes: per block the kernels' KernelShape."""
+    (§3.6); any bits of the limits where none of theirs lie in 4…8. shapes: per block the kernels' KernelShape."""
     low, high = max(4, limits.bits_min), min(8, limits.bits_max)
+    if low > high:
+        low, high = limits.bits_min, limits.bits_max
     least, (qtypes, granularities) = max(0.6, 1 - limits.max_pruning), numeric_options(limits)
     return NetworkConfig(tuple(BlockConfig(tuple(
-        KernelConfig(bits=int(rng.integers(min(low, high), high + 1)),
+        KernelConfig(bits=int(rng.integers(low, high + 1)),
                      keep=float(rng.uniform(least if shape.prunable else 1.0, 1.0)),
                      qtype=qtypes[rng.integers(len(qtypes))],
                      granularity=granularities[rng.integers(len(granularities))]) for shape in block), tuple(block))

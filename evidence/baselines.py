@@ -19,13 +19,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, NetworkConfig, channels_kept,
-                      kernel_shapes)
+from compress import BlockConfig, KernelConfig, NetworkConfig, channels_kept, kernel_shapes
 from config import LEVELS, InputError
 from deploy.allocate import allocations, least_sum
 from estimate import WORST
 from rl import LLA_PPO, PPO
-from search import Found, derive_seed
+from search import Found, derive_seed, numeric_options
 
 RUINED = 1e9  # points, in place of a drop that is not finite
 PARENTS, CHILDREN, TOURNAMENT = 32, 16, 3
@@ -95,8 +94,6 @@ def joint_blocks(problem: Problem, estimator, config, note) -> list[JointBlock]:
 class JointBlock:
     """A block's part of a search of the whole network, ``find_in(cycle)``, with the low-level agents' interface."""
 
-    bad_rewards = 0
-
     def __init__(self, index: int, find_in, note):
         self.index, self.find_in, self.note, self.cycle = index, find_in, note, 0
 
@@ -125,8 +122,7 @@ class Space:
         self.block_shapes = [kernel_shapes(block) for block in problem.blocks]
         self.shapes = [shape for block in self.block_shapes for shape in block]
         self.of_block = np.repeat(np.arange(len(problem.blocks)), [len(block) for block in self.block_shapes])
-        self.qtypes = QTYPES if limits.qtype == "any" else (limits.qtype,)
-        self.granularities = GRANULARITIES if limits.granularity == "any" else (limits.granularity,)
+        self.qtypes, self.granularities = numeric_options(limits)
         self.keeps = [self._keeps(shape) for shape in self.shapes]
         bits = limits.bits_max - limits.bits_min + 1
         self.levels = np.array([[bits, len(keeps), len(self.qtypes), len(self.granularities)] for keeps in self.keeps])
@@ -173,7 +169,7 @@ class Space:
         """Return a genome drawn uniformly."""
         return rng.integers(self.levels)
 
-    def fitted(self, genome, rng) -> np.ndarray:
+    def onto_target(self, genome, rng) -> np.ndarray:
         """Return the genome after random single steps of bits and keep: down until it meets the target, then up until
         no step fits. As small as it gets where nothing meets the target."""
         genome, size = genome.copy(), self.size(genome)
@@ -238,7 +234,7 @@ def uniform(space: Space, rng) -> None:
 def random_search(space: Space, rng) -> None:
     """The best of as many random configurations on the target as the budget allows."""
     for _ in range(space.problem.budget):  # more draws than evaluations only where candidates repeat
-        space.scores([space.config(space.fitted(space.draw(rng), rng))])
+        space.scores([space.config(space.onto_target(space.draw(rng), rng))])
         if space.remaining < 1:
             return
 
@@ -259,7 +255,7 @@ def evolution(space: Space, rng) -> None:
     generation = idle = 0
     while space.remaining and idle < PATIENCE:
         drawn, before = generation < PARENTS // CHILDREN, space.remaining
-        children = [space.fitted(space.draw(rng) if drawn else _child(space, list(people.values()), rng), rng)
+        children = [space.onto_target(space.draw(rng) if drawn else _child(space, list(people.values()), rng), rng)
                     for _ in range(CHILDREN)]
         for child, drop in zip(children, space.scores([space.config(child) for child in children])):
             if drop < math.inf:
@@ -297,7 +293,8 @@ class SequentialEnv:
 
     Observation [N, 9]: t / K; block / B; log10 of the parameters / 8; log2 of the channels / 12; whether channels may
     go; s_i; size so far / allowed size; last kernel's bits / 8 and part of channels. The reward comes at the end: minus
-    the blocks' mean drop, points, of the network brought onto the target by random steps (:meth:`Space.fitted`).
+    the blocks' mean drop, at most 50 points, of the network brought onto the target by random steps
+    (:meth:`Space.onto_target`).
     """
 
     obs_dim = 9
@@ -329,7 +326,7 @@ class SequentialEnv:
         self.t += 1
         if self.t < len(space.shapes):
             return self._observation(), np.zeros(self.num_envs), np.full(self.num_envs, False), {}
-        drops = np.array(space.scores([space.config(space.fitted(genome, self.rng)) for genome in self.genomes]))
+        drops = np.array(space.scores([space.config(space.onto_target(genome, self.rng)) for genome in self.genomes]))
         rewards = -np.minimum(drops / len(space.problem.blocks), WORST)  # infinity: beyond the budget
         return self.reset(), rewards, np.full(self.num_envs, True), {}
 

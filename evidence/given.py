@@ -7,7 +7,7 @@ from config import Config
 from search import Found, UniformBudgets, uniform_budgets
 
 
-def fitted(policy, blocks, config: Config, log):
+def policy_for(policy, blocks, config: Config, log):
     """Return the (NetworkConfig, budgets) of a ``deploy.policies.Policy`` for these blocks; None without a policy."""
     if policy is None:
         return None
@@ -33,7 +33,6 @@ class GivenBudgets(UniformBudgets):
 class GivenBlock:
     """In place of a block's low-level agents: its configuration in a policy."""
 
-    bad_rewards = 0
     state_dict, load_state_dict = UniformBudgets.state_dict, UniformBudgets.load_state_dict
 
     def __init__(self, config: BlockConfig):

@@ -36,7 +36,6 @@ class NullHLA(UniformBudgets):
 class NullLLA:
     """In place of a block's low-level agents: actions drawn uniformly, voted as theirs are (search=null)."""
 
-    bad_rewards = 0
     state_dict, load_state_dict = NullHLA.state_dict, NullHLA.load_state_dict
 
     def __init__(self, index, block, sensitivity, estimator, config, blocks):

@@ -258,12 +258,9 @@ def test_standardised_rewards_teach_the_same_whatever_their_scale(agent_class):
     assert torch.allclose(weights, other, atol=1e-5) and not torch.allclose(weights, of_raw, atol=1e-5)
 
 
-def test_wrong_settings_are_refused():
-    for error, message, hyper in ((TypeError, "PPO has no rate; it has lr, n_steps", {"rate": 0.1}),
-                                  (ValueError, "n_steps .* at least 1", {"n_steps": 0}),
-                                  (ValueError, "gamma must be finite", {"gamma": math.nan})):
-        with pytest.raises(error, match=message):
-            small(PPO, **hyper)
+def test_unknown_hyperparameters_are_refused():
+    with pytest.raises(TypeError, match="PPO has no rate; it has lr, n_steps"):
+        small(PPO, rate=0.1)
 
 
 def test_the_four_columns():
@@ -320,14 +317,6 @@ def test_training_goes_on_bit_for_bit_after_loading(agent_class):
     assert same(loaded.state_dict(), state)  # and the agent's training since has not changed `state`
     assert loaded.learn(60) == went_on
     assert same(agent.state_dict(), loaded.state_dict()) and not same(agent.state_dict(), state)
-
-
-def test_state_of_another_agent_is_refused():
-    state = small(PPO, seed=1).state_dict()
-    for other, what in ((small(A2C), "algorithm"), (PPO(Taped(), (3, 2), n_steps=4), "nvec"),
-                        (small(PPO, lr=1e-3), "hyper")):
-        with pytest.raises(ValueError, match=what):
-            other.load_state_dict(state)
 
 
 @both
