@@ -15,9 +15,10 @@ from itertools import product
 
 import numpy as np
 
-from compress import (FULL_BITS, GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelShape, NetworkConfig,
-                      channels_kept, compress_kernel, kernel_retained)
+from compress import (FULL_BITS, BlockConfig, KernelConfig, KernelShape, NetworkConfig, channels_kept, compress_kernel,
+                      kernel_retained)
 from config import LEVELS, InputError
+from search import numeric_options
 
 CLOSENESS = 0.99  # a budget is met from this fraction of it upwards
 SLOTS = 10_000  # parts into which least_sum divides a budget
@@ -80,8 +81,7 @@ def allocations(blocks, shapes, sensitivity, limits, budget: float,
         return sum(cost(config, shape) for block in shapes for shape in block)
 
     middle = min(max(round(FULL_BITS * budget / total(KernelConfig())), limits.bits_min), limits.bits_max)
-    types = QTYPES if limits.qtype == "any" else (limits.qtype,)
-    granularities = GRANULARITIES if limits.granularity == "any" else (limits.granularity,)
+    types, granularities = numeric_options(limits)
 
     def start(holder):
         weight = holder.weight.detach()

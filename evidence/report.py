@@ -82,11 +82,9 @@ def _add_updates(run: Run, path: Path) -> Run:
     return dataclasses.replace(run, updates=updates)
 
 
-def results_table(results, markdown: bool = False) -> str:
-    """Return the table of all runs: Markdown, or text of at most 120 columns with two lines per run, and its legend."""
+def results_table(results) -> str:
+    """Return the table of all runs as text of at most 120 columns with two lines per run, and its legend."""
     table = tables.runs_table(results)
-    if markdown:
-        return _markdown(table)
     cells = [table.columns[1:], *(row[1:] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     shown = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
@@ -201,7 +199,7 @@ def _run_section(run: Run, groups: list[Group]) -> str:
         ("command", " ".join(config.get("command") or ())), ("date", config.get("started")),
         ("hardware", hardware and f"{hardware['device']}, {hardware['threads']} threads"),
         ("versions", " ".join(f"{key}={value}" for key, value in (config.get("versions") or {}).items())),
-        ("git", config.get("git")), ("drop by the proxy", _votes(r)),
+        ("git", config.get("git")), ("estimated drop", _votes(r)),
         ("settings that differ from the experiment's", run.settings and (tables.shown_settings(change) or "none")),
         ("settings that are gone", tables.shown_settings({key: settings[key] for key in run.retired})),
         ("notes", " · ".join(r.get("notes") or ())), ("files that are missing", ", ".join(run.missing))]

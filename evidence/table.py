@@ -36,7 +36,8 @@ class Entries:
     def mse(self, config: KernelConfig, n_out: int) -> float:
         """Return the kernel's part of a candidate's MSE: of its bits, plus of its channels (linear between entries)."""
         pruned = np.interp(channels_kept(config.keep, n_out), self.kept, self.kept_mse) if config.keep < 1 else 0.0
-        return float(pruned) + self.bits.get((config.bits, config.qtype, config.granularity), 0.0)
+        widths = 0.0 if config.bits >= FULL_BITS else self.bits[config.bits, config.qtype, config.granularity]
+        return float(pruned) + widths
 
 
 class Table:
@@ -92,7 +93,7 @@ def measure(proxy: Proxy, space: Space, rng) -> dict:
     """Return entries, factors and quality of a :class:`Table`; ``space``: what candidates are drawn from."""
     entries = measure_entries(proxy, space)
     table = Table(proxy, entries, [1.0] * len(entries), {})
-    networks = [space.config(space.fitted(space.draw(rng), rng)) for _ in range(JOINT)]
+    networks = [space.config(space.onto_target(space.draw(rng), rng)) for _ in range(JOINT)]
     for i in range(len(entries)):
         parts = [network.blocks[i] for network in networks]
         ratios = np.maximum(proxy.errors(i, parts), LEAST) / np.maximum(table.errors(i, parts), LEAST)
@@ -105,7 +106,7 @@ def compare(table: Table, space: Space, rng, count: int = HELD_OUT) -> dict:
     """Return how far the table is from the proxy on ``count`` networks drawn on the size: rank correlation and mean
     relative error of the whole networks, and of as many candidates of single blocks, PER_BLOCK or more of each (means
     over the blocks); a rank correlation is None where one side is flat."""
-    networks = [space.config(space.fitted(space.draw(rng), rng)) for _ in range(count)]
+    networks = [space.config(space.onto_target(space.draw(rng), rng)) for _ in range(count)]
 
     def compared(index, configs):
         told, measured = (np.maximum(source.errors(index, configs), LEAST) for source in (table, table.proxy))

@@ -149,7 +149,7 @@ def test_missing_files_are_said_and_a_terminal_without_unicode_gets_the_table(tm
 
 
 def test_every_number_stands_under_its_title():
-    titles, row = cells(results_table([result(whole_model_ratio=9.9)], markdown=True))
+    titles, row = cells(report._markdown(tables.runs_table([result(whole_model_ratio=9.9)])))
     assert dict(zip(titles, row)) == {
         "run": "exp 1: deit_small_patch16_224, cifar100, seed 42, scope paper, mode qat", "baseline": "87.11",
         "final": "85.47", "drop": "1.64", "packed": "84.30", "CR": "6.54", "null CR": "6.70 ± 0.21", "compl.": "61.2",
@@ -170,8 +170,8 @@ def test_the_text_has_at_most_120_columns_and_numbers_end_where_their_titles_end
 
 
 def test_a_network_of_a_user_has_no_paper_what_was_not_measured_is_a_dash_and_equation_3_needs_both_conditions():
-    rows = cells(results_table([result(exp=0, model="mine"), result(deployed_acc=None, compliance=None),
-                                result(drop_met=True), result(cr_met=False, drop_met=True)], True))[1:]
+    rows = tables.runs_table([result(exp=0, model="mine"), result(deployed_acc=None, compliance=None),
+                              result(drop_met=True), result(cr_met=False, drop_met=True)]).rows
     assert [row[11] for row in rows] == ["no", "no", "met", "no"]
     assert rows[0][0].startswith("exp 0: mine") and rows[0][12:] == ["–", "–"]
     assert (rows[1][4], rows[1][7]) == ("–", "–") and "–" not in rows[1][1:4] + rows[1][5:7]
