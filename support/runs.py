@@ -113,7 +113,7 @@ class Phases:
             raise _damaged(path, error) from None
         if differing:
             raise InputError(f"{self.folder}: a state with other settings or versions: {differing}; give those, or "
-                             "start anew with --restart")
+                             "start anew (--restart, or another run_dir)")
         for temporary in self.folder.glob(".*.tmp"):
             temporary.unlink(missing_ok=True)
 
@@ -194,7 +194,8 @@ class Phases:
 
 
 def _damaged(path, error) -> InputError:
-    return InputError(f"{path}: damaged, or not a state of this program ({one_line(error)}); start anew with --restart")
+    return InputError(f"{path}: damaged, or no state of this program ({one_line(error)}); start anew (--restart, or "
+                      "another run_dir)")
 
 
 def random_states() -> dict:
