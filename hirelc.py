@@ -114,7 +114,8 @@ def algorithm_1(run: Run) -> Outcome:
         # 9. the best cycle so far is in out.best
 
     # past the paper: where a goal's drop is missed, blocks are given back
-    while (chosen := out.demands.relaxed(out.best.row, out.best.config, len(out.rows) - 1 - cycles)) is not None:
+    while (chosen := once(f"relax: cycle {len(out.rows)}", lambda: out.demands.relaxed(
+            out.best.row, out.best.config, len(out.rows) - 1 - cycles))) is not None:
         compress_and_finetune(run, len(out.rows), chosen, chosen, out.best.budgets, out, relaxed=True)
     return out
 
@@ -192,7 +193,7 @@ class Run:
         c = self.config
         return Trainer(self.model, self.train_set, self.choice_set, recipe, batch_size=c.data.batch_size,
                        eval_images=self.eval_images, eval_batch_size=c.eval.batch_size, generator=self.generator(phase),
-                       blocks=self.blocks, ranks=self.ranks, unused_parameters=c.model.weights == "given",
+                       blocks=self.blocks, ranks=self.ranks, unused_parameters=bool(c.model.source),
                        half=self.half, **more)
 
     def train(self, what: str, trainer: Trainer) -> Epoch:
@@ -487,7 +488,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
     with ranks.alike():
         run = Run(model, survey, splits.train, splits.test, config, log,
                   pack.describe(model, config, splits.train), ranks, policy_for(policy, survey.blocks, config, log),
-                  phases, save=lambda out: ranks.first and summary.save(path, out, runs.write))
+                  phases, save=lambda out: ranks.first and out.best.packed and summary.save(path, out, runs.write))
         if ranks.first:
             runs.open_directory(path, config, run, resume)
         phases.begin(resume)

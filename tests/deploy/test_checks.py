@@ -16,6 +16,7 @@ import hirelc
 from compress import eval_mode
 from config import InputError
 from deploy import checks, narrow, pack
+from deploy.target import Demands
 from estimate import Proxy
 from models import find_blocks
 from networks import Made, seeded, silent
@@ -227,14 +228,17 @@ def test_a_call_under_another_mode_gives_the_same(under):
     assert any(not torch.equal(a, b) for a, b in zip(plain.parameters(), taught))
 
 
-def test_a_call_that_was_broken_off_goes_on_in_its_folder(tmp_path, monkeypatch):
-    model = linear()
-    whole = quick(model)[2]
+@pytest.mark.parametrize("holds", [True, False])  # else blocks are given back
+def test_a_call_that_was_broken_off_goes_on_in_its_folder(tmp_path, monkeypatch, holds):
+    model, more = linear(), {"goal": "drop:9"}
+    monkeypatch.setattr(Demands, "holds", lambda *_: holds)
+    whole = quick(model, **more)[2]
+    assert len(whole["cycles"]) == (2 if holds else 4)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(hirelc.summary, "summarise", Mock(side_effect=KeyboardInterrupt))
-        quick(model, run_dir=tmp_path)
+        quick(model, run_dir=tmp_path, **more)
     monkeypatch.setattr(hirelc.Trainer, "run_epoch", lambda *_: pytest.fail("trained again"))
-    assert quick(model, run_dir=tmp_path)[2]["cycles"] == whole["cycles"]
+    assert quick(model, run_dir=tmp_path, **more)[2]["cycles"] == whole["cycles"]
     for other, asked in ((linear(), ()), (model, "l")):
         with pytest.raises(InputError, match="network and images"):
-            quick(other, run_dir=tmp_path, exclude=asked)
+            quick(other, run_dir=tmp_path, exclude=asked, **more)
