@@ -15,6 +15,7 @@ from compress import FULL_BITS, BlockConfig, KernelConfig, NetworkConfig, kernel
 from config import BASELINES, Config, InputError, override
 from deploy.allocate import enforce, retained_weights
 
+ROUNDING = 1e-9  # points, of a difference of two accuracies
 INDEX_ROOM = 256  # bytes by which the compressed index of a packed file may differ between configurations
 
 
@@ -110,13 +111,13 @@ class Demands:
         if (_asks_ratio(self.config, goal) or self.config.search.method in BASELINES) and smallest.retained > target:
             raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with compress.bits_min="
                              f"{limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at least "
-                             f"{smallest.retained:.4f} is retained")
+                             f"{math.ceil(1e4 * smallest.retained) / 1e4:.4f} is retained")
 
     def chosen(self, voted: NetworkConfig) -> NetworkConfig:
         """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for. What a
         search found within them stays; only equal bits, which leave some over, are filled up."""
         chosen, target, method = voted, self.config.search.target, self.config.search.method
-        ratio = _asks_ratio(self.config, self.goal) and method not in BASELINES
+        ratio = _asks_ratio(self.config, self.goal) and (method not in BASELINES or self.config.policy != "")
         if ratio:
             chosen = self._moved(voted, target * voted.params, retained_weights)
         if self.goal and self.goal.max_bytes is not None:
@@ -157,7 +158,7 @@ class Demands:
     def holds(self, row) -> bool:
         """Whether the packed file of a cycle keeps the goal's drop; True where it has none."""
         allowed = self.goal.max_drop if self.goal else None
-        return allowed is None or self.baseline_acc - row.deployed_acc <= allowed
+        return allowed is None or self.baseline_acc - row.deployed_acc <= allowed + ROUNDING
 
     def relaxed(self, row, config: NetworkConfig, rounds: int) -> NetworkConfig | None:
         """The best configuration with its 1, 2, 4, … most sensitive blocks given back; None where the drop holds, or a

@@ -16,6 +16,7 @@ import models
 from compress import kernel_bytes, model_bytes, set_state, snap_to_grid
 from config import Config, InputError, flatten, override
 from deploy import pack, policies
+from deploy.target import ROUNDING
 from evidence.stats import mcnemar, paired_interval, wilson
 from evidence.null import null_controller
 from support.files import shown
@@ -60,7 +61,7 @@ def summarise(run, outcome, fresh=None) -> dict:
         **{key: getattr(best, key) for key in OF_BEST}, "best_cycle": best.cycle, **whole_split(hits),
         "fp32_bytes": model_bytes(run.model), "mode": c.finetune.mode, "scope": c.compress.scope,
         "target": c.search.target, "cr_met": best.cr >= 1 / c.search.target,
-        "drop_met": best.drop <= c.search.max_drop, "goal": goal,
+        "drop_met": best.drop <= c.search.max_drop + ROUNDING, "goal": goal,
         "cycles": [dataclasses.asdict(row) for row in outcome.rows],
         "strategies": {s: strategies.count(s) / len(strategies) for s in sorted(set(strategies))},
         "sensitivity": outcome.sensitivity, "surrogate_mae": sum(errors) / len(errors) if errors else None,

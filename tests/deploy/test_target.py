@@ -107,6 +107,7 @@ def test_votes_are_moved_onto_the_target_and_what_a_search_chose_for_it_is_not()
         d = demands(**settings)
         assert 0.99 / 8 <= d.chosen(voted).retained <= 1 / 8 and d.log.stream.getvalue().count("\n") == 1
         assert demands(**settings, search__method="random").chosen(voted) is voted
+        assert demands(**settings, search__method="random", policy="p.json").chosen(voted).retained <= 1 / 8
     with pytest.raises(InputError):
         demands(goal="cr:31.999").chosen(voted)
 
@@ -147,5 +148,6 @@ def test_rounds_give_back_until_the_drop_holds():
     assert demands(goal="drop:1,cr:8", relax=True).relaxed(missed, voted, 0) is not None
     assert d.result(missed) == {"asked": "drop:1", "met": False, "missed": ["drop"], "deployed_drop": 70.0,
                                 "packed_bytes": 1000}
+    assert demands(goal="drop:1.4").holds(row(deployed_acc=78.6))  # 80.0 - 78.6 is above 1.4 in the last bit
     assert demands(goal="size:1kB,cr:4,drop:1").result(row())["met"]
     assert demands(goal="size:999B,cr:4.1,drop:2").result(row())["missed"] == ["size", "cr"]
