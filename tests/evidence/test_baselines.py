@@ -93,7 +93,8 @@ def test_types_and_granularities_are_chosen_where_they_are_free(method):
 def joint(six, method="random", **settings):
     settings = {"search.method": method, "search.target": TARGET, "compress.bits_max": 5, "compress.max_pruning": 0.5,
                 "lla.timesteps": 2, "seed": 3, **settings}  # 12 evaluations, all drops beyond 50
-    estimator = SimpleNamespace(drops=lambda i, c, worst: [min(1e3 + d, worst) for d in six.drops(i, c)], proxy=None)
+    proxy = SimpleNamespace(drops=lambda i, c, worst: [min(1e3 + d, worst) for d in six.drops(i, c)])
+    estimator = SimpleNamespace(proxy=proxy)  # nobody asks the surrogate
     config, notes, allowance = override(Config(), settings), [], (retained_weights, TARGET * sum(
         kernel.weight.numel() for block in six.blocks for kernel in block.kernels.values()))
     problem = baselines.make_problem(six.blocks, [1.0, 0.3], config, allowance)
