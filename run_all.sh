@@ -10,9 +10,8 @@
 #                                            # thread each: then as many as there are cores, at most 4
 #   bash run_all.sh --restart                # begin anew what was broken off, and what is finished
 #
-# By itself it leaves what is finished as it is, and goes on with what was broken off.
-# Where torch cannot be imported, a virtual environment with requirements.txt is made in .venv first. A failed
-# experiment does not stop the others; the exit code is then 1.
+# By itself it leaves what is finished as it is, and goes on with what was broken off. Without torch it makes a virtual
+# environment in .venv first. A failed experiment does not stop the others; the exit code is then 1.
 set -u
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -36,6 +35,7 @@ while [ $# -gt 0 ]; do
     *) flags+=("$1"); shift ;;
   esac
 done
+[[ "$seeds" =~ ^[0-9][0-9\ ]*$ ]] || { echo "run_all: --seeds $seeds: expected whole numbers" >&2; exit 2; }
 [ -n "$out" ] || { if [ "$smoke" = 1 ]; then out="runs-smoke"; else out="runs"; fi; }
 
 usable() { "$1" -c 'import torch, torchvision, numpy' >/dev/null 2>&1; }
