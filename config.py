@@ -85,7 +85,7 @@ class Finetune:
     distill: float = setting(0.0, "weight of the distillation from theta_0 beside the cross-entropy's 1", low=0.0)
     keep: str = setting("best", "epoch kept: the most accurate, or the last (no patience)", choices=("best", "last"))
     temperature: float = setting(4.0, "temperature of the distillation", low=0.1)
-    bn_images: int = setting(2048, "training images that estimate BatchNorm's statistics on the grid; 0 = none", low=0)
+    bn_images: int = setting(2048, "training images, at most, that estimate BatchNorm's statistics; 0 = none", low=0)
 
 
 @dataclass(frozen=True)

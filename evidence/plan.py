@@ -144,7 +144,8 @@ def _times(run, counts):
     test = seconds(lambda: correct(run.model, run.choice_set, c.eval.batch_size, c.eval.batch_size))
     candidate = sum(seconds(lambda i=i: proxy.drops(i, [sample.blocks[i]])) for i in range(len(run.blocks)))
     epochs = {"scratch": c.scratch.epochs * (c.model.weights == "none"), "baseline": c.baseline.epochs,
-              "warmup": c.surrogate.warmup * c.surrogate.enabled, "finetune": c.finetune.epochs * c.search.cycles}
+              "warmup": c.surrogate.warmup * (c.surrogate.enabled and not run.given),
+              "finetune": c.finetune.epochs * c.search.cycles}
     rows = [(phase, f"epochs of {steps} steps and a measurement", count, steps * step + tests * test)
             for phase, count in epochs.items()]
     rows.append(("sensitivity", "images", c.sensitivity.images if c.sensitivity.method != "none" else 0,

@@ -194,7 +194,7 @@ class Phases:
 
 
 def _damaged(path, error) -> InputError:
-    return InputError(f"{path}: damaged, or no state of this program ({one_line(error)}); start anew (--restart, or "
+    return InputError(f"{path}: damaged, or not a state of this program ({one_line(error)}); start anew (--restart, or "
                       "another run_dir)")
 
 

@@ -213,8 +213,7 @@ def test_the_rest_in_half_precision():
     model.layer1[0].bn1.double()
     arguments, notes = compressed(model, [KernelConfig(40), *MIXED]), []  # beyond 32 bits are raw rows
     data = pack.pack(model, *arguments, network, "float16", notes.append)
-    stay = [note.partition(" stays float32: ")[0] for note in notes]
-    assert stay == ["bn1.bias", "fc.bias"]
+    assert (stay := [note.partition(" stays float32: ")[0] for note in notes]) == ["bn1.bias", "fc.bias"]
     kernels = {name for block in arguments[0] for name in block.state_names}
     expected = {name: tensor if name in {*kernels, *stay} or not tensor.is_floating_point()
                 else tensor.half().to(tensor.dtype) for name, tensor in model.state_dict().items()}

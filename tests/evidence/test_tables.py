@@ -22,8 +22,7 @@ AGAIN = {"baseline_bn_acc_full": 86.5, "deployed_bn_drop_full": 2.48, "deployed_
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory):
-    """Experiment 1 on two seeds with four variants, which begin with their seed's theta_0 of another run as those of
-    evidence.variants do, experiment 4 as a miniature without a null run, and a user's."""
+    """Experiment 1 on two seeds with four variants, some with theta_0 of another run, experiment 4, and a user's."""
     out = tmp_path_factory.mktemp("runs")
     handed = {seed: {"model.weights": f"runs/exp1-no-hla-seed{seed}/baseline.pt", "baseline.epochs": "0"}
               for seed in (7, 42, 43)}

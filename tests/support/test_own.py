@@ -224,8 +224,7 @@ def test_model_from_a_file(net, tmp_path, capsys, monkeypatch):
     assert result["exp"] == 0 and list(result["kernels"]) == ["0", "3"] and set(result["excluded"]) == {"7"}
     assert json.loads((path / "config.json").read_text())["settings"]["model.source"] == f"{net}:make"
     assert hirelc.main(["--model", f"{net}:make", "--load", str(path / "packed.pt"), *SET, "data.image_size=24"]) == 0
-    said = capsys.readouterr().out
-    assert "16 px, as the file says" in said and f"accuracy {result['deployed_acc']:.2f} on the first 40" in said
+    assert f"accuracy {result['deployed_acc']:.2f} on the first 40" in capsys.readouterr().out  # at 16 px
     monkeypatch.chdir(tmp_path)  # as a module, under another name, trained from scratch
     assert hirelc.main(["--model", "net:make", "--name", "mine", "--weights", "none", "--out", str(out), *SET]) == 0
     assert "scratch" in json.loads((out / "mine-seed42" / "result.json").read_text())["timings"]
