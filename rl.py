@@ -130,7 +130,7 @@ class _Agent:
 
     def __init__(self, env, nvec, seed=0, name=None, **hyper):
         self.env, self.nvec, self.name = env, tuple(int(n) for n in nvec), name or type(self).__name__
-        if unknown := hyper.keys() - self.defaults.keys():
+        if unknown := sorted(hyper.keys() - self.defaults.keys()):
             raise TypeError(f"{type(self).__name__} has no {', '.join(unknown)}; it has {', '.join(self.defaults)}")
         self.hyper = {**self.defaults, **hyper}
         self.obs_dim = int(env.obs_dim if hasattr(env, "obs_dim") else np.shape(env.reset())[1])

@@ -81,7 +81,8 @@ def find(method: str, problem: Problem, seed: int) -> Choice:
 def joint_blocks(problem: Problem, estimator, config, note) -> list[JointBlock]:
     """Make the searches of all blocks for config.search.method; ``note(text)`` takes what is to be said."""
     method = config.search.method
-    drops = functools.partial(estimator.proxy.drops, worst=math.inf)  # a surrogate's hold other blocks', too
+    # the surrogate's drops are of whole networks: their sum over the blocks would count each block many times
+    drops = functools.partial(estimator.proxy.drops, worst=math.inf)
     problem = replace(problem, drops=drops, table=estimator.proxy)
 
     @functools.lru_cache(maxsize=1)

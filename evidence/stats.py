@@ -54,9 +54,9 @@ def crossed_interval(before, after) -> tuple[float, float, float]:
     Arguments: which images were right with several seeds, bool [seeds, n] each, paired by seed and image. Both count as
     drawn at random: var = var over the images of the mean over the seeds, / n, + var over the seeds of the mean over
     the images, / seeds (with one seed, of the images alone). The quantile is Student's, with the degrees of freedom of
-    Welch and Satterthwaite for that sum: two or three seeds say little of how much seeds differ. By simulation the
-    interval covers 96 to 99 % where seeds hardly differ, since what is particular to a seed and an image counts twice,
-    and 91 % (two seeds) or 94 % (three) where they differ by far more than images make them.
+    Welch and Satterthwaite for that sum: two or three seeds say little of how much seeds differ. The interval is too
+    wide where seeds hardly differ, since what is particular to a seed and an image counts twice, and with so few seeds
+    somewhat too narrow where they differ by far more than their images make them.
     """
     difference = 100 * (np.asarray(after, float) - np.asarray(before, float))
     seeds, n = difference.shape

@@ -36,8 +36,8 @@ class Entries:
     def mse(self, config: KernelConfig, n_out: int) -> float:
         """Return the kernel's part of a candidate's MSE: of its bits, plus of its channels (linear between entries)."""
         pruned = np.interp(channels_kept(config.keep, n_out), self.kept, self.kept_mse) if config.keep < 1 else 0.0
-        widths = 0.0 if config.bits >= FULL_BITS else self.bits[config.bits, config.qtype, config.granularity]
-        return float(pruned) + widths
+        quantised = 0.0 if config.bits >= FULL_BITS else self.bits[config.bits, config.qtype, config.granularity]
+        return float(pruned) + quantised
 
 
 class Table:
