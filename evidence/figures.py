@@ -12,7 +12,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "cu
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "1 4")
 WIDTH = 360  # units, so that letters stay readable on a phone
 HEIGHT = 236  # of a plot with its labels, in the same units
-MOST_POINTS = 40  # of a series that are drawn one by one; longer ones are a line
 
 
 def clean(text) -> str:
@@ -79,7 +78,7 @@ def _plot(rows, names, x: str, y: str, labels, across=None) -> list[str]:
         points = [(px(row[x]), py(row[y]), f"{name}: {row[x]}, {row[y]}")
                   for row in rows if row["series"] == name and row[x] is not None]
         levels = [py(row[y]) for row in rows if row["series"] == name and row[x] is None]
-        parts += _series(k, points, points if len(points) <= MOST_POINTS else []) if points else []
+        parts += _series(k, points, points) if points else []
         parts += [part for level in levels for part in _series(k, [(left, level), (right, level)], [])]
     return parts
 
@@ -88,7 +87,7 @@ def _legend(rows, names, top: int = HEIGHT) -> list[str]:
     """Draw a line per series below ``top``, with its mark where its points have one."""
     parts = []
     for k, name in enumerate(names):
-        marked = 0 < sum(row["series"] == name for row in rows) <= MOST_POINTS
+        marked = any(row["series"] == name for row in rows)
         parts += _series(k, [(6, top - 4), (32, top - 4)], [(19, top - 4, name)] if marked else [])
         parts.append(_text(38, top, _short(name, 50)))
         top += 16

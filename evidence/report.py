@@ -40,7 +40,7 @@ def read_runs(out) -> list[Run]:
 def _read_run(folder: Path) -> Run:
     """Read file after file, making the report of each part at once, so that what no table can show is named."""
     run = Run(folder, {})
-    for name, read in (("result.json", _add_result), ("config.json", _add_config), ("updates.csv", _add_updates),
+    for name, read in (("result.json", _add_result), ("config.json", _add_config),
                        ("policy.json", lambda run, path: dataclasses.replace(run, policy=read_json(path)[0]))):
         try:
             if (folder / name).exists():
@@ -49,7 +49,7 @@ def _read_run(folder: Path) -> Run:
                 page([run])
             else:
                 run = dataclasses.replace(run, missing=(*run.missing, name))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, csv.Error) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"{folder / name}: not what a run of this program writes ({type(error).__name__}: "
                              f"{str(error)[:200]!r}); remove it or run again") from None
     return run
@@ -67,19 +67,6 @@ def _add_config(run: Run, path: Path) -> Run:
     settings, retired = read_settings(config["settings"])
     return dataclasses.replace(run, config=config, retired=retired, settings={
         **flatten(settings), **{key: config["settings"][key] for key in retired}})
-
-
-def _add_updates(run: Run, path: Path) -> Run:
-    """Add the rows with their entropy as a float, None for one that is not finite."""
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        updates = list(reader)
-    if "entropy" not in (reader.fieldnames or ()):
-        raise ValueError("no column 'entropy'")
-    for row in updates:
-        value = float(row["entropy"])
-        row["entropy"] = value if abs(value) < 1e15 else None
-    return dataclasses.replace(run, updates=updates)
 
 
 def results_table(results) -> str:

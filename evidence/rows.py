@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from dataclasses import dataclass
 
 from config import EXPERIMENTS
@@ -26,17 +25,13 @@ class Figure:
 
 
 def run_figures(run: Run) -> list[Figure]:
-    """Return what can be drawn of one run: the allocation of the best cycle, and the entropy of the policies."""
-    kernels, learning, drawn = allocation_rows(run), learning_rows(run), []
-    if kernels:
-        bits, keep = (statistics.fmean(row[key] for row in kernels) for key in ("bits", "keep"))
-        drawn.append(Figure("allocation", f"Allocation per kernel (Fig. 4): {run.label}. Mean over {len(kernels)} "
-                            f"kernels: {bits:.2f} bits, {keep:.0%} of the channels kept.", kernels, figures.allocation))
-    if any(row["entropy"] is not None for row in learning):
-        drawn.append(Figure(
-            "learning", f"Entropy of the policies, mean over agents and blocks: {run.label}.", learning,
-            lambda title, rows: figures.lines(title, rows, "update", "entropy", ("update of an agent", "nats"))))
-    return drawn
+    """Return what can be drawn of one run: the allocation of the best cycle."""
+    kernels = allocation_rows(run)
+    if not kernels:
+        return []
+    bits, keep = (statistics.fmean(row[key] for row in kernels) for key in ("bits", "keep"))
+    return [Figure("allocation", f"Allocation per kernel (Fig. 4): {run.label}. Mean over {len(kernels)} kernels: "
+                   f"{bits:.2f} bits, {keep:.0%} of the channels kept.", kernels, figures.allocation)]
 
 
 def experiment_figures(groups: list[Group]) -> list[Figure]:
@@ -55,20 +50,6 @@ def allocation_rows(run: Run) -> list[dict]:
              "keep": kernel["keep"] if kernel.get("keep_actual") is None else kernel["keep_actual"],
              **{key: kernel[key] for key in ("qtype", "granularity", "retained")}}
             for block in (run.policy or {"blocks": ()})["blocks"] for kernel in block["kernels"]]
-
-
-def learning_rows(run: Run) -> list[dict]:
-    """Return the mean entropy of the n-th updates over agents and blocks, by level and algorithm; None where no value
-    is finite. Empty where no agent has two updates."""
-    count, entropies = Counter(), {}
-    for row in run.updates or ():
-        agent = (row["level"], row["block"], row["agent"], row["algorithm"])
-        count[agent] += 1
-        finite = entropies.setdefault((f"{row['level']} {row['algorithm']}", count[agent]), [])
-        finite += [] if row["entropy"] is None else [row["entropy"]]
-    return [{"run": run.label, "series": series, "update": update,
-             "entropy": statistics.fmean(finite) if finite else None}
-            for (series, update), finite in entropies.items() if max(count.values()) > 1]
 
 
 def cycle_rows(groups: list[Group]) -> list[dict]:

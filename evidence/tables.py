@@ -43,7 +43,6 @@ class Run:
     result: dict
     config: dict | None = None
     policy: dict | None = None
-    updates: list[dict] | None = None
     missing: tuple[str, ...] = ()
     settings: dict | None = field(default=None, compare=False)  # all of this version's, and the retired ones
     retired: tuple[str, ...] = ()  # names of the settings that this version lacks

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from evidence import figures, report, rows, tables
+from evidence import figures, report
 from evidence.report import read_runs
 from test_report import full, put, result
 from test_tables import MORE
@@ -114,11 +114,3 @@ def test_a_plot_of_odd_numbers_has_few_round_ticks_inside_and_no_number_that_is_
     low, high = figures.bounds(values)
     found = figures.ticks(low, high)
     assert 1 <= len(found) <= 6 and all(low - 1e-9 * abs(low) - 1e-12 <= t <= high + 1e-9 * abs(high) for t in found)
-
-
-def test_learning_curves_are_means_over_agents_and_blocks(out):
-    known = [(r["series"], r["update"], r["entropy"]) for r in read_csv(out, "learning") if r["run"] == "exp 1 seed 42"]
-    assert known == [("HLA PPO", "1", "13.5"), ("HLA PPO", "2", "13.25"), ("LLA A2C", "1", "8.0"),
-                     ("LLA A2C", "2", "6.0"), ("LLA A2C", "3", "")]
-    update = {"level": "HLA", "block": "", "agent": "0", "algorithm": "PPO", "entropy": 2.0}
-    assert rows.run_figures(tables.Run(None, result(), updates=[update])) == []

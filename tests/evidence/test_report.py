@@ -35,14 +35,6 @@ POLICY = {"blocks": [{"name": block, "kernels": [
     {"name": f"net.{i}.weight", "bits": 3 + i % 6, "keep": 0.41 + 0.05 * i, "keep_actual": 0.4 + 0.05 * i,
      "qtype": "INT" if i % 2 else "FLOAT", "granularity": "log", "retained": 0.05 + 0.01 * i} for i in numbers]}
     for block, numbers in (("first", range(2)), ("second", range(2, 8)))]}
-UPDATES = """cycle,level,block,agent,algorithm,policy_loss,value_loss,entropy,approx_kl,timesteps
-1,HLA,,0,PPO,-0.03,8000.5,13.5,0.001,64
-2,HLA,,0,PPO,-0.03,20.25,13.25,0.002,64
-1,LLA,0,0,A2C,1.0,100.0,9.0,0.5,8
-1,LLA,1,0,A2C,1.0,300.0,7.0,nan,8
-1,LLA,0,0,A2C,1.0,inf,6.0,0.25,16
-1,LLA,0,0,A2C,1.0,inf,inf,0.25,24
-"""
 
 
 def put(out, folder, value, changes=(), retired=()):
@@ -56,7 +48,6 @@ def put(out, folder, value, changes=(), retired=()):
               "versions": {"torch": "2"}, "hardware": {"device": "a machine", "threads": 3}}
     (out / folder / "config.json").write_text(json.dumps(config))
     (out / folder / "policy.json").write_text(json.dumps(POLICY))
-    (out / folder / "updates.csv").write_text(UPDATES)
 
 
 def cells(text):
@@ -105,8 +96,7 @@ def test_a_broken_result_is_named_in_one_line_and_nothing_is_written(tmp_path, c
 @pytest.mark.parametrize("name, text", [
     ("policy.json", "{"), ("policy.json", '{"blocks": [{"name": "b"}]}'), ("policy.json", b"\xff\xfe{"),
     ("policy.json", None), ("config.json", '{"settings": []}'), ("config.json", '{"settings": {}, "hardware": 3}'),
-    ("config.json", '{"settings": {"search.cycles": "many"}}'), ("updates.csv", "cycle,level\n1,2\n"),
-    ("updates.csv", UPDATES.replace("13.5,", "many,")), ("updates.csv", "\0\n")])
+    ("config.json", '{"settings": {"search.cycles": "many"}}')])
 def test_another_broken_file_is_named(tmp_path, capsys, name, text):
     put(tmp_path, "a", result())
     path = tmp_path / "a" / name
@@ -137,14 +127,14 @@ def test_main_writes_the_verdict_first_and_names_the_settings_of_earlier_code_th
 
 def test_missing_files_are_said_and_a_terminal_without_unicode_gets_the_table(tmp_path, monkeypatch):
     put(tmp_path, "a", result())
-    for name in ("policy.json", "updates.csv", "config.json"):
+    for name in ("policy.json", "config.json"):
         (tmp_path / "a" / name).unlink()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert report.main([str(tmp_path)]) == 0
     sys.stdout.flush()
     assert b"87.11" in sys.stdout.buffer.getvalue()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "config.json, updates.csv, policy.json" in page and "Allocation" not in page
+    assert "config.json, policy.json" in page and "Allocation" not in page
     assert sorted(p.stem for p in (tmp_path / "csv").iterdir()) == ["paper", "runs", "verdict"]
 
 
