@@ -76,20 +76,25 @@ def kernel_retained(config: KernelConfig, n_out: int) -> float:
     return min(config.storage_bits, FULL_BITS) / FULL_BITS * channels_kept(config.keep, n_out) / n_out
 
 
-def kernel_bytes(config: KernelConfig, shape: KernelShape) -> int:
-    """Return the bytes of one packed kernel: codes of the kept rows, scales, zero-points and the map of kept channels.
+def kernel_parts(config: KernelConfig, shape: KernelShape) -> tuple[int, int, int, int]:
+    """Return the bytes of one packed kernel: map of kept channels, scales, zero-points, codes of the kept rows.
 
-    Scales and the two ends of a log grid are float32, a zero-point takes ceil(b / 8) bytes, the channel map is a
-    bitmap that is absent when every channel stays.
+    The map is a bitmap that is absent when every channel stays; scales and the two ends of a log grid are float32, a
+    zero-point takes ceil(b / 8) bytes. At 32 bits the rows are float32 numbers.
     """
     kept = channels_kept(config.keep, shape.n_out)
     weights = kept * (shape.params // shape.n_out)
     bitmap = 0 if kept == shape.n_out else math.ceil(shape.n_out / 8)
     if config.bits >= FULL_BITS:
-        return 4 * weights + bitmap
-    zero_point = math.ceil(config.bits / 8) if config.qtype == "FLOAT" and config.granularity not in SIGNED else 0
-    ends = 8 if config.granularity in LOG else (kept if config.granularity in PER_CHANNEL else 1) * (4 + zero_point)
-    return math.ceil(weights * config.storage_bits / 8) + ends + bitmap
+        return bitmap, 0, 0, 4 * weights
+    scales = 2 if config.granularity in LOG else kept if config.granularity in PER_CHANNEL else 1
+    zeros = scales if config.qtype == "FLOAT" and config.granularity in ("uniform", "per-channel") else 0
+    return bitmap, 4 * scales, zeros * math.ceil(config.bits / 8), math.ceil(weights * config.storage_bits / 8)
+
+
+def kernel_bytes(config: KernelConfig, shape: KernelShape) -> int:
+    """Return the bytes of one packed kernel, the sum of :func:`kernel_parts`."""
+    return sum(kernel_parts(config, shape))
 
 
 @dataclass(frozen=True)

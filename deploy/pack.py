@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import models
 from compress import (FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelShape, NetworkConfig, decode, encode,
-                      set_state, to_eval)
+                      kernel_parts, set_state, to_eval)
 from config import Config, InputError
 from deploy import narrow
 from deploy.checks import bits, demand, difference
@@ -70,14 +70,10 @@ class PackedTensor:
         """Return the bytes of bitmap, scales, zero-points, and codes (or numbers as they are)."""
         if self.config is None:
             return 0, 0, 0, math.prod(self.shape) * self.stored.itemsize
-        n_out, weights = self.shape[0], self.kept * math.prod(self.shape[1:])
-        bitmap = 0 if self.kept == n_out else math.ceil(n_out / 8)
-        bits, granularity = self.config.bits, self.config.granularity
-        if bits == FULL_BITS:
-            return bitmap, 0, 0, weights * self.stored.itemsize
-        scales = 2 if granularity in LOG else 1 if granularity == "uniform" else self.kept
-        zeros = scales if self.config.qtype == "FLOAT" and granularity in ("uniform", "per-channel") else 0
-        return bitmap, 4 * scales, zeros * math.ceil(bits / 8), math.ceil(weights * self.config.storage_bits / 8)
+        parts = kernel_parts(self.config, KernelShape(self.shape[0], math.prod(self.shape)))
+        if self.config.bits == FULL_BITS:  # the kept rows in their own type
+            return parts[0], 0, 0, self.kept * math.prod(self.shape[1:]) * self.stored.itemsize
+        return parts
 
     @property
     def bytes(self) -> int:
