@@ -423,9 +423,9 @@ def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> dic
     return grids
 
 
-def mask_factors(blocks, masks: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the weights of the kernels, and the factors 0 and 1 of their rows, for :func:`apply_factors`. Raises
-    ValueError unless there is a bool mask [n_out] for every kernel and for nothing else."""
+def mask_factors(blocks, masks: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return the weight of every kernel with the factors 0 and 1 of its rows, [n_out, 1, …]. Raises ValueError unless
+    there is a bool mask [n_out] for every kernel and for nothing else."""
     weights = {name: module.weight for block in blocks for name, module in block.kernels.items()}
     if set(weights) != set(masks):
         raise ValueError(f"masks for {sorted(set(masks) - set(weights))} have no kernel, "
@@ -433,19 +433,15 @@ def mask_factors(blocks, masks: dict[str, Tensor]) -> tuple[list[Tensor], list[T
     for name, mask in masks.items():
         if mask.dtype != torch.bool or mask.shape != weights[name].shape[:1]:
             raise ValueError(f"mask of {name}: expected bool [{len(weights[name])}], got {mask.dtype} {[*mask.shape]}")
-    return list(weights.values()), [masks[name].to(weight).reshape(-1, *[1] * (weight.dim() - 1))
-                                    for name, weight in weights.items()]
+    return [(weight, masks[name].to(weight).reshape(-1, *[1] * (weight.dim() - 1)))
+            for name, weight in weights.items()]
 
 
 @torch.no_grad()
-def apply_factors(weights: list[Tensor], factors: list[Tensor]) -> None:
-    """Zero the pruned rows, of weights or of their gradients, in place, in one call for all kernels (§3.5.1)."""
-    torch._foreach_mul_(weights, factors)
-
-
 def apply_masks(blocks, masks: dict[str, Tensor]) -> None:
     """Zero the pruned rows of every kernel, in place (Eq. 18). Raises ValueError as :func:`mask_factors` does."""
-    apply_factors(*mask_factors(blocks, masks))
+    for weight, factor in mask_factors(blocks, masks):
+        weight.mul_(factor)
 
 
 def _paired(blocks, config: NetworkConfig) -> list[tuple[str, torch.nn.Module, KernelConfig]]:

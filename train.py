@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress import apply_factors, apply_masks, eval_mode, mask_factors, set_state
+from compress import apply_masks, eval_mode, mask_factors, set_state
 from support.ranks import Ranks
 
 SCALE_LR_FACTOR = 20.0  # a learned scale's logarithm moves by up to this many learning rates per step
@@ -122,7 +122,7 @@ class Trainer:
         self.model, self.train_set, self.choice_set, self.recipe = model, train, choice, recipe
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
         self.generator, self.half, self.on_grid, self.ranks, self.loss = generator, half, on_grid, ranks, loss
-        self.factors = None if masks is None else mask_factors(blocks, masks)
+        self.factors = [] if masks is None else mask_factors(blocks, masks)
         if masks is not None:
             apply_masks(blocks, masks)
         self.parallel = ranks.wrap(_Logits(model, on_grid), unused_parameters)
@@ -212,10 +212,9 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if loss.requires_grad:  # not where every parameter is frozen
             loss.backward()
-            if self.factors is not None:
-                moved = [(weight.grad, factor) for weight, factor in zip(*self.factors) if weight.grad is not None]
-                if moved:
-                    apply_factors(*map(list, zip(*moved)))
+            for weight, factor in self.factors:  # pruned rows stay at 0 (§3.5.1, ledger D13)
+                if weight.grad is not None:
+                    weight.grad.mul_(factor)
             self.optimizer.step()
         return loss.detach() * (whole / self.ranks.size)
 
