@@ -4,8 +4,6 @@ Every number of the method that a user may change is a field here, typed and che
 those of the paper (§4, Appendix B) and, where it leaves them out, of the authors' scripts; docs/LEDGER.md says which.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
@@ -294,13 +292,14 @@ def _replace(config, key, value):
 
 
 def _typed(key, item, value):
-    """``value`` (text or already typed) as the field's type, checked against its choices or range."""
-    if typing.get_origin(wanted := typing.get_type_hints(_OWNER[key], globals())[item.name]) is not tuple:
-        return _scalar(key, wanted, value, item.metadata)
+    """``value`` (text or already typed) as the field's type, checked against its choices or range. The types are
+    objects because this module does not import annotations from __future__."""
+    if typing.get_origin(item.type) is not tuple:
+        return _scalar(key, item.type, value, item.metadata)
     parts = value.split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)) or not parts:
         raise InputError(f"{key}={value}: expected values separated by commas")
-    return tuple(_scalar(key, typing.get_args(wanted)[0], part, item.metadata) for part in parts)
+    return tuple(_scalar(key, typing.get_args(item.type)[0], part, item.metadata) for part in parts)
 
 
 def _scalar(key, wanted, value, limits):
@@ -341,9 +340,6 @@ def _check_together(config):
         raise InputError("policy_sha256 is of a policy, and there is none; give it with --policy FILE")
     if any(sign in config.name for sign in "/\\") or config.name in (".", "..") or not config.name.isprintable():
         raise InputError(f"name={config.name!r}: becomes part of a folder's name and cannot hold a path or line breaks")
-
-
-_OWNER = {key: (type(get(Config(), key.rpartition(".")[0])) if "." in key else Config) for key in fields_of(Config())}
 
 
 # The paper's experiments (§4) and what it reports for them (§5, Tables 2 and 4)
