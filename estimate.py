@@ -226,12 +226,11 @@ class DropEstimator:
         """Whether estimates come from the surrogate."""
         return self.surrogate.active
 
-    def drops(self, index: int, configs, worst: float = WORST) -> list[float]:
-        """Estimate the drops in points of candidate configurations of block ``index``; the proxy's are at most
-        ``worst``."""
+    def drops(self, index: int, configs) -> list[float]:
+        """Estimate the drops in points of candidate configurations of block ``index``."""
         self.evaluations += len(configs)
         if not self.surrogate_active:
-            return self.proxy.drops(index, configs, worst)
+            return self.proxy.drops(index, configs)
         parts = [block_features(chosen) if chosen else UNKNOWN_KERNEL * len(block.kernels)
                  for chosen, block in zip(self.consensus, self.proxy.blocks)]
         rows = [sum([*parts[:index], block_features(config), *parts[index + 1:]], []) for config in configs]

@@ -24,10 +24,10 @@ def escape(text) -> str:
     return _escape(clean(text), {'"': "&quot;", "'": "&#39;"})
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], at most ``most``."""
-    step = 10.0 ** math.floor(math.log10((high - low) / most))
-    step *= next(k for k in (1, 2, 5, 10, 20) if (high - low) / (step * k) <= most - 1)
+def ticks(low: float, high: float) -> list[float]:
+    """Return round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], at most six."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 6))
+    step *= next(k for k in (1, 2, 5, 10, 20) if (high - low) / (step * k) <= 5)
     return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from config import EXPERIMENTS, Config, InputError, flatten, override, read_settings
 from evidence import figures, rows, tables
 from evidence.figures import escape
-from evidence.tables import Group, Run, Table
+from evidence.tables import Run, Table
 from support.files import read_json, survive_ascii, write_text
 
 NUMBERS = re.compile(r"[-+][0-9.]+(?:[ ,][^|!=@]*)?")  # a cell of our tables that begins with a sign
@@ -173,11 +173,11 @@ def page(runs: list[Run]) -> str:
         title = f"Experiment {exp}: {EXPERIMENTS[exp].title}" if exp in EXPERIMENTS else "Users' networks"
         parts += [f'<section id="exp{exp}"><h2>{escape(title)}</h2>',
                   *(figure.html() for figure in rows.experiment_figures(groups)),
-                  *(_run_section(run, groups) for group in groups for run in group.runs), "</section>"]
+                  *(_run_section(run) for group in groups for run in group.runs), "</section>"]
     return "\n".join(parts) + "\n</body></html>\n"
 
 
-def _run_section(run: Run, groups: list[Group]) -> str:
+def _run_section(run: Run) -> str:
     """Return one run: where and how it was made, what differs, its notes, and its figures."""
     r, config, settings = run.result, run.config or {}, run.settings or {}
     hardware, exp = config.get("hardware"), EXPERIMENTS.get(r["exp"])

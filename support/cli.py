@@ -119,10 +119,10 @@ def arguments(argv=None):
     return args, configs or [resolve_own(args.model, flags, args.set)]
 
 
-def answer(argv=None) -> None:
+def answer() -> None:
     """End the process where the arguments ask for text alone or cannot be used, before torch is imported."""
     try:
-        args, _ = arguments(argv)
+        args, _ = arguments()
     except InputError as error:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             return  # one of several processes: they settle who says it

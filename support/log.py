@@ -15,13 +15,13 @@ def duration(seconds: float) -> str:
 
 class Log:
     """Prints to ``stream`` and, once :meth:`open` has named one, into a file as well. On a terminal, progress is one
-    line that is drawn over itself; elsewhere it is a plain line at most every ``interval`` seconds, so that a log file
-    stays short."""
+    line that is drawn over itself; elsewhere it is a plain line at most every 20 seconds, so that a log file stays
+    short."""
 
-    def __init__(self, stream=None, interval: float = 20.0):
+    def __init__(self, stream=None):
         self.stream, self.file, self.unwritten = stream or sys.stdout, None, []
         self.live = self.stream.isatty()
-        self.interval = 0.2 if self.live else interval
+        self.interval = 0.2 if self.live else 20.0  # seconds
         self.what, self.started, self.shown, self.first = None, 0.0, 0.0, 0
         self.notes: list[str] = []
 

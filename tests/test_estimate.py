@@ -265,7 +265,7 @@ class Stub:
     """In place of proxy and surrogate; keeps what it is asked."""
     blocks, active = small()[1], True
 
-    def drops(self, index, configs, worst):
+    def drops(self, index, configs):
         return [7.0 + index] * len(configs)
 
     def predict(self, rows):
