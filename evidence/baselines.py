@@ -335,21 +335,17 @@ class SequentialEnv:
 def table_optimum(space: Space, rng) -> None:
     """The least sum of the table's entries, by dynamic programming, as integer programs allocate (HAWQ-V3, Yao et al.
     2021, 2011.10680): the exact optimum of the additive estimate, up to the slots of ``least_sum``."""
-    best = optimum(space, space.problem.allowed)
-    space.scores([best] if best else [])
-
-
-def optimum(space: Space, allowed: float) -> NetworkConfig | None:
-    """Return the configuration of the table's least sum that takes at most ``allowed``, None where nothing does."""
-    table, options = space.problem.table, []
-    for k, (shape, levels) in enumerate(zip(space.shapes, space.levels)):
-        block = int(space.of_block[k])
-        entries, factor = table.entries[block][k - int(np.searchsorted(space.of_block, block))], table.factors[block]
-        kernels = [space.kernel(k, *genome) for genome in np.ndindex(*levels)]
-        options.append([(space.problem.cost(kernel, shape), factor * entries.mse(kernel, shape.n_out), kernel)
-                        for kernel in kernels])
-    chosen = least_sum([[(cost, damage) for cost, damage, _ in group] for group in options], allowed)
-    return space.grouped([group[index][-1] for group, index in zip(options, chosen)]) if chosen else None
+    table, options, pairs = space.problem.table, [], []
+    entries = [entry for block in table.entries for entry in block]  # in the order of the kernels
+    for k, shape in enumerate(space.shapes):
+        factor = table.factors[space.of_block[k]]
+        kernels = [space.kernel(k, *genome) for genome in np.ndindex(*space.levels[k])]
+        options.append(kernels)
+        pairs.append([(space.problem.cost(kernel, shape), factor * entries[k].mse(kernel, shape.n_out))
+                      for kernel in kernels])
+    chosen = least_sum(pairs, space.problem.allowed)
+    if chosen:
+        space.scores([space.grouped([kernels[index] for kernels, index in zip(options, chosen)])])
 
 
 METHODS = dict(uniform=uniform, random=random_search, greedy=greedy, evolution=evolution, sequential=sequential,
