@@ -319,11 +319,11 @@ def search_blocks(run: Run, lla, budgets, cycle: int, out: Outcome) -> list[Foun
         run.log.progress(f"cycle {cycle}, search", len(found), len(run.blocks))
 
         def search_wave():
-            parts = ranks.gather([(i, lla[i].search(budgets[i]), lla[i].state_dict())
-                                  for i in wave[ranks.rank:ranks.rank + 1]])
-            for i, _, state in (entry for part in parts for entry in part if ranks.size > 1):
+            mine = [(i, lla[i].search(budgets[i]), lla[i].state_dict()) for i in wave[ranks.rank:ranks.rank + 1]]
+            searched = sum(ranks.gather(mine), [])
+            for i, _, state in searched if ranks.size > 1 else ():
                 lla[i].load_state_dict(state)
-            return {i: result for part in parts for i, result, _ in part}
+            return {i: result for i, result, _ in searched}
 
         name = f"search: cycle {cycle}, block {' '.join(map(str, wave))}"
         found |= run.phases.once(name, search_wave, **{f"block{i}": lla[i] for i in wave})
@@ -356,10 +356,10 @@ def compress_and_finetune(run: Run, cycle: int, chosen: NetworkConfig, voted: Ne
 
     def deploy() -> Cycle:
         new = Best(None, chosen, budgets, masks, tuned["grids"], network)
-        row = measure(run, cycle, tuned, voted, new, out)
-        if relaxed or out.best.row is None or out.demands.key(row) > out.demands.key(out.best.row):
-            vars(out.best).update({**vars(new), "row": row})
-        return row
+        new.row = measure(run, cycle, tuned, voted, new, out)
+        if relaxed or out.best.row is None or out.demands.key(new.row) > out.demands.key(out.best.row):
+            out.best.load_state_dict(new.state_dict())
+        return new.row
 
     row = run.phases.once(f"deploy: cycle {cycle}", deploy, best=out.best)
     out.rows.append(row)
@@ -409,8 +409,8 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     """
     settings = check_settings(settings)
     # The network is trained already: nothing is trained from scratch, nor before the compression unless asked for.
-    config = override(Config(model=dataclasses.replace(Config().model, weights="given", source=type(model).__name__),
-                             baseline=dataclasses.replace(Config().baseline, epochs=0)), settings)
+    base = {"model.source": type(model).__name__, "model.weights": "given", "baseline.epochs": 0}
+    config = override(override(Config(), base), settings)
     check_given(model)
     if packed is not None:
         check_writable(packed)
