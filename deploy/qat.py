@@ -56,7 +56,6 @@ class GridTraining:
         self.kernels = {name: (holder.weight, kernel, masks[name].nonzero().squeeze(1))  # indices of the kept rows
                         for block, chosen in zip(blocks, config.blocks)
                         for (name, holder), kernel in zip(block.kernels.items(), chosen.kernels)}
-        self.kept: dict[int, Tensor] = {}  # inside in_place: full-precision weights, by id of the parameter
         self.start: dict[str, Grid] = {}  # grids whose scales are learned, as they were at the start
         self.log_scales: dict[str, nn.Parameter] = {}
         for name, (weight, kernel, rows) in self.kernels.items():
@@ -92,7 +91,7 @@ class GridTraining:
     def in_place(self):
         """Put the grid values into the network, and its full-precision weights back afterwards; yields the grids,
         kernel name → Grid, None for a kernel of 32 bits."""
-        self.kept = {id(weight): weight.detach().clone() for weight, _, _ in self.kernels.values()}
+        before = [(weight, weight.detach().clone()) for weight, _, _ in self.kernels.values()]
         grids = {}
         try:
             with torch.no_grad():
@@ -102,9 +101,8 @@ class GridTraining:
             yield grids
         finally:
             with torch.no_grad():
-                for weight, _, _ in self.kernels.values():
-                    weight.copy_(self.kept[id(weight)])
-            self.kept = {}
+                for weight, values in before:
+                    weight.copy_(values)
 
 
 class Distillation:
