@@ -58,8 +58,8 @@ def accuracy(hits: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained. ``name``: the setting of its learning rate."""
-    name: str
+    """How a network is trained."""
+    lr_setting: str  # the setting that ``lr`` comes from, for messages
     epochs: int
     lr: float  # AdamW learning rate at the start
     weight_decay: float
@@ -192,7 +192,7 @@ class Trainer:
         # Looked at once per epoch: after a loss that is not finite every later one is not, either.
         if not (math.isfinite(mean_loss) and all(p.isfinite().all() for p in self.model.parameters())):
             raise FloatingPointError(f"{what}: the loss of epoch {epoch + 1} is not finite; lower "
-                                     f"{self.recipe.name} ({self.recipe.lr:g})")
+                                     f"{self.recipe.lr_setting} ({self.recipe.lr:g})")
         with self.on_grid.in_place() if self.on_grid is not None else contextlib.nullcontext() as grids:
             acc = accuracy(correct(self.model, self.choice_set, self.eval_batch_size, self.eval_images,
                                    ranks=self.ranks))
