@@ -105,7 +105,8 @@ class Compress:
 
 @dataclass(frozen=True)
 class Search:
-    method: str = setting("hirelc", "no-hla: uniform budgets; null: uniform draws; the others meet search.target",
+    method: str = setting("hirelc", "hirelc: the agents; no-hla: with uniform budgets; null: uniform draws; the rest "
+                          "replace the agents and meet search.target",
                           choices=("hirelc", "no-hla", "null", *BASELINES))
     cycles: int = setting(4, "C, number of cycles", low=1)
     target: float = setting(0.25, "rho_target, retained fraction to reach", low=0.01, high=1.0)

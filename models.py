@@ -374,8 +374,8 @@ class Survey:
 
     @property
     def coverage(self) -> float:
-        """Return the compressed share of the parameters of all kernels but a classifier that has to stay or is
-        compressed, in [0, 1]."""
+        """Return the share of the kernels' parameters that is compressed, in [0, 1]; the classifier's count on neither
+        side."""
         done = sum(k.params for k in self.compressed if not k.classifier)
         excluded = sum(k.params for k in self.excluded if k.reason != CLASSIFIER)
         return done / max(done + excluded, 1)
