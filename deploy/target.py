@@ -81,7 +81,8 @@ def resolved(config: Config, params: int, model_bytes: int) -> Config:
     settings = {} if goal.max_drop is None else {"search.max_drop": goal.max_drop}
     targets = [] if goal.min_cr is None else [1 / goal.min_cr]
     if goal.max_bytes is not None:
-        targets.append((goal.max_bytes - _rest_bytes(config, params, model_bytes)) / (4 * params))
+        rest = (model_bytes - 4 * params) // (2 if config.pack.rest == "float16" else 1)  # bytes besides the kernels
+        targets.append((goal.max_bytes - rest) / (4 * params))
     return override(config, settings | ({"search.target": min(max(min(targets), 0.01), 1.0)} if targets else {}))
 
 
@@ -193,11 +194,6 @@ def _alike(shapes, limits, bits: int, keep: float) -> NetworkConfig:
 def _asks_ratio(config: Config, goal: Goal | None) -> bool:
     """Whether search.target is to be met, and not only aimed at."""
     return config.enforce_target or goal is not None and goal.min_cr is not None
-
-
-def _rest_bytes(config: Config, params: int, model_bytes: int) -> int:
-    """Bytes of everything but the kernels in the packed file."""
-    return (model_bytes - 4 * params) // (2 if config.pack.rest == "float16" else 1)
 
 
 def _kernels_bytes(config: NetworkConfig) -> int:
