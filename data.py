@@ -242,6 +242,8 @@ def as_images(source, what="the images"):
 
 def _as_images(source, what):
     if all(callable(getattr(source, name, None)) for name in ("batch", "batches", "__len__")):
+        if not isinstance(labels := getattr(source, "labels", torch.empty(0)), torch.Tensor):
+            raise InputError(f"{what}: its labels are a {type(labels).__name__}, expected an integer tensor [N]")
         return source
     if not isinstance(source, (tuple, list)) or [isinstance(part, torch.Tensor) for part in source] != [True, True]:
         return sources.adapt(source, what)

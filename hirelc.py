@@ -161,7 +161,7 @@ class Run:
         if 0 < left < min(2 * ranks.size, len(self.train_set)):
             log.note(f"{left} of the training images, other ones in each epoch, are left out (BatchNorm)")
         if config.model.source:
-            check_use(model, self.train_set, test, self.blocks, self.config.data.batch_size, log)
+            check_use(model, self.train_set, test, self.blocks, self.config, log)
             self.phases.identity |= fingerprint(model, (train, test), ())  # also of what its file imports
 
     @property

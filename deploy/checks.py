@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import os
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress import set_state, to_eval
 from config import InputError
-from support.own import copy_network, forward, memory, said
+from support.own import copy_network, forward, memory, own_network, said
 
 BATCHES = (1, 2, 3, 7)
 CLOSE = 1e-4  # of the largest logit, where another order of sums may differ
@@ -57,7 +58,8 @@ def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
     """Return what tells one call from another, for the identity of a run: a hash of the network's tensors, of the code
     of its classes and (on a CPU) of its logits; of the sets' sizes, labels and first images, unless these are others
     each time they are read; and of ``asked``, the other arguments."""
-    digest = hashlib.sha256(f"{model} {asked}".encode())
+    text = re.sub(r" at 0x[0-9a-f]+", "", f"{model} {asked}")  # addresses are others in the next process
+    digest = hashlib.sha256(text.encode())
     for kind in dict.fromkeys(type(module) for module in model.modules()):
         with contextlib.suppress(OSError, TypeError):  # where there is no source
             digest.update(b"" if kind.__module__.startswith("torch.") else inspect.getsource(kind).encode())
@@ -210,7 +212,7 @@ def _check_modes(model, what):
                          "give a network whose weights do not change by switching modes (merged or fused for good)")
 
 
-def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> None:
+def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
     """Raise InputError for a network that does not take the test images, that gives other logits the next time or NaN,
     whose forward changes its own parameters, or where no gradient reaches any of the kernels of ``blocks`` from the
     logits of a training batch; train, test: its images, as data.Images. What the packed file cannot hold is noted."""
@@ -241,17 +243,19 @@ def check_use(model: nn.Module, train, test, blocks, batch_size: int, log) -> No
                                  "max-norm); make it a parametrization, or apply it after the training steps")
         trial = copy_network(model).requires_grad_()
         trial.train()
-        trained = _check_gradients(trial, images[:batch_size], kernels)
+        trained = _check_gradients(trial, images[:config.data.batch_size], kernels)
         trial.eval()
         used = _check_gradients(trial, images, kernels)
         with torch.no_grad():  # what it keeps of the forwards before, and of weights that it no longer has
             for p in trial.parameters():
                 p.mul_(1.1)
-        fresh = copy_network(model)
+        source, given = config.model.source, ":" not in config.model.source
+        # a file's function makes it again, as for whoever loads the packed file, but in another memory format
+        fresh = copy_network(model) if given else own_network(source, first.shape[1]).to(device)
         set_state(fresh, trial.state_dict())
-        if found := difference(fresh, trial, images):
-            raise InputError(f"{what} keeps something outside its state dict (a cache of its weights, a counter): with "
-                             f"other weights it gives other logits than a fresh one that is given these ({found})")
+        if found := difference(fresh, trial, images, exact=given):
+            raise InputError(f"{what} keeps something outside its state dict (a cache, a counter, what is drawn anew): "
+                             f"with other weights it gives other logits than a fresh one that is given these ({found})")
     if missing := [name for name in kernels if name not in used]:
         log.note(f"no gradient reaches {', '.join(missing[:8])} in eval mode: the sensitivity leaves them out")
     if unused := [name for name in trained if name not in {*used, *missing}]:

@@ -383,8 +383,8 @@ def describe(network: nn.Module, config: Config, train) -> dict:
     return {"name": "" if config.model.source else config.model.name, "source": config.model.source,
             "num_classes": classes, "channels": channels, "image_size": height if height == width else [height, width],
             "width": config.model.width, "patch_size": config.model.patch_size,
-            "quick_gelu": models.has_quick_gelu(network), "mean": list(getattr(train, "mean", ())),
-            "std": list(getattr(train, "std", ())), "data": config.data.name}
+            "quick_gelu": models.has_quick_gelu(network), "mean": np.ravel(getattr(train, "mean", ())).tolist(),
+            "std": np.ravel(getattr(train, "std", ())).tolist(), "data": config.data.name}
 
 
 def info(packed: Packed) -> str:

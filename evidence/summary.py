@@ -237,7 +237,7 @@ def evaluate_packed(config: Config, path: str, log, device) -> dict:
     if network["num_classes"] != splits.num_classes:
         raise InputError(f"{path}: made for {network['num_classes']} classes, {config.data.name} has "
                          f"{splits.num_classes}; choose the experiment or --set data.name=… that it was made with")
-    test = _normalised(splits.test, network, path, log)
+    test = _normalised(splits.test, network, path, log, config.data.normalize)
     hits = correct(model.to(device), test, config.eval.batch_size, 0, log.progress)
     count, (low, high) = min(config.eval.images, len(test)), wilson(int(hits.sum()), len(hits))
     result = {"deployed_acc": accuracy(hits[:count]), "eval_images": count, "deployed_acc_full": accuracy(hits),
@@ -250,16 +250,19 @@ def evaluate_packed(config: Config, path: str, log, device) -> dict:
     return result
 
 
-def _normalised(test, network: dict, path: str, log):
-    """The test images with the mean and std that a packed file names."""
+def _normalised(test, network: dict, path: str, log, normalize: str):
+    """The test images with the mean and std that a packed file names; without, as data.normalize=``normalize``."""
     for key in ("mean", "std"):
         values = network[key]
         if not (isinstance(values, list) and len(values) in (0, len(test.mean)) and all(
                 isinstance(v, (int, float)) and math.isfinite(v) and (key == "mean" or v > 0) for v in values)):
             raise InputError(f"{path}: its {key} is {shown(values)}, expected a number per channel; pack the network "
                              "again")
-    if not (network["mean"] and network["std"]) or (network["mean"], network["std"]) == (
-            list(test.mean), list(test.std)):
+    if not (network["mean"] and network["std"]):
+        log.note(f"{path} does not say how its images were normalised; they have mean {list(test.mean)}, std "
+                 f"{list(test.std)}, as data.normalize={normalize} says")
+        return test
+    if (network["mean"], network["std"]) == (list(test.mean), list(test.std)):
         return test
     log.note(f"images are normalised as the file says: mean {network['mean']}, std {network['std']}")
     return dataclasses.replace(test, mean=tuple(network["mean"]), std=tuple(network["std"]))

@@ -34,8 +34,8 @@ from support.log import Log
 from support.own import ours_by_name
 from support.ranks import Ranks
 
-# where things lie, and how they are read, does not change the result
-PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy"}
+# Where things lie, how they are read, and what computes are no other run.
+PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy", "device", "threads"}
 NETWORKS = {"network", "tuned", "best"}  # parts as large as a network: one file for each, the newest alone
 OUTPUTS = ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv")
 
@@ -242,7 +242,7 @@ def check_directory(path: Path, config: Config) -> Path:
 
 def _differing(before: dict, now: dict) -> str:
     return "; ".join(f"{key} (there {shown(before.get(key))}, now {shown(now.get(key))})"
-                     for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+                     for key in sorted({*before, *now} - PLACES) if before.get(key) != now.get(key))
 
 
 @contextlib.contextmanager
@@ -322,7 +322,7 @@ def identity(config: Config) -> dict:
     """Return what has to be the same for a run to go on: every setting that its result depends on, and the versions."""
     file = Path(config.model.source.rpartition(":")[0])
     own = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" and file.is_file() else ""
-    return {k: v for k, v in flatten(config).items() if k not in PLACES} | VERSIONS | {"model file": own}
+    return flatten(config) | VERSIONS | {"model file": own}
 
 
 def provenance(device, processes: int) -> dict:

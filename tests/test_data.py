@@ -3,6 +3,7 @@ memory, a user's own images, images that are not finite, and the synthetic image
 
 import multiprocessing
 import os
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -253,7 +254,7 @@ ZEROS, THREE = torch.zeros(3, 1, 4, 4), torch.arange(3)
     (TensorDataset(ZEROS, torch.rand(3)), "float32"), (ImagesOfPillow(), "float tensor"),
     ((ZEROS, torch.arange(4)), "N, C, H, W"), ((ZEROS.view(3, 16), THREE), "N, C, H, W"),
     ((ZEROS[:0], THREE[:0]), "N, C, H, W"), ((ZEROS, torch.rand(3)), "int64"), ((ZEROS.int(), THREE), "int32"),
-    ((ZEROS[..., :2].byte(), THREE), "square")])
+    ((ZEROS[..., :2].byte(), THREE), "square"), (MagicMock(labels=[0, 1]), "integer tensor")])
 def test_what_cannot_be_read_in_full_is_refused(source, word):
     with pytest.raises(InputError, match=word):
         data.as_images(source)

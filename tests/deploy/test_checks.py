@@ -230,7 +230,8 @@ def test_a_call_under_another_mode_gives_the_same(under):
 
 @pytest.mark.parametrize("holds", [True, False])  # else blocks are given back
 def test_a_call_that_was_broken_off_goes_on_in_its_folder(tmp_path, monkeypatch, holds):
-    model, more = linear(), {"goal": "drop:9"}
+    model, more, addresses = linear(), {"goal": "drop:9"}, iter(range(2**30, 2**31))
+    model.extra_repr = lambda: f"<function at {next(addresses):#x}>"  # as in another process
     monkeypatch.setattr(Demands, "holds", lambda *_: holds)
     whole = quick(model, **more)[2]
     assert len(whole["cycles"]) == (2 if holds else 4)
@@ -238,7 +239,7 @@ def test_a_call_that_was_broken_off_goes_on_in_its_folder(tmp_path, monkeypatch,
         patch.setattr(hirelc.summary, "summarise", Mock(side_effect=KeyboardInterrupt))
         quick(model, run_dir=tmp_path, **more)
     monkeypatch.setattr(hirelc.Trainer, "run_epoch", lambda *_: pytest.fail("trained again"))
-    assert quick(model, run_dir=tmp_path, **more)[2]["cycles"] == whole["cycles"]
+    assert quick(model, run_dir=tmp_path, threads=1, **more)[2]["cycles"] == whole["cycles"]
     for other, asked in ((linear(), ()), (model, "l")):
         with pytest.raises(InputError, match="network and images"):
             quick(other, run_dir=tmp_path, exclude=asked, **more)

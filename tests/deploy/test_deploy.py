@@ -66,3 +66,10 @@ def test_a_packed_file_that_does_not_fit_is_one_line(run_folder, capsys, monkeyp
     assert hirelc.main([*SMOKE, "--load", str(run_folder / "packed.pt"), *change]) == 2
     said = capsys.readouterr().err.strip()
     assert message in said and "\n" not in said
+
+
+def test_images_of_a_file_that_does_not_say_are_normalised_by_the_settings(run_folder, capsys, monkeypatch):
+    packed = pack.read(run_folder / "packed.pt")
+    monkeypatch.setattr(pack, "read", lambda _: dataclasses.replace(packed, network=packed.network | {"mean": []}))
+    assert hirelc.main([*SMOKE, "--load", str(run_folder / "packed.pt")]) == 0
+    assert "as data.normalize=dataset says" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import data
 import hirelc
 import models
 import rl
@@ -179,7 +180,7 @@ def test_the_proxy_judges_kernels_that_are_held_or_used_in_unusual_ways(make, ch
 
 
 def test_a_network_whose_parameters_are_all_frozen():
-    model, images = Shared().requires_grad_(False), pictures(channels=1)
+    model, images = Shared().requires_grad_(False), data.Images(*pictures(channels=1), 0, torch.zeros(1), torch.ones(1))
     compressed, policy, result = hirelc.compress_model(model, images, images, log=QUIET, **TINY)
     check_figures(model, compressed, policy, result, {"fc"})
     assert not any(p.requires_grad for p in compressed.parameters())
@@ -241,6 +242,13 @@ def test_another_network_is_another_run(net, tmp_path, capsys, monkeypatch):
         net.write_text(SOURCE.replace("nn.ReLU()", "nn.Hardswish()"))
         sys.modules.pop("net", None)
         assert hirelc.main([*args, "--resume"]) == 2 and words in capsys.readouterr().err
+
+
+def test_what_is_drawn_anew_outside_the_state_dict_is_refused_before_the_work(net, tmp_path, capsys):
+    net.write_text("import torch\n" + SOURCE.replace("return nn", "net = nn") + "    noise = torch.rand(num_classes)\n"
+                   "    net.register_forward_hook(lambda m, x, y: y * noise)\n    return net\n")
+    assert hirelc.main(["--model", f"{net}:make", "--out", str(tmp_path / "runs"), *SET]) == 2
+    assert "what is drawn anew" in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_weights_for_a_model_are_read_strictly_by_name(net, tmp_path, capsys):
