@@ -137,6 +137,7 @@ def test_relative_drops_are_in_parts_of_the_variance_of_an_images_logits():
     assert relative.unit == pytest.approx(unit, rel=1e-5) and whole.unit == 1  # also before anything was estimated
     wanted = min(20 * whole.errors(0, [config])[0] / unit, 50)
     assert relative.drops(0, [config]) == pytest.approx([wanted], rel=1e-5) and wanted < 50
+    assert relative.drops(0, [config], wanted / 2) == [wanted / 2]  # another largest drop than 50
 
 
 def test_both_batches_count_and_wild_logits_end_at_fifty():
@@ -220,8 +221,12 @@ def test_it_learns_a_simple_relation_and_keeps_the_best_epoch():
     # At a rate at which the loss goes up and down, more epochs in one call are never worse.
     results = [surrogate(20, lr=0.05).train(epochs) for epochs in (1, 5, 10, 20)]
     assert results == sorted(results, reverse=True) and results[-1] < results[0]
-    model = surrogate(20, lr=0.05)
+    assert surrogate(20).train(3) != surrogate(20, weight_decay=0.0).train(3)
+    model, seen = surrogate(20, lr=0.05), []
+    model.layers.register_forward_pre_hook(lambda layers, x: seen.append((layers.training, x[0][:, 1].tolist())))
     returned, (rows, accuracies) = model.train(7), zip(*model.buffer)
+    # with dropout in batches of 16, then without; in another order in every epoch
+    assert [(mode, len(x)) for mode, x in seen] == [(True, 16), (True, 4), (False, 20)] * 7 and seen[0] != seen[3]
     assert returned == pytest.approx(np.mean(np.subtract(model.predict(rows), accuracies) ** 2), rel=1e-4)
     model.buffer.append(([math.nan] * 15, 60.0))
     with pytest.raises(FloatingPointError, match="surrogate.lr"):
@@ -296,4 +301,3 @@ def test_other_blocks_carry_their_consensus_or_unknown_kernels():  # ledger D10
     assert model.rows == [pytest.approx([0.6, 0.9, 0, 0, 1.0] * 4 + [0.5, 1, 0, 0, 0.5])]
     estimator.drops(0, [alike(first, 4, 0.7)])
     assert model.rows == [pytest.approx([0.4, 0.7, 0, 0, 1.0] * 4 + [0.3, 0.5, 0, 0, 1.0])]
-    assert estimator.evaluations == 4
