@@ -19,7 +19,7 @@ from config import Config
 from deploy.qat import GridTraining
 from networks import seeded
 from support.networks import switches
-from train import Epoch, Recipe, Trainer, accuracy, block_fisher, correct, fisher_sensitivity
+from train import Epoch, Recipe, Trainer, block_fisher, correct, fisher_sensitivity
 
 
 class Points:
@@ -114,8 +114,6 @@ def test_fisher_is_the_mean_of_squared_gradients_of_single_images():
     # Squares: (1/4 + 1)/2 for a and b, (1/4 + 1/4)/2 for c.
     assert block_fisher(Three(), parts("a", "b", "c"), *TWO) == [0.625, 0.625, 0.25]
     assert block_fisher(Three(), parts("ba", "c", ["idle"]), *TWO) == [1.25, 0.25, 0.0]  # each block's own parameters
-    # twice the images are the same information
-    assert block_fisher(Three(), parts("a", "c"), TWO[0].repeat(2, 1), TWO[1].repeat(2)) == [0.625, 0.25]
     # a = ln 3, x = 1: p0 = 3/4. Class 0: (-1/4)^2; class 1: (3/4)^2; the mean is 10/32.
     values = block_fisher(Three(math.log(3)), parts("a", "b", "c"), torch.ones(2, 1), torch.tensor([0, 1]))
     assert values == pytest.approx([0.3125] * 3, rel=1e-6)
@@ -185,7 +183,6 @@ def test_correct_is_in_stored_order_ends_at_the_limit_and_leaves_the_network_as_
         assert got.dtype == torch.bool and got.tolist() == hits[:count] and model.norm.training is (limit > 3)
     assert calls[:5] == [(2, 5), (4, 5), (5, 5), (2, 3), (3, 3)]
     assert set(model.seen) == {(False, False)} and same(before, snapshot(model))
-    assert accuracy(torch.tensor([True] * 1112 + [False] * 168)) == 86.875
 
 
 # Training: one step, and the learning rate
@@ -204,6 +201,8 @@ def test_two_steps_of_adamw_by_hand():
     # The mean loss: with lr 0, w = 0.5 it is ln(1 + e^-0.5) = 0.474077 for x = 1 and ln(1 + e^0.5) = 0.974077 for -1.
     t = trainer(Slope(0.5), Points([[1], [1], [-1], [1], [-1]], [0] * 5), lr=0.0)
     assert t.run_epoch().loss == pytest.approx((3 * 0.474077 + 2 * 0.974077) / 5, abs=1e-6)
+    t = trainer(nn.Sequential(nn.Dropout(0.5), Slope()), lr=0.0)  # every epoch leaves out other inputs
+    assert len({t.run_epoch().loss for _ in range(4)}) > 1
 
 
 @pytest.mark.parametrize("warmup, epochs, rates", [
@@ -267,10 +266,10 @@ def test_the_state_before_training_is_no_candidate_and_only_the_first_images_cho
 
 
 def test_in_half_precision_the_forward_pass_alone_is_bfloat16():
-    seen, model = [], nn.Sequential(nn.Linear(1, 2, bias=False))
+    seen, model, loss = [], nn.Sequential(nn.Linear(1, 2, bias=False)), F.cross_entropy
     model[0].register_forward_hook(lambda module, x, y: seen.append((y.dtype, module.training)))
-    best = trainer(model, epochs=1, half=True).run()
-    assert seen == [(torch.bfloat16, True)] * 2 + [(torch.float32, False)]
+    best = trainer(model, epochs=1, half=True, loss=lambda z, y, x: seen.append(z.dtype) or loss(z, y)).run()
+    assert seen == [(torch.bfloat16, True), torch.float32] * 2 + [(torch.float32, False)]
     assert math.isfinite(best.loss) and model[0].weight.dtype == model[0].weight.grad.dtype == torch.float32
     with switches(Config()):  # in which autocast may not keep the weights of the first step
         run = trainer(nn.Linear(1, 2), epochs=3, lr=1.0, half=True)
@@ -361,4 +360,7 @@ def test_a_training_that_was_cut_ends_as_one_that_was_not(qat, stops):
     nn.init.ones_(model.conv1.weight)
     assert last.run(checkpoint=checkpoint) == whole.best and last.history == whole.history and len(whole.history) == 4
     assert same(snapshot(model), snapshot(whole_model))
-    assert not qat or all(torch.equal(last.best_grids[k].scale, g.scale) for k, g in whole.best_grids.items())
+    if qat:
+        assert all(torch.equal(last.best_grids[k].scale, g.scale) for k, g in whole.best_grids.items())
+        for weights, scales in (whole.optimizer.param_groups, last.optimizer.param_groups):
+            assert (scales["lr"], scales["weight_decay"]) == (20 * weights["lr"], 0) and weights["lr"]
