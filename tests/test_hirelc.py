@@ -23,7 +23,7 @@ from evidence import summary
 from hirelc import Cycle, Run, algorithm_1, compress_model
 from networks import silent
 from support import networks
-from train import accuracy, correct
+from train import Recipe, accuracy, correct
 
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "hla.burst=4", "data.train_images=64",
          "data.test_images=40", "sensitivity.images=2", "finetune.epochs=1", "finetune.bn_images=32"]
@@ -66,7 +66,7 @@ def equal(a, b):
 
 
 def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
-    run, tape, choose = small_run(**TRAINED), [], hirelc.choose_search
+    run, tape, choose = small_run(**TRAINED, **{"enforce_target": True, "search.target": 0.1}), [], hirelc.choose_search
 
     def taped(owner, name, label=None):
         method = getattr(owner, name)
@@ -91,17 +91,19 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
                          (hirelc, "warm_up compress_network finetune measure teach")):
         for name in names.split():
             taped(owner, name)
+    taped(hirelc.DropEstimator, "settle", lambda args: ("settle", args[1].retained < 0.101))
     monkeypatch.setattr(hirelc, "choose_search", choose_and_tape)
     out = algorithm_1(run)
 
-    # blocks are searched with theta_0 in the network, and leave it there
-    steps = [("search", 0, True), ("search", 1, True), "chosen", "compress_network", "finetune", "measure", "teach"]
+    # blocks are searched with theta_0 in the network, and leave it there; what is applied is what they agree on
+    steps = [("search", 0, True), ("search", 1, True), "chosen", ("settle", True), "compress_network", "finetune",
+             "measure", "teach"]
     first = out.rows[1]
     assert tape == [
         "train_from_scratch", "train_baseline", "estimate_sensitivity", "agents", "warm_up", ("train_hla", 6),
         ("feedback", 0.0, 1.0, 1), ("budgets", False), *steps,
         ("feedback", first.drop, first.retained, 2), ("train_hla", 5), ("budgets", True), *steps]
-    assert first.retained < 0.25 and first.drop == out.baseline["acc"] - first.acc
+    assert first.retained < 0.101 < first.voted_retained and first.drop == out.baseline["acc"] - first.acc
     assert [row.cycle for row in out.rows] == [0, 1, 2] and len(out.surrogate.buffer) == 2
 
 
@@ -176,16 +178,24 @@ def test_what_is_reported_is_the_best_cycle_and_drops_compare_like_with_like():
 
 
 @pytest.mark.parametrize("rate, failed", [(1e-4, 0), (1e30, 3)])
-def test_a_warm_up_sample_that_diverges_is_logged_and_left_out(rate, failed):
+def test_warm_up_samples_start_from_theta_0_and_one_that_diverges_is_left_out(rate, failed, monkeypatch):
     run = small_run(**{"surrogate.warmup": 3, "surrogate.warmup_lr": rate, "search.cycles": 1, "search.method": "null"})
+    starts, trained, fit = [], [], run.train
+    monkeypatch.setattr(hirelc, "compress_network", lambda *a: starts.append(run.weights()) or compress_network(*a))
+    run.train = lambda what, trainer: trained.append((trainer.recipe, bool(trainer.factors))) or fit(what, trainer)
     out = algorithm_1(run)
+    assert len(starts) == 4 and all(equal(start, out.theta0) for start in starts)  # every sample and the cycle, masked:
+    assert trained[1:] == [(Recipe("surrogate.warmup_lr", 1, rate, 0.01), True)] * 3 + [
+        (Recipe("finetune.lr", 2, 1e-3, 0.01, 3), True)]
     assert (result_of(run, out)["failed_samples"], len(out.surrogate.buffer)) == (failed, 3 - failed + 1)
     notes = [note for note in run.log.notes if "warm-up sample" in note]
     assert len(notes) == failed and all("surrogate.warmup_lr" in note and "left out" in note for note in notes)
 
 
-def test_few_images_and_a_flat_loss_are_noted():
+def test_images_for_the_proxy_are_drawn_once_and_few_for_the_sensitivity_or_a_flat_loss_are_noted():
     run = small_run(**{"sensitivity.images": 10_000})
+    (batch,), (plain, _) = run.calibration_batches(), next(run.train_set.batches(16, "cpu"))
+    assert torch.equal(batch, run.calibration_batches()[0]) and not torch.equal(batch, plain)
     nn.init.zeros_([*run.model.modules()][-1].weight)  # of the classifier
     assert run.estimate_sensitivity() == [1.0, 1.0]
     assert all(any(words in note for note in run.log.notes) for words in ("images, not 10000", "the loss is flat"))
