@@ -47,9 +47,9 @@ TINY = Compress(bits_min=2, bits_max=3, max_pruning=0.5)
 W = torch.tensor([[3.0], [1.0]])
 
 
-def tiny(scales, kernel, sensitivity, budget):
-    """Choices after a move of two kernels W, each times its scale; the cost is in 1/32."""
-    blocks = network(*([scale * W] for scale in scales))
+def tiny(weights, kernel, sensitivity, budget):
+    """Choices after a move of blocks of kernels W, some times a scale; the cost is in 1/32."""
+    blocks = network(*weights)
     config, note = enforce(blocks, configured(blocks, kernel), sensitivity, TINY, budget / 32)
     assert not note
     return choices(config)
@@ -57,18 +57,20 @@ def tiny(scales, kernel, sensitivity, budget):
 
 def test_the_cheapest_step_per_cost_comes_first():
     # Costs in 1/32: (3, 2) 6, (2, 2) 4, (3, 1) 3, (2, 1) 2. The channel saves 3 for the error that the bit saves 2 for.
-    assert tiny((1, 1), KernelConfig(3), [1.0, 0.5], 9.05) == [(3, 2), (3, 1)]
+    assert tiny(([W], [W]), KernelConfig(3), [1.0, 0.5], 9.05) == [(3, 2), (3, 1)]
     # The next step, the second kernel's last bit, is free; 8 is within 1 % of 8.05.
-    assert tiny((1, 1), KernelConfig(3), [1.0, 0.5], 8.05) == [(3, 2), (2, 1)]
+    assert tiny(([W], [W]), KernelConfig(3), [1.0, 0.5], 8.05) == [(3, 2), (2, 1)]
     # Errors are absolute: twice the weights, four times the damage, and 0.5 no longer suffices to come first.
-    assert tiny((1, 2), KernelConfig(3), [1.0, 0.5], 9.05) == [(3, 1), (3, 2)]
+    assert tiny(([W], [2 * W]), KernelConfig(3), [1.0, 0.5], 9.05) == [(3, 1), (3, 2)]
+    # A block's sensitivity is its parameters' together: of each one 1 / 2 in the first block, 1.5 / 4 in the second.
+    assert tiny(([W], [W, 100 * W]), KernelConfig(3), [1.0, 1.5], 15.05) == [(3, 2), (3, 1), (3, 2)]
     # Exactly the budget is within it.
-    assert tiny((1, 1), KernelConfig(3), [1.0, 0.5], 12) == [(3, 2), (3, 2)]
+    assert tiny(([W], [W]), KernelConfig(3), [1.0, 0.5], 12) == [(3, 2), (3, 2)]
     # Equal damage: the first kernel; without sensitivity the error decides.
-    assert tiny((1, 1), KernelConfig(3), [1.0, 1.0], 9.05) == [(3, 1), (3, 2)]
-    assert tiny((2, 1), KernelConfig(3), [0.0, 0.0], 9.05) == [(3, 2), (3, 1)]
+    assert tiny(([W], [W]), KernelConfig(3), [1.0, 1.0], 9.05) == [(3, 1), (3, 2)]
+    assert tiny(([2 * W], [W]), KernelConfig(3), [0.0, 0.0], 9.05) == [(3, 2), (3, 1)]
     # Up from (3, 1) twice, at 6 of 32: the channel back undoes error 1 for 3; in the second block it is 4 * 0.5.
-    assert tiny((1, 2), KernelConfig(3, 0.5), [1.0, 0.5], 9.05) == [(3, 1), (3, 2)]
+    assert tiny(([W], [2 * W]), KernelConfig(3, 0.5), [1.0, 0.5], 9.05) == [(3, 1), (3, 2)]
 
 
 def test_budgets_out_of_reach():

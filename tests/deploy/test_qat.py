@@ -50,20 +50,22 @@ def test_the_forward_uses_the_grid_values_of_the_kept_rows(bits, qtype, granular
     torch.testing.assert_close(used["0.weight"], expected, rtol=1e-6, atol=1e-7)
 
 
-def test_learned_scales_clip_the_gradient_and_get_that_of_lsq():
-    model, blocks, config, masks = linear(KernelConfig(3, 1.0))
+@pytest.mark.parametrize("qtype, scale", [("INT", 0.1), ("FLOAT", 0.1), ("FLOAT", 1.0)])
+def test_learned_scales_clip_the_gradient_and_get_that_of_lsq(qtype, scale):
+    model, blocks, config, masks = linear(KernelConfig(3, 1.0, qtype))
     with torch.no_grad():
         model[0].weight.copy_(torch.linspace(-1, 1, 30).view(5, 6))
     training = GridTraining(blocks, config, masks)
     with torch.no_grad():
-        training.log_scales["0"].fill_(torch.tensor(0.1).log())  # codes -4…3: from -0.4 to 0.3
+        training.log_scales["0"].fill_(torch.tensor(scale).log())  # INT, codes -4…3 of 0.1: from -0.4 to 0.3
+    low, high = (code - (training.start["0"].zero or 0) for code in training.start["0"].code_range)
     coefficients = torch.randn(5, 6)
     (training.weights()["0.weight"] * coefficients).sum().backward()
-    position = model[0].weight.detach() / 0.1
-    codes = position.round().clamp(-4, 3)
+    position = model[0].weight.detach() / scale
+    codes = position.round().clamp(low, high)
     inside = (position.round() == codes).float()
     torch.testing.assert_close(model[0].weight.grad, coefficients * inside)
-    by_scale = (coefficients * (codes - inside * position)).sum() * 0.1  # d scale / d log scale
+    by_scale = (coefficients * (codes - inside * position)).sum() * scale  # d scale / d log scale
     torch.testing.assert_close(training.log_scales["0"].grad, by_scale)
 
 
@@ -88,7 +90,9 @@ def test_the_trainer_keeps_weights_on_the_grid_and_learns():
                       eval_batch_size=60, generator=torch.Generator().manual_seed(0), blocks=blocks, masks=masks,
                       on_grid=GridTraining(blocks, config, masks))
     best = trainer.run()
+    weights, scales = trainer.optimizer.param_groups
     assert trainer.history[-1].loss < 0.8 * trainer.history[0].loss
+    assert scales["lr"] == 20 * weights["lr"] and scales["weight_decay"] == 0
     assert accuracy(correct(model, test)) == best.acc > 60  # what was measured is what is left in the network
     assert trainer.best_grids["0"].scale != trainer.best_grids["3"].scale
     for name, grid in trainer.best_grids.items():
