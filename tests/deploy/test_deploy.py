@@ -7,7 +7,7 @@ import pytest
 import hirelc
 from deploy import pack
 from deploy.target import Demands
-from test_hirelc import QUICK, equal, result_of, small_run
+from test_hirelc import QUICK, TRAINED, equal, result_of, small_run
 
 SMOKE = ["--exp", "4", "--smoke", "--device", "cpu"]
 
@@ -20,8 +20,10 @@ def small_outcome(**settings):
 
 
 def test_training_on_the_grid_deploys_what_it_trained():
-    result, state, out = small_outcome(**{"finetune.mode": "qat", "finetune.bn_images": 0})
-    assert result["mode"] == "qat" and equal(state, out.best.network)
+    result, state, out = small_outcome(**{"finetune.mode": "qat", "finetune.bn_images": 0, "search.target": 0.01,
+                                          "search.max_drop": 99, **TRAINED})
+    assert result["mode"] == "qat" and equal(state, out.best.network) and sum(result["strategies"].values()) == 1
+    assert (result["evaluations"], result["cr_met"], result["drop_met"]) == (48, False, True)  # the drop is 3.33
     for key in ("acc", "acc_full"):
         assert result[f"deployed_{key}"] == result[f"grid_{key}"] == result[f"final_{key}"]
 
@@ -50,8 +52,7 @@ def run_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Demands, "holds", lambda self, row: False)
         assert hirelc.main([*SMOKE, "--out", str(out), "--set", *settings]) == 3
-    config = pack.read(out / "exp4-seed42" / "packed.pt").config
-    assert sum(len(block.kernels) for block in config.blocks) == 17 + 4
+    assert sum(len(block.kernels) for block in pack.read(out / "exp4-seed42" / "packed.pt").config.blocks) == 17 + 4
     return out / "exp4-seed42"
 
 
