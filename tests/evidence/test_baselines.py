@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress import KernelConfig, NetworkConfig, channels_kept
-from config import BASELINES, LLA, Compress, Config, InputError, override
+from config import BASELINES, Compress, Config, InputError, override
 from deploy.allocate import retained_weights
 from evidence import baselines
 from evidence.baselines import Problem, Space
@@ -30,18 +30,13 @@ def space(limits=LIMITS, target=0.2, channels=(2, 16, 4), whole=(), drops=None, 
     return Space(Problem(blocks, [0.5] * len(blocks), limits, retained_weights, allowed, budget, drops))
 
 
-def test_the_budget_is_what_the_agents_take():
-    assert baselines.budget(5, 3, LLA(timesteps=256, envs=2)) == 5 * 3 * 256
-    assert baselines.budget(2, 1, LLA(timesteps=7, envs=2)) == 2 * 1 * 8  # whole steps of both environments
-
-
 @pytest.mark.parametrize("method", ["random", "greedy", "evolution", "sequential", "table"])
 def test_every_search_finds_the_optimum_within_its_budget(six, method):
     result = found(six, method)
-    assert six.gain(result.config) >= 0.95
-    assert result.config.retained <= TARGET
-    assert result.evaluations == len(six.asked) <= BUDGET
-    assert len(set(six.asked)) == len(six.asked)  # nothing is asked for twice
+    assert six.gain(result.config) >= 0.95 and result.config.retained <= TARGET
+    assert result.evaluations == len(six.asked) == len(set(six.asked)) <= BUDGET  # nothing is asked for twice
+    if method == "greedy":  # every block with bits alone, and then with channels
+        assert [all(k.keep == 1 for k in c.kernels) for _, c in six.asked][::2] == [True, True]
 
 
 @pytest.mark.parametrize("method", BASELINES)
@@ -83,16 +78,16 @@ def test_types_and_granularities_are_chosen_where_they_are_free(method):
                 for c in configs]
 
     s = space(limits=Compress(qtype="any", granularity="any"), channels=(4,), inputs=64, drops=drops)
-    with torch.no_grad():  # all weights positive, and channels of very different size: what has the least error, too
+    with torch.no_grad():  # FLOAT per-channel is exact at the 6 bits that 0.2 means; at 8 bits INT is nearer
         weight = s.problem.blocks[0].kernels["k0"].weight
-        weight.copy_((torch.rand(4, 64) + 1) * torch.tensor([[1.0], [10.0], [100.0], [1000.0]]))
+        weight.copy_(torch.tensor([4.0, -3.0]).repeat(32) * torch.tensor([[1.0], [10.0], [100.0], [1000.0]]))
     kernel = baselines.find(method, s.problem, 0).config.blocks[0].kernels[0]
     assert (kernel.qtype, kernel.granularity) == ("FLOAT", "per-channel")
 
 
 def joint(six, method="random", **settings):
     settings = {"search.method": method, "search.target": TARGET, "compress.bits_max": 5, "compress.max_pruning": 0.5,
-                "lla.timesteps": 2, "seed": 3, **settings}  # 12 evaluations, all drops beyond 50
+                "lla.timesteps": 3, "lla.envs": 2, "seed": 3, **settings}  # 2 * 3 * 4 evaluations, all drops beyond 50
     proxy = SimpleNamespace(drops=lambda i, c, worst: [min(1e3 + d, worst) for d in six.drops(i, c)])
     estimator = SimpleNamespace(proxy=proxy)  # nobody asks the surrogate
     config, notes, allowance = override(Config(), settings), [], (retained_weights, TARGET * sum(
@@ -105,11 +100,11 @@ def test_blocks_share_one_search_per_cycle(six):
     blocks, notes = joint(six)
     six.asked.clear()
     first = [block.search(None) for block in blocks]
-    assert [one.evaluations for one in first] == [12, 0] and len(six.asked) == 12
+    assert [one.evaluations for one in first] == [24, 0] and len(six.asked) == 24
     assert [(one.updates, one.entropy, one.compared) for one in first] == [([], None, {})] * 2 and not notes
     assert NetworkConfig(tuple(one.config for one in first)).retained <= TARGET
     seeds = [derive_seed(3, "baseline", "random", cycle) for cycle in (1, 2)]
-    chosen = [found(six, "random", seed, budget=12).config.blocks for seed in seeds]
+    chosen = [found(six, "random", seed, budget=24).config.blocks for seed in seeds]
     assert chosen[0] != chosen[1] and chosen[0] == tuple(one.config for one in first)
     assert chosen[1][::-1] == tuple(block.search(None).config for block in reversed(blocks))  # the next cycle
 
@@ -131,7 +126,6 @@ def test_what_there_is_to_say_is_noted_once(six):
 def test_keeps_are_the_agents_that_mean_other_channels():
     s = space(limits=Compress(max_pruning=0.6), channels=(4, 100), whole=(1,))
     assert s.keeps[1] == [1.0]  # must stay whole
-    assert [channels_kept(keep, 4) for keep in s.keeps[0]] == [1, 2, 3, 4]
     # 1 - j/14 0.6: the largest with 3, 2 and 1 of 4 channels are j = 1, 6 and 12
     assert s.keeps[0] == pytest.approx([1 - 7.2 / 14, 1 - 3.6 / 14, 1 - 0.6 / 14, 1.0])
 
@@ -148,6 +142,8 @@ def test_fitted_genomes_meet_the_target_and_leave_no_room():
             assert s.size(genome) > s.allowed
             genome[k, head] -= 1
     assert len({genome.tobytes() for genome in genomes}) > 40
+    people = [(1.0, np.zeros_like(s.levels)), (2.0, s.levels - 1)]  # three draws have the better in them 7 times of 8
+    assert np.mean([baselines._child(s, people, rng)[:2, 1] == 0 for _ in range(40)]) > 0.5
 
 
 def test_a_drop_that_is_not_finite_is_the_largest_and_the_best_meets_the_target():
