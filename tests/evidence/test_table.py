@@ -14,18 +14,18 @@ from problems import CURVATURE, TARGET, SixKernels, problem
 
 
 class World:
-    """A proxy of the six kernels: sums of squared errors, ``joint`` times as much where several kernels have one."""
+    """A proxy of the six kernels: sums of squared errors, ``joint`` times (by turns) where several have one."""
 
     def __init__(self, joint=1.0):
-        self.six, self.joint, self.asked, self.unit = SixKernels(), joint, 0, 4.0
+        self.six, self.joint, self.unit = SixKernels(), joint, 4.0
         self.blocks = self.six.blocks
 
     def errors(self, index, configs):
         if index is None:
             return [sum(self.errors(i, [block])[0] for i, block in enumerate(network.blocks)) for network in configs]
-        self.asked += len(configs)
         parts = [[self.six.error(index, j, kernel) for j, kernel in enumerate(c.kernels)] for c in configs]
-        return [CURVATURE[index] * sum(row) * (self.joint if np.count_nonzero(row) > 1 else 1) for row in parts]
+        return [CURVATURE[index] * sum(row) * (joint if np.count_nonzero(row) > 1 else 1)
+                for row, joint in zip(parts, np.resize(self.joint, len(parts)))]
 
 
 def measured(world):
@@ -42,11 +42,13 @@ def test_an_additive_proxy_is_met():
         network = space.config(np.array([[bits - 3, 1, 0, 0], [2, 1, 0, 0]] * 3))
         assert made.errors(None, [network]) == pytest.approx(world.errors(None, [network]))
     assert made.drops(1, [network.blocks[1]]) == [5 * made.errors(1, [network.blocks[1]])[0]] < [50]
+    assert made.drops(1, [network.blocks[1]], 1e-3) == [1e-3]
 
 
 def test_what_kernels_do_together_is_in_the_factors():
     alone, together = measured(World())[0], measured(World(joint=3.0))[0]
     assert together.factors == pytest.approx([3 * factor for factor in alone.factors])
+    assert measured(World(joint=(0.5, 2.0)))[0].factors == pytest.approx(alone.factors)  # as ratios, 1 in the mean
     assert together.quality["networks_rank_correlation"] == pytest.approx(alone.quality["networks_rank_correlation"])
     assert together.quality["networks_mean_error"] == pytest.approx(alone.quality["networks_mean_error"])
     assert 0.9 < alone.quality["networks_rank_correlation"] <= 1 and alone.quality["blocks_mean_error"] < 0.6
@@ -72,8 +74,10 @@ def test_the_optimum_is_the_least_sum_of_all_that_fit():
     tight = Space(problem(made.proxy.six, table=made, allowed=1.0))
     table_optimum(tight, None)
     assert space.best.retained <= TARGET and tight.best is None
+    made.factors = [1e6, 1e6]
     quality = table.compare(made, space, np.random.default_rng(0), count=1)  # of one network nothing can be ranked
     assert quality["networks_rank_correlation"] is quality["blocks_rank_correlation"] is None
+    assert quality["blocks_mean_error"] > 1e3  # relative to what is measured
 
 
 def test_a_chosen_network_is_checked_by_the_proxy():
