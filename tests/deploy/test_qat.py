@@ -55,8 +55,7 @@ def test_learned_scales_clip_the_gradient_and_get_that_of_lsq(qtype, scale):
     model, blocks, config, masks = linear(KernelConfig(3, 1.0, qtype))
     with torch.no_grad():
         model[0].weight.copy_(torch.linspace(-1, 1, 30).view(5, 6))
-    training = GridTraining(blocks, config, masks)
-    with torch.no_grad():
+        training = GridTraining(blocks, config, masks)
         training.log_scales["0"].fill_(torch.tensor(scale).log())  # INT, codes -4…3 of 0.1: from -0.4 to 0.3
     low, high = (code - (training.start["0"].zero or 0) for code in training.start["0"].code_range)
     coefficients = torch.randn(5, 6)
