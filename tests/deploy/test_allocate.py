@@ -64,8 +64,6 @@ def test_the_cheapest_step_per_cost_comes_first():
     assert tiny(([W], [2 * W]), KernelConfig(3), [1.0, 0.5], 9.05) == [(3, 1), (3, 2)]
     # A block's sensitivity is its parameters' together: of each one 1 / 2 in the first block, 1.5 / 4 in the second.
     assert tiny(([W], [W, 100 * W]), KernelConfig(3), [1.0, 1.5], 15.05) == [(3, 2), (3, 1), (3, 2)]
-    # Exactly the budget is within it.
-    assert tiny(([W], [W]), KernelConfig(3), [1.0, 0.5], 12) == [(3, 2), (3, 2)]
     # Equal damage: the first kernel; without sensitivity the error decides.
     assert tiny(([W], [W]), KernelConfig(3), [1.0, 1.0], 9.05) == [(3, 1), (3, 2)]
     assert tiny(([2 * W], [W]), KernelConfig(3), [0.0, 0.0], 9.05) == [(3, 2), (3, 1)]
@@ -139,18 +137,16 @@ def test_kernels_that_are_not_prunable_keep_their_channels():
         enforce(blocks, config, [0.1, 1.0], Compress(), 0.06 * 288)  # with channels to go 0.04 is possible
 
 
-@pytest.mark.parametrize("name, width, patch, cost, unit", [
-    ("deit_tiny_patch16_224", 0.25, 16, retained_weights, 1), ("resnet18", 0.125, 0, kernel_bytes, 4),
-    ("mobilenetv2_100", 0.25, 0, retained_weights, 1)])
+@pytest.mark.parametrize("name, width, patch, cost, unit", [("deit_tiny_patch16_224", 0.25, 16, retained_weights, 1),
+    ("resnet18", 0.125, 0, kernel_bytes, 4), ("mobilenetv2_100", 0.25, 0, retained_weights, 1)])
 def test_small_networks_meet_the_targets_within_the_bounds(name, width, patch, cost, unit):
     model = models.build(name, 10, 32, width, patch)
     blocks, rng = models.find_blocks(model), np.random.default_rng(3)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     s = rng.random(len(blocks)).tolist()
-    for share, granularity in ((0.2, "uniform"), (0.15, "log"), (0.1, "per-channel")):
-        start = configured(blocks, iter([
-            KernelConfig(int(rng.integers(3, 9)), rng.uniform(0.4, 1), "FLOAT", granularity)
-            for block in blocks for _ in block.kernels]))
+    for share, kind in ((0.2, "uniform"), (0.15, "log"), (0.1, "per-channel")):
+        start = configured(blocks, iter([KernelConfig(int(rng.integers(3, 9)), rng.uniform(0.4, 1), "FLOAT", kind)
+                                         for block in blocks for _ in block.kernels]))
         budget = share * unit * start.params
         moved, note = enforce(blocks, start, s, Compress(), budget, cost)
         assert 0.99 * budget <= total(moved, cost) <= budget and not note

@@ -15,19 +15,17 @@ from support.log import Log
 from test_allocate import configured, total
 
 
-@pytest.mark.parametrize("text, goal", [
-    ("", None), ("  ", None), ("size:1.5MB", Goal(max_bytes=1_500_000)), ("size:20kB", Goal(max_bytes=20_000)),
-    ("SIZE <= 1.001 mb", Goal(max_bytes=1_001_000)), ("size<=123.9b", Goal(max_bytes=123)), ("cr:8", Goal(min_cr=8.0)),
-    ("Cr >= .5e1", Goal(min_cr=5.0)), ("drop:0", Goal(max_drop=0.0)),
+@pytest.mark.parametrize("text, goal", [("", None), ("  ", None), ("size:1.5MB", Goal(max_bytes=1_500_000)),
+    ("size:20kB", Goal(max_bytes=20_000)), ("SIZE <= 1.001 mb", Goal(max_bytes=1_001_000)), ("cr:8", Goal(min_cr=8.0)),
+    ("size<=123.9b", Goal(max_bytes=123)), ("Cr >= .5e1", Goal(min_cr=5.0)), ("drop:0", Goal(max_drop=0.0)),
     ("drop<=1.5 , size:2MB,cr:6", Goal(2_000_000, 6.0, 1.5))])
 def test_goals(text, goal):
     assert parse_goal(text) == goal
 
 
-@pytest.mark.parametrize("text", [
-    "size:1.5", "size:0.5B", "size:0MB", "size>=1MB", "size:1GB", "cr:0", "cr:inf", "cr:nan", "cr:1e999", "cr:-2",
-    "cr:8MB", "cr<=8", "drop:-1", "drop>=1", "drop:1%", "cr:8,cr:9", "size:1MB,size<=2MB", "cr:8,", ",", "cr", "foo:1",
-    "8", "size:1e999MB", "cr:8;drop:1", "cr:٣", "cr:1_0", "cr:8\ncr:9"])
+@pytest.mark.parametrize("text", ["size:1.5", "size:0.5B", "size:0MB", "size>=1MB", "size:1GB", "size:1e999MB", "cr:0",
+    "cr:inf", "cr:nan", "cr:1e999", "cr:-2", "cr:8MB", "cr<=8", "drop:-1", "drop>=1", "drop:1%", "cr:8,cr:9", "cr:8,",
+    "size:1MB,size<=2MB", ",", "cr", "foo:1", "8", "cr:8;drop:1", "cr:٣", "cr:1_0", "cr:8\ncr:9"])
 def test_goals_that_cannot_be_read(text):
     with pytest.raises(InputError, match=r"size:1\.5MB.*cr:8.*drop:1") as raised:
         parse_goal(text)
@@ -46,8 +44,7 @@ def test_the_most_sensitive_blocks_are_given_back():
 
     low, high, full = (4, 0.5), (8, 1.0), (32, 1.0)
     assert [levels(count) for count in range(7)] == [
-        [low] * 3, [low, high, low], [high, high, low], [high] * 3,
-        [high, full, high], [full, full, high], [full] * 3]
+        [low] * 3, [low, high, low], [high, high, low], [high] * 3, [high, full, high], [full, full, high], [full] * 3]
     kept = give_back(give_back(start, s, 6, limits), s, 3, limits)
     assert all(k.bits == 32 for b in kept.blocks for k in b.kernels)  # what a kernel has is never taken away
 
