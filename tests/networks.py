@@ -1,5 +1,4 @@
-"""Small networks that are not of this project, images for them, random numbers, a log that says nothing, and how to
-tell that a network was left alone."""
+"""Small networks that are not of this project, images for them, a silent log, and how to tell that one is untouched."""
 
 import os
 

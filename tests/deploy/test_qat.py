@@ -89,9 +89,7 @@ def test_the_trainer_keeps_weights_on_the_grid_and_learns():
                       eval_batch_size=60, generator=torch.Generator().manual_seed(0), blocks=blocks, masks=masks,
                       on_grid=GridTraining(blocks, config, masks))
     best = trainer.run()
-    weights, scales = trainer.optimizer.param_groups
     assert trainer.history[-1].loss < 0.8 * trainer.history[0].loss
-    assert scales["lr"] == 20 * weights["lr"] and scales["weight_decay"] == 0
     assert accuracy(correct(model, test)) == best.acc > 60  # what was measured is what is left in the network
     assert trainer.best_grids["0"].scale != trainer.best_grids["3"].scale
     for name, grid in trainer.best_grids.items():

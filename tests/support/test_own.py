@@ -1,5 +1,4 @@
-"""A user's network: from a file whose imports are not this project's, tried, copied, and compressed end to end with
-every figure counted anew here."""
+"""A user's network: from a file with imports of its own, tried, copied, compressed; every figure is counted anew."""
 
 import json
 import math
