@@ -60,7 +60,7 @@ class Scratch:
     epochs: int = setting(30, "epochs of training from scratch with --weights none", low=1)
     lr: float = setting(1e-3, "AdamW learning rate", low=0.0)
     weight_decay: float = setting(0.05, "AdamW weight decay", low=0.0)
-    warmup_epochs: float = setting(1.0, "epochs of linear warm-up before a cosine step by step to 0", low=0.0)
+    warmup_epochs: float = setting(1.0, "epochs of linear warm-up, then a cosine to 0 by steps; 0: by epochs", low=0.0)
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class Finetune:
     lr: float = setting(5e-5, "AdamW learning rate", low=0.0)
     weight_decay: float = setting(0.01, "AdamW weight decay", low=0.0)
     patience: int = setting(3, "epochs without a better accuracy before it stops", low=1)
-    warmup_epochs: float = setting(0.0, "as scratch.warmup_epochs; 0 = constant within each epoch", low=0.0)
+    warmup_epochs: float = setting(0.0, "as scratch.warmup_epochs", low=0.0)
     mode: str = setting("paper", "paper: kernels move as FP32 numbers (ledger D14); qat: training on the grid",
                         choices=("paper", "qat"))
     distill: float = setting(0.0, "weight of the distillation from theta_0 beside the cross-entropy's 1", low=0.0)
     keep: str = setting("best", "epoch kept: the most accurate, or the last (no patience)", choices=("best", "last"))
     temperature: float = setting(4.0, "temperature of the distillation", low=0.1)
-    bn_images: int = setting(2048, "training images, at most, that estimate BatchNorm's statistics; 0 = none", low=0)
+    bn_images: int = setting(2048, "training images, at most, to estimate BatchNorm on; 0 or 1: none", low=0)
 
 
 @dataclass(frozen=True)
