@@ -214,8 +214,9 @@ def _check_modes(model, what):
 
 def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
     """Raise InputError for a network that does not take the test images, that gives other logits the next time or NaN,
-    whose forward changes its own parameters, or where no gradient reaches any of the kernels of ``blocks`` from the
-    logits of a training batch; train, test: its images, as data.Images. What the packed file cannot hold is noted."""
+    whose forward changes its own parameters, that keeps something outside its state dict, or where no gradient reaches
+    any of the kernels of ``blocks`` from the logits of a training batch; train, test: its images, as data.Images;
+    config: Config. What the packed file cannot hold is noted."""
     device, what, trial = next(model.parameters()).device, type(model).__name__, copy_network(model)
     images, others = (part.batch(torch.arange(min(8, len(part))), device)[0] for part in (train, test))
     kernels = [names[0] for block in blocks for names in block.tensors.values()]
@@ -252,7 +253,11 @@ def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
         source, given = config.model.source, ":" not in config.model.source
         # a file's function makes it again, as for whoever loads the packed file, but in another memory format
         fresh = copy_network(model) if given else own_network(source, first.shape[1]).to(device)
-        set_state(fresh, trial.state_dict())
+        try:
+            set_state(fresh, trial.state_dict())
+        except RuntimeError as error:
+            raise InputError(f"{what}: another network of --model {source} for its {first.shape[1]} logits does not "
+                             f"take its weights; it has to be the same each time ({said(error)})") from None
         if found := difference(fresh, trial, images, exact=given):
             raise InputError(f"{what} keeps something outside its state dict (a cache, a counter, what is drawn anew): "
                              f"with other weights it gives other logits than a fresh one that is given these ({found})")

@@ -1,5 +1,4 @@
-"""A problem for every search method that is small enough to know its optimum: six kernels in two blocks, 46,656
-configurations."""
+"""A problem for every search, whose optimum is known: six kernels in two blocks, 46,656 configurations."""
 
 import itertools
 import math

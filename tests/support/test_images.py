@@ -1,5 +1,4 @@
-"""Every layout on trees that the test makes, decoding here and by processes, the cache of decoded images, unreadable
-files."""
+"""Every layout on trees that the test makes, decoding here and by processes, the cache, unreadable files."""
 
 import errno
 import io

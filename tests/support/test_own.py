@@ -243,11 +243,13 @@ def test_another_network_is_another_run(net, tmp_path, capsys, monkeypatch):
         assert hirelc.main([*args, "--resume"]) == 2 and words in capsys.readouterr().err
 
 
-def test_what_is_drawn_anew_outside_the_state_dict_is_refused_before_the_work(net, tmp_path, capsys):
-    net.write_text("import torch\n" + SOURCE.replace("return nn", "net = nn") + "    noise = torch.rand(num_classes)\n"
-                   "    net.register_forward_hook(lambda m, x, y: y * noise)\n    return net\n")
-    assert hirelc.main(["--model", f"{net}:make", "--out", str(tmp_path / "runs"), *SET]) == 2
-    assert "what is drawn anew" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+def test_a_file_that_makes_another_network_each_time_is_refused_before_the_work(net, tmp_path, capsys):
+    hook = "    net.register_forward_hook(lambda m, x, y, b=nn.Linear(1, 1).bias.item(): y * b)\n    return net\n"
+    texts = SOURCE.replace("return nn", "net = nn") + hook, SOURCE.replace("(8, num", "(8, 1 + num")
+    for text, words in zip(texts, ("what is drawn anew", "the same each time")):
+        net.write_text(text)
+        assert hirelc.main(["--model", f"{net}:make", "--out", str(tmp_path / "runs"), *SET]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "runs").exists()
 
 
 def test_weights_for_a_model_are_read_strictly_by_name(net, tmp_path, capsys):
