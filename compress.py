@@ -33,7 +33,7 @@ class KernelConfig:
     """Compression of one kernel: bits b, keep-ratio kappa as requested, numeric type tau, granularity mu (§3.1.1).
 
     ``granularity`` is one of GRANULARITIES; or ``log-script``, the log grid of the authors' script, kept for
-    comparison (ledger D3); or ``fitted``, past the paper: per channel, the scale of least squared error. Raises
+    comparison (ledger D3); or ``fitted``, past the paper: per channel, a scale of about the least squared error. Raises
     ValueError for a value outside its range.
     """
     bits: int = FULL_BITS
@@ -340,10 +340,10 @@ def decode(codes: Tensor, grid: Grid) -> Tensor:
 
 
 def quantize(weight: Tensor, bits: int, qtype: str = "INT", granularity: str = "uniform") -> Tensor:
-    """Return a de-quantised copy of ``weight`` on a grid of at most 2^bits values (§3.5.2).
+    """Return a de-quantised copy of ``weight`` on a grid of at most 2^bits values, ``log-script`` twice that (§3.5.2).
 
     weight [n_out, …], any float type, in and out; arithmetic is float32. Zero stays exactly zero. A second pass
-    changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT, float32 in). bits >= 32 returns a copy.
+    changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT, fitted; float32 in). bits >= 32 returns a copy.
     ``log``, ``learned`` and ``fitted`` ignore ``qtype``. Raises ValueError for values outside KernelConfig's ranges.
     """
     config = KernelConfig(bits, 1.0, qtype, granularity)  # checks the values

@@ -1,7 +1,8 @@
 """Settings of a run, the paper's experiments, and the numbers that the paper reports for them.
 
 Every number of the method that a user may change is a field here, typed and checked by :func:`override`. Constants are
-those of the paper (§4, Appendix B) and, where it leaves them out, of the authors' scripts; docs/LEDGER.md says which.
+those of the paper (§4, Appendix B) and, where it leaves them out, of the authors' scripts; docs/LEDGER.md says where
+these disagree.
 """
 
 import dataclasses
@@ -180,9 +181,9 @@ class Config:
     threads: int = setting(0, "CPU threads; 0 = as many as torch takes by itself", low=0, high=1024)
     out: str = setting("runs", "folder that receives the run directories; --out")
     vote: str = setting("uniform", "LLA vote by Eq. 16 or Eq. 17", choices=("uniform", "confidence"))
-    carry: str = setting("none", "rest: a cycle goes on with all but the last one's kernels (ledger D12)",
+    carry: str = setting("none", "rest: all but the kernels goes on from the last cycle (ledger D12)",
                          choices=("none", "rest"))
-    enforce_target: bool = setting(False, "after the vote, move bits and keep until rho is within 1 % of search.target")
+    enforce_target: bool = setting(False, "after the vote, move bits and keep to at most 1 % below search.target")
     goal: str = setting("", "what to reach, for example size:1.5MB,drop:1 or cr:8; sets target and max_drop")
     policy: str = setting("", "policy.json of a run, applied in one cycle instead of searching; --policy")
     policy_sha256: str = setting("", "SHA-256 that the policy must have; filled in by the run")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress import BlockConfig, KernelConfig, NetworkConfig, compress_kernel, eval_mode
+from compress import BlockConfig, KernelConfig, NetworkConfig, compress_kernel, eval_mode, to_eval
 from models import stages
 from support.kernels import swapped
 
@@ -80,7 +80,7 @@ class Proxy:
             self._enter(index)
             blocks = self.blocks if index is None else [self.blocks[index]]
             errors = [self._errors(blocks, config) for config in configs]
-            self._convert()
+            to_eval(self.model)
         rows = torch.stack(errors).tolist() if errors else []  # one transfer for all, because a GPU waits for each
         return [sum(row) / len(row) for row in rows]
 
@@ -105,17 +105,12 @@ class Proxy:
             weights |= block.replaced(compress_kernel(holder.weight, kernel)[0]
                                       for holder, kernel in zip(block.kernels.values(), chosen.kernels))
         with swapped(self.model, weights):
-            self._convert()
+            to_eval(self.model)  # some networks compute something from their weights on the way
             for state, reference in zip(self.states, self.reference):
                 if len(self.links) == len(self.stages):
                     state = state.clone()  # a user's network may write into its images
                 errors.append(F.mse_loss(chain(self.links, state).float(), reference.float()))
         return torch.stack(errors)
-
-    def _convert(self):
-        """Let a network that computes something from its weights on its way into eval mode do so with those of now."""
-        self.model.train()
-        self.model.eval()
 
 
 # --- Surrogate -------------------------------------------------------------------------------------------------

@@ -1,11 +1,8 @@
 """HiReLC: hierarchical reinforcement learning for pruning and quantisation (arXiv 2606.26002).
 
 :func:`algorithm_1` is the paper's loop: one call per step, in the paper's order. :class:`Run` holds what the steps work
-on. The rest of this file prepares an experiment or a user's network::
-
-    python hirelc.py --exp 3               # one of the paper's experiments
-    python hirelc.py --exp 3 --smoke       # the same code path in seconds, without any download
-    python hirelc.py --model net.py:make   # a network of your own, from a Python file or module
+on. The rest of this file prepares one of the paper's experiments (``python hirelc.py --exp 3``) or a network of the
+user's (``python hirelc.py --model net.py:make``).
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
 from deploy.checks import check_given, check_settings, check_use, check_writable, fingerprint, generators, protected
 from deploy.cycle import Best, Cycle, measure
-from deploy.qat import Distillation, GridTraining
+from deploy.qat import repair
 from deploy.target import Demands, parse_goal, resolved
 from estimate import DropEstimator, Proxy, Surrogate
 from evidence import baselines, plan, sensitivities, summary
@@ -42,7 +39,7 @@ from evidence.report import results_table
 from evidence.table import Entries, relative_drops, tabulated
 from search import TIER_MIN_BITS, Found, HLAEnsemble, LLAEnsemble, UniformBudgets, derive_seed, random_config
 from support import networks, runs
-from support.files import survive_ascii
+from support.files import replace_file, survive_ascii
 from support.log import Log
 from support.own import copy_network
 from support.ranks import Elsewhere, Ranks, leave, lost, several, start
@@ -196,6 +193,12 @@ class Run:
                        blocks=self.blocks, ranks=self.ranks, unused_parameters=bool(c.model.source),
                        half=self.half, **more)
 
+    def finetuner(self, phase: str, chosen: NetworkConfig, masks: dict, theta0: dict) -> Trainer:
+        """Return the fine-tuning of the compressed network (§3.5)."""
+        f = self.config.finetune
+        recipe = Recipe("finetune.lr", f.epochs, f.lr, f.weight_decay, f.patience, f.warmup_epochs, f.keep)
+        return self.trainer(phase, recipe, **repair(self.model, self.blocks, chosen, masks, theta0, f, self.half))
+
     def train(self, what: str, trainer: Trainer) -> Epoch:
         """Run a training, which goes on from its last saved epoch; return its best epoch."""
         return trainer.run(self.log.progress, what, self.log.info, self.phases)
@@ -220,7 +223,7 @@ class Run:
         return {"acc": acc, "given_acc": acc if before is None and self.config.model.weights == "given" else before}
 
     def estimate_batchnorm(self) -> bool:
-        """Estimate BatchNorm's statistics again; return whether the network has any."""
+        """Estimate BatchNorm's statistics again; return whether there were any, and images for them."""
         c = self.config
         return estimate_batchnorm(self.model, self.train_set, c.data.batch_size, c.finetune.bn_images,
                                   self.generator("batchnorm"))
@@ -369,13 +372,9 @@ def compress_and_finetune(run: Run, cycle: int, chosen: NetworkConfig, voted: Ne
 
 def finetune(run: Run, cycle: int, chosen: NetworkConfig, masks: dict, theta0: dict) -> dict:
     """Fine-tune the compressed network, leave it at its best epoch; return what was measured."""
-    f, before = run.config.finetune, run.score()
-    on_grid = GridTraining(run.blocks, chosen, masks) if f.mode == "qat" else None
-    loss = {"loss": Distillation(run.model, theta0, f.distill, f.temperature, run.half)} if f.distill else {}
-    trainer = run.trainer(f"finetune {cycle}", Recipe("finetune.lr", f.epochs, f.lr, f.weight_decay, f.patience,
-                                                         f.warmup_epochs, f.keep), masks=masks, on_grid=on_grid, **loss)
-    best = run.train(f"cycle {cycle}, fine-tuning", trainer)
-    return {"before": before, "best": best, "epochs": len(trainer.history), "grids": trainer.best_grids}
+    before, trainer = run.score(), run.finetuner(f"finetune {cycle}", chosen, masks, theta0)
+    return {"before": before, "best": run.train(f"cycle {cycle}, fine-tuning", trainer),
+            "epochs": len(trainer.history), "grids": trainer.best_grids}
 
 
 def teach(run: Run, surrogate: Surrogate, chosen: NetworkConfig, acc: float) -> None:
@@ -403,9 +402,10 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     with ``__`` for the dot, for example ``search__cycles=1``.
 
     Returns (network, policy, result): the network of the packed file in eval mode on the given one's device, the other
-    two as policy.json and result.json hold them. The given network is left untouched, whatever happens, and so are
-    the random generators, torch's threads and TF32 switches. Raises InputError for settings, images, a network or a
-    path that cannot be used, FloatingPointError where training diverges.
+    two as policy.json and, but for what is said of files, result.json hold them. The given network is left untouched,
+    whatever happens, and so are the random generators, torch's threads and TF32 switches. Raises InputError for
+    settings, images, a network or a path that cannot be used, FloatingPointError where training diverges, SaveError or
+    OSError where run_dir or packed cannot be written.
     """
     settings = check_settings(settings)
     # The network is trained already: nothing is trained from scratch, nor before the compression unless asked for.
@@ -434,7 +434,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
         network = pack.load(out.best.packed, network)
         network.zero_grad()
         if packed is not None:
-            pack.write(packed, out.best.packed)
+            replace_file(packed, out.best.packed)
     return network.to(home), policies.to_policy(run.blocks, out.best.config, out.best.budgets), result
 
 

@@ -1,4 +1,4 @@
-"""The networks of the paper, the blocks that its agents compress (§3.2), and prefix and suffix of a network.
+"""The networks of the paper, the blocks that its agents compress (§3.2), and the stages that they run in.
 
 The networks carry the parameter names of the checkpoints that people have: timm's for the ViTs and MobileNetV2,
 torchvision's (which are timm's too) for the ResNets. ``layout`` tells :mod:`support.weights` which names they are.
@@ -413,7 +413,7 @@ def find_blocks(model: nn.Module, example=None, exclude=(), groups=None) -> list
 
 
 def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=None, scope="paper") -> Survey:
-    """Cut kernels into blocks: groups of four in their order, or as ``groups`` and ``sections`` say.
+    """Cut the kernels of ``what``, a name, into blocks: groups of four, or as ``groups`` and ``sections`` say.
 
     ``exclude``: names of kernels or modules, or patterns with ``*``, which are left out. ``groups``: the blocks as
     lists of names; of other kernels none is compressed, of these even the classifier. ``sections``: (block name, kernel

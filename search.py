@@ -60,7 +60,7 @@ def numeric_options(limits):
 def decode_lla(action, budget: LayerBudget, limits, shapes) -> tuple[KernelConfig, ...]:
     """Decode an LLA action, int [4 K], to one configuration per kernel (Eq. 6-7).
 
-    bits = b_lo + floor(a_b (b_max - b_lo) / 14) with b_lo = max(b_min, budget.min_bits);
+    bits = b_lo + floor(a_b (b_max - b_lo) / 14) with b_lo = max(b_min, budget.min_bits), at most b_max;
     keep = 1 - (a_p / 14) p_hi with p_hi = min(max_pruning, budget.max_pruning); type and granularity by index unless
     ``limits`` overrides them. ``shapes``: KernelShape per kernel. Raises ValueError for an action outside its range.
     """
@@ -194,7 +194,8 @@ def dynamic_reward(mean_target, last_retained, last_drop, wanted, max_drop) -> f
 class LLAEnv:
     """Environments of one low-level agent on one block, stepped together (the interface that rl.py describes).
 
-    Observation float32 [num_envs, 12 + K_i], action int [num_envs, 4 K_i]; episodes of ``settings.episode`` steps.
+    Observation float32 [num_envs, 12 + K_i], action int [num_envs, 4 K_i]; ``limits``: config.Compress, ``settings``:
+    config.LLA. The block is that of place ``index`` of ``blocks``, a number; ``shapes`` are its kernels'.
     ``weights``: (alpha, beta, gamma_s) of the agent; ``budget``: set before each search; ``penalty_scale``: 0 drops
     P_sens (the ablation without sensitivity).
     """
@@ -275,7 +276,7 @@ class HLAEnv:
         return np.array([head + [v for pair in zip(self.sensitivity, targets) for v in pair]], dtype=np.float32)
 
     def step(self, actions):
-        """Propose budgets for all blocks; returns the observation, reward and done, each with a leading 1."""
+        """Propose budgets for all blocks; returns observation, reward and done, each with a leading 1, and {}."""
         targets = [budget.target for budget in decode_hla(actions[0], self.sensitivity, self.limits)]
         mean = float(self.params @ np.array(targets) / self.params.sum())  # weighted by parameters
         r_bal, r_sens = balance_reward(targets), sensitivity_reward(targets, self.sensitivity)

@@ -1,8 +1,8 @@
 """Training, evaluation and block sensitivity (paper §3.3, §3.5, §3.7).
 
-Sets of images are objects with ``len()`` and ``batches(batch_size, device, generator=None, limit=0)``, as
-:class:`data.Images`: with a generator shuffled and augmented, without one in stored order. Accuracies are in
-percentage points.
+Sets of images are objects with ``len()``, ``batch(indices, device)`` and ``batches(batch_size, device, generator=None,
+limit=0)``, as :class:`data.Images`: with a generator shuffled and augmented, without one in stored order. Accuracies
+are in percentage points.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ class Trainer:
     weights are those, and ``best_grids`` are their grids. Several ``ranks`` divide each batch, their gradients are
     averaged, BatchNorm's statistics are the first one's; with ``unused_parameters`` some may have no gradient.
     ``half``: a training step's forward pass under bfloat16 autocast; accuracies are always measured in float32.
+    ``generator`` draws order and augmentation, and seeds dropout. With ``recipe.keep="last"`` the best is the last.
     ``loss(logits, y, x)``: mean over a batch; the cross-entropy unless given.
     """
 
@@ -182,8 +183,7 @@ class Trainer:
                     continue
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.recipe.rate(epoch, step / steps) * group.get("lr_factor", 1.0)
-                with self.on_grid.swapped(self.model) if self.on_grid is not None else contextlib.nullcontext():
-                    total_loss += self._step(self.ranks.part(x), self.ranks.part(y), len(y))
+                total_loss += self.step(self.ranks.part(x), self.ranks.part(y), len(y))
                 seen += len(y)
                 if progress:
                     progress(f"{what}, epoch {epoch + 1} of {self.recipe.epochs}", step + 1, steps)
@@ -203,19 +203,20 @@ class Trainer:
                 self.best_grids = grids
         return result
 
-    def _step(self, x, y, whole: int) -> Tensor:
+    def step(self, x, y, whole: int) -> Tensor:
         """Take one step on this process's part of a batch of ``whole`` images; return its share of the summed loss."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            logits = self.parallel(x.clone())  # a network may write into its images
-        # DistributedDataParallel averages over the processes; the factor makes it the mean over the whole batch.
-        loss = self.loss(logits.float() if self.half else logits, y, x) * (len(y) * self.ranks.size / whole)
-        self.optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:  # not where every parameter is frozen
-            loss.backward()
-            for weight, factor in self.factors:  # pruned rows stay at 0 (§3.5.1, ledger D13)
-                if weight.grad is not None:
-                    weight.grad.mul_(factor)
-            self.optimizer.step()
+        with self.on_grid.swapped(self.model) if self.on_grid is not None else contextlib.nullcontext():
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+                logits = self.parallel(x.clone())  # a network may write into its images
+            # DistributedDataParallel averages over the processes; the factor makes it the mean over the whole batch.
+            loss = self.loss(logits.float() if self.half else logits, y, x) * (len(y) * self.ranks.size / whole)
+            self.optimizer.zero_grad(set_to_none=True)
+            if loss.requires_grad:  # not where every parameter is frozen
+                loss.backward()
+                for weight, factor in self.factors:  # pruned rows stay at 0 (§3.5.1, ledger D13)
+                    if weight.grad is not None:
+                        weight.grad.mul_(factor)
+                self.optimizer.step()
         return loss.detach() * (whole / self.ranks.size)
 
     def state_dict(self) -> dict:

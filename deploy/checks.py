@@ -64,11 +64,11 @@ def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
         with contextlib.suppress(OSError, TypeError):  # where there is no source
             digest.update(b"" if kind.__module__.startswith("torch.") else inspect.getsource(kind).encode())
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + bits(tensor).numpy().tobytes())
+        digest.update(name.encode() + raw_bytes(tensor).numpy().tobytes())
     for images in sets:
         first, (x, y) = (images.batch(torch.arange(min(16, len(images)))) for _ in range(2))
         digest.update(f"{len(images)} {getattr(images, 'labels', y).tolist()}".encode())
-        digest.update(bits(x).numpy().tobytes() if torch.equal(x, first[0]) else b"")
+        digest.update(raw_bytes(x).numpy().tobytes() if torch.equal(x, first[0]) else b"")
     network = copy_network(model)
     network.eval()
     with contextlib.suppress(InputError):  # of images that it does not take
@@ -78,7 +78,7 @@ def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
     return {"network and images": digest.hexdigest()}
 
 
-def bits(tensor) -> torch.Tensor:
+def raw_bytes(tensor) -> torch.Tensor:
     """Return the bytes of a tensor, by which NaN is equal to itself."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
@@ -104,7 +104,7 @@ def protected(model: nn.Module):
     finally:
         with torch.no_grad():
             for buffer, value in values:
-                if not torch.equal(bits(buffer), bits(value)):
+                if not torch.equal(raw_bytes(buffer), raw_bytes(value)):
                     buffer.copy_(value)
 
 
@@ -204,7 +204,7 @@ def _check_modes(model, what):
             trial.train(mode)
         except Exception as error:  # whatever the network's own code raises
             raise InputError(f"{what}: its train({mode}) fails: {said(error)}") from error
-        states.append({key: bits(value).clone() for key, value in trial.state_dict().items()})
+        states.append({key: raw_bytes(value).clone() for key, value in trial.state_dict().items()})
     differing = {key for key in states[0].keys() | states[1].keys()
                  if key not in states[0] or key not in states[1] or not torch.equal(states[0][key], states[1][key])}
     if differing:

@@ -2,7 +2,7 @@
 
 A packed file is one ``torch.save`` of three uint8 tensors, so that ``torch.load(FILE, weights_only=True)`` reads it:
 
-``header``  magic, version (uint32), SHA-256 of version, index and blob
+``header``  magic, version (uint32), SHA-256 of version, the index's length (uint64), index and blob
 ``index``   zlib-compressed JSON: the network, its blocks and kernels, the tensors that are no kernels
 ``blob``    for each kernel in the index's order: bitmap of kept channels (absent when all stay), scales (float32),
             zero-points (ceil(b/8) bytes each), codes of the kept rows (``storage_bits`` each, from the lowest bit up),
@@ -37,8 +37,8 @@ from compress import (FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelSha
                       kernel_parts, set_state, to_eval)
 from config import Config, InputError
 from deploy import narrow
-from deploy.checks import bits, demand, difference
-from support.files import replace_file, shown, survive_ascii
+from deploy.checks import demand, difference, raw_bytes
+from support.files import shown, survive_ascii
 from support.own import forward, own_network, untouched
 
 MAGIC, VERSION = b"HiReLC packed\n", 1
@@ -152,7 +152,7 @@ def pack(model: nn.Module, blocks, config: NetworkConfig, masks: dict[str, Tenso
             if coarse or not torch.equal(stored.isinf(), tensor.isinf()):
                 stored = tensor
                 note(f"{same[0]} stays {DTYPE_NAMES[tensor.dtype]}: float16 would not hold its values")
-        blob.append(_raw(stored))
+        blob.append(raw_bytes(stored).numpy())
         index["rest"].append([same, DTYPE_NAMES[tensor.dtype], DTYPE_NAMES[stored.dtype], list(tensor.shape)])
     text, blob = json.dumps(index, separators=(",", ":"), allow_nan=False).encode(), np.concatenate(blob)
     if len(text) > MAX_INDEX:
@@ -181,30 +181,20 @@ def _pack_kernel(kernel, weight, mask, grid) -> np.ndarray:
     rows = weight[mask]
     parts = [np.packbits(mask.numpy(), bitorder="little")] if kernel.parts[0] else []
     if grid is None:
-        parts.append(_raw(rows))
+        parts.append(raw_bytes(rows).numpy())
     else:
         scale, zero, high = (end if end is None else end.cpu() for end in (grid.scale, grid.zero, grid.high))
         grid = Grid(grid.bits, grid.qtype, grid.granularity, scale, zero, high)
-        parts.append(_raw(scale))
+        parts.append(raw_bytes(scale).numpy())
         if zero is not None:
-            parts.append(_raw(zero.to(ZERO_TYPES[grid.bits > 8])))
+            parts.append(raw_bytes(zero.to(ZERO_TYPES[grid.bits > 8])).numpy())
         codes = encode(rows.float(), grid).reshape(-1) - grid.code_range[0]
         parts.append(pack_bits(codes.to(torch.int32).numpy(), kernel.config.storage_bits))
     data = np.concatenate(parts)
-    if len(data) != kernel.bytes or not np.array_equal(_raw(_unpack_kernel(kernel, data)), _raw(weight)):
+    if len(data) != kernel.bytes or not raw_bytes(_unpack_kernel(kernel, data)).equal(raw_bytes(weight)):
         raise ValueError(f"kernel {kernel.name}: its weights are not on their grid, or its pruned rows are not +0; "
                          "put them there first, on the CPU (compress.snap_to_grid)")
     return data
-
-
-def _raw(tensor) -> np.ndarray:
-    """Return the bytes of a tensor in the order of its indices, uint8 [n]; -0 differs from +0, a NaN is itself."""
-    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy()
-
-
-def write(path, data: bytes) -> None:
-    """Write a whole file or nothing. Raises OSError."""
-    replace_file(path, lambda file: file.write(data))
 
 
 def read(file) -> Packed:
@@ -338,7 +328,7 @@ def load(file, model: nn.Module | None = None) -> nn.Module:
     except RuntimeError as error:  # of memory that cannot be written into
         raise InputError(f"{packed.where} cannot be read into the network: {' '.join(str(error).split())}") from error
     for name, held in model.state_dict().items():
-        if not torch.equal(bits(held), bits(values[name])):
+        if not torch.equal(raw_bytes(held), raw_bytes(values[name])):
             raise InputError(f"{packed.where}: {name} does not keep the values that are read into it: it shares memory "
                              "with another tensor, is expanded, or its module changes them")
     model.to(memory_format=torch.channels_last if packed.channels_last else torch.preserve_format)

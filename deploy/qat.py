@@ -105,6 +105,15 @@ class GridTraining:
                     weight.copy_(values)
 
 
+def repair(model, blocks, chosen: NetworkConfig, masks, theta0: dict, finetune, half: bool) -> dict:
+    """Return the arguments of a train.Trainer that fine-tunes a compressed network as ``finetune`` (config.Finetune)
+    says: its masks, training on the grid, distillation from ``theta0``."""
+    more = {"masks": masks, "on_grid": GridTraining(blocks, chosen, masks) if finetune.mode == "qat" else None}
+    if finetune.distill:
+        more["loss"] = Distillation(model, theta0, finetune.distill, finetune.temperature, half)
+    return more
+
+
 class Distillation:
     """The loss of a student: mean cross-entropy + weight T^2 KL(teacher || student) of their logits / T (Hinton et al.
     2015, 1503.02531). ``model``: the network whose state dict ``theta0`` is the teacher; ``half``: as train.Trainer."""

@@ -5,7 +5,7 @@ block judged with the others at theta_0 as the low-level agents' candidates are,
 bytes of the packed file where the goal is its size, else Eq. 21's weights. A drop does not end at Eq. 23's 50 points
 here: sums of drops that are cut off cannot tell networks with ruined blocks apart. One *evaluation* is one estimate of
 one block's candidate, so that a method is charged alike whether it looks at blocks or at networks; one that was made
-before costs nothing. No method makes more than the hierarchy (:func:`budget`).
+before costs nothing. No method makes more than the hierarchy (:func:`hierarchy_evaluations`).
 
 Configurations are those that the agents' actions can say under uniform budgets. A *genome* is int [K, 4]: level of bits
 and of keep (0 = the least), type and granularity of each of the network's K kernels.
@@ -41,9 +41,9 @@ class Problem:
     limits: object  # config.Compress
     cost: object  # cost(KernelConfig, KernelShape), deploy.allocate.retained_weights or compress.kernel_bytes
     allowed: float  # sum of the costs, at most
-    budget: int  # evaluations, at most
+    evaluations: int  # at most
     drops: object = None  # drops(index, configs) → estimated drops of candidates of a block, points
-    table: object = None  # evidence.table.Table, where the estimates are its
+    table: object = None  # what estimates: with search.estimate=table an evidence.table.Table, else estimate.Proxy
 
 
 @dataclass(frozen=True)
@@ -56,26 +56,26 @@ class Choice:
 
 def make_problem(blocks, sensitivity, config, allowance) -> Problem:
     """Return the problem of a run, without estimates; ``allowance``: its (cost, allowed)."""
-    most = budget(len(blocks), len(config.lla.algorithms), config.lla)
+    most = hierarchy_evaluations(len(blocks), len(config.lla.algorithms), config.lla)
     return Problem(blocks, sensitivity, config.compress, *allowance, most)
 
 
-def budget(blocks: int, agents: int, lla) -> int:
+def hierarchy_evaluations(blocks: int, agents: int, lla) -> int:
     """Return the evaluations of one cycle of the hierarchy: every agent of every block takes lla.timesteps steps,
     rounded up to whole steps of its environments. ``lla``: config.LLA."""
     return blocks * agents * max(math.ceil(lla.timesteps / lla.envs), 1) * lla.envs
 
 
 def find(method: str, problem: Problem, seed: int) -> Choice:
-    """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``. The
-    budget is at least one evaluation per block. Raises InputError where the method finds nothing within the target."""
+    """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``.
+    There is at least one evaluation per block. Raises InputError where the method finds nothing within the target."""
     space = Space(problem)
     note = METHODS[method](space, np.random.default_rng(seed))
     if space.best is None:
         raise InputError(f"search={method} finds no configuration that takes at most {problem.allowed:,.6g}, as asked: "
                          "ask for a larger network, lower compress.bits_min or raise compress.max_pruning")
     bad = space.bad and f"{space.bad} drops were not finite and count as the worst"
-    return Choice(space.best, problem.budget - space.remaining, tuple(filter(None, (note, bad))))
+    return Choice(space.best, problem.evaluations - space.remaining, tuple(filter(None, (note, bad))))
 
 
 def joint_blocks(problem: Problem, estimator, config, note) -> list[JointBlock]:
@@ -131,7 +131,7 @@ class Space:
                                  for j in range(LEVELS)] for b in range(bits)]
                                for k, (shape, keeps) in enumerate(zip(self.shapes, self.keeps))])
         self.allowed = problem.allowed * (1 - 1e-12)  # room for another order
-        self.remaining, self.bad = problem.budget, 0  # evaluations to go; those that were not finite
+        self.remaining, self.bad = problem.evaluations, 0  # evaluations to go; those that were not finite
         self.known: dict[tuple[int, BlockConfig], float] = {}
         self.best, self.best_drop = None, math.inf
 
@@ -234,7 +234,7 @@ def uniform(space: Space, rng) -> None:
 
 def random_search(space: Space, rng) -> None:
     """The best of as many random configurations on the target as the budget allows."""
-    for _ in range(space.problem.budget):  # more draws than evaluations only where candidates repeat
+    for _ in range(space.problem.evaluations):  # more draws than evaluations only where candidates repeat
         space.scores([space.config(space.onto_target(space.draw(rng), rng))])
         if space.remaining < 1:
             return
@@ -285,7 +285,7 @@ def sequential(space: Space, rng) -> None:
     bits, _, qtypes, granularities = space.levels[0]
     agent = PPO(env, [bits, LEVELS, qtypes, granularities], seed=int(rng.integers(2**31)),
                 name="PPO (sequential controller)", **{**SEQUENTIAL_PPO, "n_steps": 4 * kernels})
-    while space.remaining >= blocks and agent.timesteps < space.problem.budget * kernels:  # more: candidates repeat
+    while space.remaining >= blocks and agent.timesteps < space.problem.evaluations * kernels:  # candidates repeat
         agent.learn(kernels * max(space.remaining // blocks, EPISODES_TOGETHER))
 
 
@@ -328,7 +328,7 @@ class SequentialEnv:
         if self.t < len(space.shapes):
             return self._observation(), np.zeros(self.num_envs), np.full(self.num_envs, False), {}
         drops = np.array(space.scores([space.config(space.onto_target(genome, self.rng)) for genome in self.genomes]))
-        rewards = -np.minimum(drops / len(space.problem.blocks), WORST)  # infinity: beyond the budget
+        rewards = -np.minimum(drops / len(space.problem.blocks), WORST)  # infinity: no evaluations left
         return self.reset(), rewards, np.full(self.num_envs, True), {}
 
 

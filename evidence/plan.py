@@ -1,6 +1,6 @@
 """What a run would do and need, without doing it: ``--dry-run``. Nothing is written and nothing downloaded.
 
-One step of training and one of the search are timed and multiplied by how often the settings ask for them; early
+One step of training, of fine-tuning and of the search are timed and multiplied by how often they are asked for; early
 stopping makes a run shorter. Sizes are bytes, times seconds.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 import data
 import models
-from compress import model_bytes
+from compress import compress_network, model_bytes
 from config import LEVELS, Config, Data, InputError
 from deploy.checks import check_given
 from estimate import Proxy
@@ -138,18 +138,22 @@ def _times(run, counts):
         work()
         return time.monotonic() - start
 
-    trainer = run.trainer("plan", Recipe("plan", 1, 0.0, 0.0))
+    plain = run.trainer("plan", Recipe("plan", 1, 0.0, 0.0))
     batch = run.train_set.batch(torch.arange(min(c.data.batch_size, len(run.train_set))), run.device)
-    step = seconds(lambda: trainer._step(*batch, len(batch[1])))
+    step = seconds(lambda: plain.step(*batch, len(batch[1])))
     test = seconds(lambda: correct(run.model, run.choice_set, c.eval.batch_size, c.eval.batch_size))
     candidate = sum(seconds(lambda i=i: proxy.drops(i, [sample.blocks[i]])) for i in range(len(run.blocks)))
+    theta0 = run.weights()
+    repair = run.finetuner("plan", sample, compress_network(run.blocks, sample), theta0)
+    repair_step = seconds(lambda: repair.step(*batch, len(batch[1])))
     epochs = {"scratch": c.scratch.epochs * (c.model.weights == "none"), "baseline": c.baseline.epochs,
               "warmup": c.surrogate.warmup * (c.surrogate.enabled and not run.given),
               "finetune": c.finetune.epochs * c.search.cycles}
-    rows = [(phase, f"epochs of {steps} steps and a measurement", count, steps * step + tests * test)
+    rows = [(phase, f"epochs of {steps} steps and a measurement", count,
+             steps * (repair_step if phase == "finetune" else step) + tests * test)
             for phase, count in epochs.items()]
     rows.append(("sensitivity", "images", c.sensitivity.images if c.sensitivity.method != "none" else 0,
-                 3 * step / c.data.batch_size))
+                 3 * step / c.data.batch_size))  # alone, an image takes longer than in a batch
     widths = (c.compress.bits_max - c.compress.bits_min + 1) * math.prod(map(len, numeric_options(c.compress)))
     tried = c.search.cycles * {"null": 0, "greedy": 2, "uniform": widths}.get(
         c.search.method, len(c.lla.algorithms) * c.lla.timesteps)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import Config, fields_of, get
 from evidence.cells import csv_of, figure, frontier, read, sizes, summary, table
-from support.files import write_text
+from support.files import replace_file
 
 ROOT, PAGES = Path(__file__).resolve().parent.parent, ("README.md", "docs/GUIDE.md", "docs/RESULTS.md")
 FIGURES = re.compile(r"(<!-- figures (\w+) -->\n)(.*?)(<!-- /figures -->)", re.S)
@@ -58,4 +58,4 @@ def made() -> dict[str, str]:
 
 if __name__ == "__main__":
     for page, text in made().items():
-        write_text(ROOT / page, text)
+        replace_file(ROOT / page, text.encode())

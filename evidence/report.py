@@ -16,7 +16,7 @@ from config import EXPERIMENTS, Config, InputError, flatten, override, read_sett
 from evidence import figures, rows, tables
 from evidence.figures import escape
 from evidence.tables import Run, Table
-from support.files import read_json, survive_ascii, write_text
+from support.files import read_json, replace_file, survive_ascii
 
 NUMBERS = re.compile(r"[-+][0-9.]+(?:[ ,][^|!=@]*)?")  # a cell of our tables that begins with a sign
 
@@ -208,10 +208,10 @@ def write_report(out, runs: list[Run]) -> None:
     out = Path(out)
     (out / "csv").mkdir(exist_ok=True)
     for name, text in csv_files(runs).items():
-        write_text(out / "csv" / name, text)
-    write_text(out / "results.md", "\n".join(f"## {table.title}\n\n{_markdown(table)}"
-                                             for table in tables.all_tables(runs)))
-    write_text(out / "report.html", page(runs))
+        replace_file(out / "csv" / name, text.encode())
+    tables_as_text = "\n".join(f"## {table.title}\n\n{_markdown(table)}" for table in tables.all_tables(runs))
+    replace_file(out / "results.md", tables_as_text.encode())
+    replace_file(out / "report.html", page(runs).encode())
 
 
 def main(argv=None) -> int:

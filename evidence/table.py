@@ -41,7 +41,7 @@ class Entries:
 
 
 class Table:
-    """The measured entries, with the interface of estimate.Proxy: ``blocks``, :meth:`drops`, :meth:`errors`.
+    """The measured entries, with estimate.Proxy's interface: ``blocks``, :meth:`drops`, :meth:`errors`, :meth:`check`.
 
     entries: per block and kernel; ``factors``: per block; ``quality``: for result.json, see :func:`compare`.
     """

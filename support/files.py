@@ -60,13 +60,13 @@ def one_line(error: BaseException) -> str:
 
 
 def replace_file(path, fill) -> None:
-    """Write ``path`` by fill(file): a temporary file beside it, flushed to the disk, then renamed. Raises OSError, with
-    the file before intact and no temporary one, also where ``torch.save`` makes a RuntimeError of a full disk."""
+    """Write bytes, or what fill(file) writes: a temporary file beside ``path``, flushed to the disk, then renamed.
+    Raises OSError, the file before intact and no temporary one left, also where torch.save makes it a RuntimeError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            fill(file)
+            file.write(fill) if isinstance(fill, bytes) else fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -76,14 +76,9 @@ def replace_file(path, fill) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
-    replace_file(path, lambda file: file.write(text.encode()))
-
-
 def write_json(path, value) -> None:
     """Write a value as JSON. Raises ValueError for NaN and infinity, which JSON lacks."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    replace_file(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def survive_ascii() -> None:

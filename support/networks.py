@@ -32,6 +32,8 @@ def check(config: Config, ranks: Ranks) -> None:
     if config.data.batch_size < 2 * ranks.size:
         raise InputError(f"data.batch_size={config.data.batch_size} is too small for {ranks.size} processes: each "
                          "needs two images of a batch")
+    if config.model.weights == "given" and not config.model.source:
+        raise InputError("model.weights=given: only a network of your own has its weights; use auto, none or a file")
     if config.model.source and config.data.normalize == "pretrained":
         raise InputError("data.normalize=pretrained: mean and std of a network of your own are not known; use "
                          "imagenet, none or dataset")

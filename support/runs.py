@@ -275,16 +275,16 @@ def clear(path: Path) -> None:
 
 
 def write(path: Path, fill) -> None:
-    """Write a file of the run; ``fill``: bytes, or a function that writes to a file. Raises SaveError."""
+    """Write a file of the run as files.replace_file does. Raises SaveError."""
     try:
-        replace_file(path, fill if callable(fill) else lambda file: file.write(fill))
+        replace_file(path, fill)
     except OSError as error:
         raise SaveError(f"cannot write to {path.parent}: {error.strerror or error}; the state before is intact: make "
                         "room there, or give the folder back, and go on with --resume") from None
 
 
 def finished(path: Path) -> dict | None:
-    """Return the result of a run that has ended, as far as the results table needs it; None where there is none."""
+    """Return the result of a run that has ended; None where there is none. What is left of its state is removed."""
     if not (path / "result.json").exists():
         return None
     try:

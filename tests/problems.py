@@ -83,7 +83,7 @@ class SixKernels:
 def problem(six, **changes) -> baselines.Problem:
     """The six kernels as the baselines take them."""
     values = dict(blocks=six.blocks, sensitivity=list(CURVATURE), limits=LIMITS, cost=retained_weights,
-                  allowed=TARGET * six.params, drops=six.drops, budget=BUDGET, table=six.table)
+                  allowed=TARGET * six.params, drops=six.drops, evaluations=BUDGET, table=six.table)
     return baselines.Problem(**{**values, **changes})
 
 

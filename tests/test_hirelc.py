@@ -410,7 +410,7 @@ def test_a_policy_for_a_network_from_a_file(compressed, tmp_path, capsys):
     ("--exp 3 --smoke --set data.image_size=30", "patch"), ("--exp 4 --smoke --set data.batch_size=1", "batch_size"),
     ("--exp 3 4 --smoke --policy p.json", "give one --exp"), ("--exp 3 4 --smoke --load x.pt", "give one --exp"),
     ("--exp 4 --smoke --policy p.json --load x.pt", "no --load"), ("--exp 4 --smoke --policy none.json", "none.json"),
-    ("--exp 4 --smoke --set goal=size:1KB", "goal=size:1KB")])
+    ("--exp 4 --smoke --set goal=size:1KB", "goal=size:1KB"), ("--exp 4 --weights given", "of your own")])
 def test_bad_input_is_one_line_exit_2_and_leaves_nothing(arguments, expected, tmp_path, capsys, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network")

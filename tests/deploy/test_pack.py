@@ -162,7 +162,7 @@ def test_our_networks_come_back_with_equal_logits(tmp_path, name, settings, quic
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     blocks, config, masks, grids = compressed(model, MIXED)
     data, generator = pack.pack(model, blocks, config, masks, grids, network), torch.get_rng_state()
-    pack.write(tmp_path / "packed.pt", data)
+    (tmp_path / "packed.pt").write_bytes(data)
     loaded, packed = pack.load(tmp_path / "packed.pt"), pack.read(data)
     assert torch.equal(generator, torch.get_rng_state()) and not loaded.training and model.training
     assert bits_of(loaded.state_dict()) == bits_of(model.state_dict())
@@ -329,7 +329,7 @@ def test_names_of_a_file_are_printed_in_one_line_each():
 def test_the_command_line_says_what_is_in_a_file(tmp_path, capsys):
     (model, network), path = ours(width=0.2), tmp_path / "packed.pt"
     blocks, config, masks, grids = compressed(model, [KernelConfig(3, 0.5), KernelConfig(8, 1, "FLOAT", "per-channel")])
-    pack.write(path, pack.pack(model, blocks, config, masks, grids, network))
+    path.write_bytes(pack.pack(model, blocks, config, masks, grids, network))
     assert pack.main(["info", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}
@@ -354,11 +354,11 @@ def test_export_writes_a_program_with_the_packed_network_s_logits(tmp_path, caps
                       "nn.Flatten(), nn.Linear(8, num_classes))\n")
     model, images = own_network(f"{source}:make", 3), torch.randn(3, 1, 16, 24)
     arguments, command = compressed(model, MIXED[2:], EXAMPLE), ["export", str(path), str(out)]
-    pack.write(path, pack.pack(model, *arguments, OWN))
+    path.write_bytes(pack.pack(model, *arguments, OWN))
     assert pack.main([*command, "--model", f"{source}:make"]) == 0
     before, after, size = (int(n) for n in re.findall(r" (\d+) ", capsys.readouterr().out.replace(",", "")))
     assert after < before and size == out.stat().st_size
     with torch.no_grad():
         torch.testing.assert_close(torch.export.load(out).module()(images), model.eval()(images), rtol=0, atol=1e-4)
-    pack.write(path, pack.pack(model, *arguments, OWN | {"image_size": 10 ** 9}))
+    path.write_bytes(pack.pack(model, *arguments, OWN | {"image_size": 10 ** 9}))
     assert pack.main([*command, "--model", f"{source}:make"]) == 2 and "1 to 1024" in capsys.readouterr().err

@@ -42,9 +42,9 @@ def test_every_search_finds_the_optimum_within_its_budget(six, method):
 @pytest.mark.parametrize("method", BASELINES)
 @pytest.mark.parametrize("budget", [2, 11])
 def test_small_budgets_are_kept_and_seeds_repeat(six, method, budget):
-    result = found(six, method, 5, budget=budget)
+    result = found(six, method, 5, evaluations=budget)
     assert 1 <= result.evaluations == len(six.asked) <= budget and result.config.retained <= TARGET
-    assert found(six, method, 5, budget=budget) == result
+    assert found(six, method, 5, evaluations=budget) == result
 
 
 def test_searches_use_their_budget():
@@ -104,7 +104,7 @@ def test_blocks_share_one_search_per_cycle(six):
     assert [(one.updates, one.entropy, one.compared) for one in first] == [([], None, {})] * 2 and not notes
     assert NetworkConfig(tuple(one.config for one in first)).retained <= TARGET
     seeds = [derive_seed(3, "baseline", "random", cycle) for cycle in (1, 2)]
-    chosen = [found(six, "random", seed, budget=24).config.blocks for seed in seeds]
+    chosen = [found(six, "random", seed, evaluations=24).config.blocks for seed in seeds]
     assert chosen[0] != chosen[1] and chosen[0] == tuple(one.config for one in first)
     assert chosen[1][::-1] == tuple(block.search(None).config for block in reversed(blocks))  # the next cycle
 

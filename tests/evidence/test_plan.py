@@ -8,6 +8,7 @@ import torch
 
 import hirelc
 from evidence import plan
+from train import Trainer
 
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "data.train_images=64", "data.test_images=40",
          "sensitivity.images=2", "finetune.epochs=1", "model.width=0.05"]
@@ -37,13 +38,16 @@ def counts(text):
     (["search=null", "surrogate=off", "eval.full=off"], {"scratch": 1, "baseline": 1, "finetune": 2, "sensitivity": 2}),
     (["search=random", "eval.protocol=holdout", "data.batch_size=31"],  # 61 images to train on, 24 as the agents try
      {"scratch": 1, "baseline": 1, "warmup": 4, "finetune": 2, "sensitivity": 2, "search": 24, "report": 5}),
-    (["search=greedy", "surrogate=off", "eval.full=off", "model.weights=given", "baseline.epochs=0"],
+    (["search=greedy", "surrogate=off", "eval.full=off", "model.weights=auto", "baseline.epochs=0"],
      {"finetune": 2, "sensitivity": 2, "search": 4}),
-    (["preset=plus", "sensitivity=none", "model.weights=given", "search.cycles=1", "baseline.epochs=0"],
+    (["preset=plus", "sensitivity=none", "model.weights=auto", "search.cycles=1", "baseline.epochs=0"],
      {"finetune": 1, "search": 74, "report": 5})])
 def test_the_plan_counts_what_the_settings_ask_for(tmp_path, capsys, monkeypatch, more, expected):
     monkeypatch.chdir(tmp_path)
+    grids, step = [], Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, *batch: grids.append(bool(self.on_grid)) or step(self, *batch))
     text = dry_run(tmp_path, capsys, *more)
+    assert grids == [False, False] + 2 * ["preset=plus" in more]  # each kind twice: the first sets up
     assert counts(text) == expected and "epochs of 2 steps" in text and "about" in text.splitlines()[-1]
     assert f"run directory: {tmp_path / 'runs' / 'exp4-seed42'} (new)" in text
     assert ("21 kernels in 6 blocks" if "preset=plus" in more else "17 kernels in 5 blocks") in text

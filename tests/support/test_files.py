@@ -62,14 +62,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == '{\n "\\u00e9": 1.5\n}\n'
     with pytest.raises(ValueError):
         files.write_json(path, float("nan"))
-    files.write_text(tmp_path / "b.txt", "é\n")
+    files.replace_file(tmp_path / "b.txt", "é\n".encode())
     files.replace_file(path, lambda file: torch.save({"a": torch.ones(3)}, file))
     assert torch.equal(torch.load(path)["a"], torch.ones(3))
     before = path.read_bytes()
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            files.write_text(path, "new")
+            files.replace_file(path, b"new")
         assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.json", "b.txt"]
     check_writable(path)
     for place in (tmp_path, tmp_path / "none" / "a.json"):
