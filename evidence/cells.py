@@ -59,8 +59,9 @@ def hits(cell: dict) -> np.ndarray:
 
 
 def sizes(cells: list[dict]) -> list[tuple[str, int]]:
-    """Return the networks of compressed cells and how many times smaller each is asked to be, sorted."""
-    return sorted({(cell["network"], cell["times"]) for cell in cells if cell["method"] != "given"})
+    """Return the networks of compressed cells, as TITLES orders them, and how many times smaller each is to be."""
+    found = {(cell["network"], cell["times"]) for cell in cells if cell["method"] != "given"}
+    return sorted(found, key=lambda size: (list(TITLES).index(size[0]), size[1]))
 
 
 def grouped(cells: list[dict], network: str, times: int) -> dict[str, dict[int, dict]]:
@@ -82,7 +83,7 @@ def difference(of: dict, name: str, reference: str) -> str:
     if name == reference or not both:
         return ""
     before, after = ([hits(of[side][seed]) for seed in both] for side in (reference, name))
-    return "{:+.2f} [{:.2f}, {:.2f}]".format(*crossed_interval(before, after))
+    return "{:+.2f} [{:.2f}, {:.2f}]".format(*(round(x, 2) + 0.0 for x in crossed_interval(before, after)))  # no -0
 
 
 def table(cells: list[dict], network: str, times: int, reference: str) -> str:
@@ -105,13 +106,37 @@ def summary(cells: list[dict]) -> str:
     seed, and how far the table's optimum is from greedy and from the network as given."""
     heads = ["network, data, as given", "FP32 file ÷", *COLUMNS.values(), "minus greedy", "minus as given"]
     rows, before = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"], ""
-    for network, times in sorted(sizes(cells), key=lambda size: (list(TITLES).index(size[0]), size[1])):
+    for network, times in sizes(cells):
         of = grouped(cells, network, times)
         title = "" if network == before else f"{TITLES[network]}, {accuracy(of['given']):.2f}"
         found = [f"{accuracy(of[name]):.2f}{'*' * (len(of[name]) == 1)}" if of[name] else "" for name in COLUMNS]
         texts = [title, str(times), *found, *(difference(of, "table", other) for other in ("greedy", "given"))]
         rows.append("".join(f"| {text} " if text else "| " for text in texts) + "|")
         before = network
+    return "\n".join(rows)
+
+
+def learning(cells: list[dict]) -> str:
+    """Return Markdown with a row per network and size that has trained and untrained policies: what 10,000 steps per
+    agent and block change, means over the seeds, and how far the paper's 256 are from actions that are drawn."""
+    heads = ["network, file ÷", "seeds", "R_acc = 0", "drop of the vote, of random actions",
+             "reward of the vote, of random actions", "entropy ÷ a uniform policy's", "MSE, untrained → trained",
+             "trained - untrained", "256 steps - drawn"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for network, times in sizes(cells):
+        of = grouped(cells, network, times)
+        seeds = sorted(of["trained"].keys() & of["untrained"].keys())
+        if not seeds:
+            continue
+        low = [row for seed in seeds for row in of["trained"][seed]["searches"] if row["level"] == "LLA"]
+        mean = {key: np.mean([row[key] for row in low], axis=0) for key in low[0] if key != "level"}
+        mse = [np.mean([of[name][seed]["table"]["chosen"][-1]["table_mse"] for seed in seeds])
+               for name in ("untrained", "trained")]
+        rows.append(f"| {TITLES[network].partition(',')[0]}, {times} | {' '.join(map(str, seeds))} | "
+                    f"{100 * mean['unseen']:.0f} % | {mean['consensus_drop']:.2f}, {mean['random_drop']:.2f} | "
+                    f"{mean['consensus_reward']:,.0f}, {mean['random_reward']:,.0f} | {mean['entropy'][-1]:.2f} | "
+                    f"{mse[0]:.1f} → {mse[1]:.1f} | {difference(of, 'trained', 'untrained')} | "
+                    f"{difference(of, 'hirelc', 'null')} |")
     return "\n".join(rows)
 
 

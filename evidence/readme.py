@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from config import Config, fields_of, get
-from evidence.cells import csv_of, figure, frontier, read, sizes, summary, table
+from evidence.cells import csv_of, figure, frontier, learning, read, sizes, summary, table
 from support.files import replace_file
 
 ROOT, PAGES = Path(__file__).resolve().parent.parent, ("README.md", "docs/GUIDE.md", "docs/RESULTS.md")
@@ -51,7 +51,8 @@ def made() -> dict[str, str]:
     """Return the files with made parts as they should be: path below the root → text."""
     readme, guide, results = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
     cells, points = read(ROOT / "results"), frontier(ROOT / "results")
-    results = with_tables(results, [summary(cells), *(table(cells, *size, "table") for size in sizes(cells))])
+    tables = [summary(cells), learning(cells), *(table(cells, *size, "table") for size in sizes(cells))]
+    results = with_tables(results, tables)
     texts = with_figures(readme, results), SETTINGS.sub(lambda _: settings_table(), guide), results
     return dict(zip(PAGES, texts)) | {"results/frontier.csv": csv_of(points), "docs/frontier.svg": figure(points)}
 

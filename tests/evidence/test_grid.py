@@ -45,6 +45,15 @@ def test_the_tables_by_hand():
     assert cells.summary(found).splitlines()[3].startswith("| | 12 | | | | | 75.00 | | -12.50 [")
 
 
+def test_the_table_of_what_learning_did_by_hand():
+    low = {"level": "LLA", "consensus_drop": 4, "random_drop": 2, "consensus_reward": 1500, "random_reward": 1000}
+    runs = ("untrained", 45, "f0", 5), ("trained", 45, "fc", 3), ("trained", 47, "ff", 7), ("untrained", 47, "f0", 1)
+    found = [cell(name, n, hits) | {"table": {"chosen": [{}, {"table_mse": mse}]}, "searches": [
+        {"level": "HLA"}, {**low, "unseen": n / 100, "entropy": [1.0, n / 50]}]} for name, n, hits, mse in runs]
+    assert cells.learning(found).splitlines()[2].startswith(
+        "| ResNet-20, 12 | 45 47 | 46 % | 4.00, 2.00 | 1,500, 1,000 | 0.92 | 3.0 → 5.0 | +37.50 [")
+
+
 def test_the_figure_has_every_cell_and_the_published_numbers(tmp_path):
     for name, found in enumerate((cell("table", 44, "f0"), cell("table", 44, "fc"), cell("given", 0, "fe", 1))):
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
