@@ -98,7 +98,7 @@ class Compress:
     bits_max: int = setting(8, "b_max", low=2, high=16)
     max_pruning: float = setting(0.6, "largest fraction of a kernel's channels that may go", low=0.0, high=0.99)
     qtype: str = setting("INT", "numeric type; any = the agents choose", choices=("INT", "FLOAT", "any"))
-    granularity: str = setting("uniform", "any = the agents choose",
+    granularity: str = setting("uniform", "any = the agents choose, of the first four",
                                choices=("uniform", "log", "per-channel", "learned", "log-script", "fitted", "any"))
     scope: str = setting("paper", "all: also patch embedding, shortcut projections, last convolution, classifier",
                          choices=("paper", "all"))

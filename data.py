@@ -20,7 +20,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -236,7 +235,10 @@ def as_images(source, what="the images"):
     [N, C, h, h] only divided by 255, neither is augmented; a map-style Dataset of (float tensor [C, H, W], int) or a
     DataLoader over one: :func:`support.images.adapt`. ``what``: name of the set in messages. Raises InputError."""
     images = _as_images(source, what)
-    check_finite(images, what)
+    x = getattr(images.whole if isinstance(images, Part) else images, "images", None)
+    if isinstance(x, torch.Tensor) and x.is_floating_point():  # those of another Dataset are checked as they are read
+        for index in torch.arange(len(x)).split(64):
+            sources.finite(x[index[0]:index[-1] + 1], index, what)
     return images
 
 
@@ -251,20 +253,13 @@ def _as_images(source, what):
     y = y.long() if y.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32) else y
     if any(part.is_meta or part.layout != torch.strided for part in source):
         raise InputError(f"{what}: sparse tensors, or on the meta device; give plain ones with values")
+    if y.dtype != torch.int64 or y.dim() != 1:
+        raise InputError(f"{what}: labels must be integers [N], one class per image, not {y.dtype} {list(y.shape)}")
     if x.dtype == torch.uint8 and (x.dim() != 4 or x.shape[2] != x.shape[3]):
         raise InputError(f"{what}: uint8 images must be square [N, C, h, h], not {list(x.shape)}; give floats instead")
     if x.dtype == torch.uint8:
         return Images(x.cpu(), y.cpu(), x.shape[2], (0.0,) * x.shape[1], (1.0,) * x.shape[1])
     return Images(x, y, 0, (), ())
-
-
-def check_finite(images, what):
-    """Raise InputError with the index of the first image of the set ``what`` that is not finite, if it is in memory
-    (tensors, TensorDataset); those of another Dataset are checked batch by batch as they are used."""
-    x = getattr(images.whole if isinstance(images, Part) else images, "images", None)
-    if isinstance(x, torch.Tensor) and x.is_floating_point():
-        for index in torch.arange(len(x)).split(64):
-            sources.finite(x[index[0]:index[-1] + 1], index, what)
 
 
 class Part(ImageSet):
@@ -283,14 +278,26 @@ class Part(ImageSet):
         return self.whole.batch(self.index[torch.as_tensor(index, dtype=torch.int64)], device, generator)
 
 
+def subset(images, index):
+    """Return the images at ``index`` (int64 [n]), read by as many processes as the whole set."""
+    if isinstance(images, sources.Loaded):
+        return sources.Loaded(torch.utils.data.Subset(images.dataset, index.tolist()), images.what, images.collate,
+                              images.workers, images.worker_init)
+    return images.subset(index) if isinstance(images, Stream) else Part(images, index)
+
+
+def mixed(images):
+    """Return the set in a fixed pseudo-random order, whatever the seed."""
+    return subset(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(HOLDOUT_SEED)))
+
+
 def hold_out(train):
     """Return (images to train on, images that choose): a fixed pseudo-random 5 % of ``train``, whatever the seed."""
     count = round(HOLDOUT_SHARE * len(train))
     if not count:
         raise InputError(f"eval.protocol=holdout: 5 % of {len(train)} training images are none; give more images")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(HOLDOUT_SEED))
-    part = train.subset if isinstance(train, Stream) else partial(Part, train)
-    return part(order[count:].sort().values), part(order[:count])
+    return subset(train, order[count:].sort().values), subset(train, order[:count])
 
 
 # Synthetic images

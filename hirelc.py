@@ -25,9 +25,8 @@ import models
 from compress import (BlockConfig, Grid, KernelConfig, KernelShape, LayerBudget, NetworkConfig, compress_network,
                       kernel_shapes, model_bytes, set_state, snap_to_grid)
 from config import BASELINES, EXPERIMENTS, Config, InputError, override
-from deploy import pack, policies
+from deploy import checks, pack, policies
 from deploy.batchnorm import estimate_batchnorm
-from deploy.checks import check_given, check_settings, check_use, check_writable, fingerprint, generators, protected
 from deploy.cycle import Best, Cycle, measure
 from deploy.qat import repair
 from deploy.target import Demands, parse_goal, resolved
@@ -158,8 +157,8 @@ class Run:
         if 0 < left < min(2 * ranks.size, len(self.train_set)):
             log.note(f"{left} of the training images, other ones in each epoch, are left out (BatchNorm)")
         if config.model.source:
-            check_use(model, self.train_set, test, self.blocks, self.config, log)
-            self.phases.identity |= fingerprint(model, (train, test), ())  # also of what its file imports
+            checks.check_use(model, self.train_set, test, self.blocks, self.config, log)
+            self.phases.identity |= checks.fingerprint(model, (train, test), ())  # also of what its file imports
 
     @property
     def eval_images(self) -> int:
@@ -387,7 +386,7 @@ def teach(run: Run, surrogate: Surrogate, chosen: NetworkConfig, acc: float) -> 
 # A user's network
 
 
-@generators()
+@checks.generators()
 def compress_model(model, train, test, *, exclude=(), groups=None, log=None, packed=None, policy=None, run_dir=None,
                    **settings):
     """Compress a network of your own: any nn.Module that maps a batch of images to logits [n, classes].
@@ -407,24 +406,25 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     settings, images, a network or a path that cannot be used, FloatingPointError where training diverges, SaveError or
     OSError where run_dir or packed cannot be written.
     """
-    settings = check_settings(settings)
+    settings = checks.check_settings(settings)
     # The network is trained already: nothing is trained from scratch, nor before the compression unless asked for.
     base = {"model.source": type(model).__name__, "model.weights": "given", "baseline.epochs": 0}
     config = override(override(Config(), base), settings)
-    check_given(model)
+    checks.check_given(model)
     if packed is not None:
-        check_writable(packed)
+        checks.check_writable(packed)
     policy, config = policies.given(policy, config)
     log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
-    train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
     log.notes = []  # the result has those of this call
+    train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
     state = Path(run_dir) / "state" if run_dir is not None else None
-    identity = runs.identity(config) | fingerprint(model, (train, test), (exclude, groups)) if state else {}
+    identity = runs.identity(config) | checks.fingerprint(model, (train, test), (exclude, groups)) if state else {}
     phases = runs.Phases(state, identity, STORED, log=log)
     with (networks.switches(config), runs.locked(state.parent) if state else contextlib.nullcontext(),
-          protected(model)):
+          checks.protected(model)):
         torch.manual_seed(config.seed)
         phases.begin(phases.exists)
+        test = checks.fair_order(test, config.eval, log)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
         run = Run(network, survey, train, test, config, log, pack.describe(network, config, train),
                   given=policy_for(policy, survey.blocks, config, log), phases=phases)
@@ -484,7 +484,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
         log.note(note)
     log.info(f"{config.data.name}: {len(splits.train)} training and {len(splits.test)} test images, "
              f"{splits.num_classes} classes, {config.data.image_size} px")
-    model, survey = networks.make(config, splits, device, ranks, log, check_given)
+    model, survey = networks.make(config, splits, device, ranks, log, checks.check_given)
     with ranks.alike():
         run = Run(model, survey, splits.train, splits.test, config, log,
                   pack.describe(model, config, splits.train), ranks, policy_for(policy, survey.blocks, config, log),
@@ -549,7 +549,7 @@ def main(argv=None) -> int:
             log.close()
     first = not several() or os.environ["RANK"] == "0"
     if done and not args.no_table and first:
-        print("\n" + results_table(done))
+        Log().info("\n" + results_table(done))
     missed = [result for result in done if first and result["goal"] and not result["goal"]["met"]]
     for result in missed:
         code = max(code, cli.fail(summary.missed(result["goal"], result["cr"]), 3))

@@ -7,7 +7,7 @@ Drops are in points, retained fractions in (0, 1].
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -296,10 +296,10 @@ class HLAEnv:
 class Found:
     """Result of the search of one block; ``compared`` is empty and ``entropy`` None where nothing learns."""
     config: BlockConfig
-    updates: list[dict]  # diagnostics of every update of every agent, rows of updates.csv
-    evaluations: int  # candidates whose drop was estimated
-    entropy: tuple[float, float] | None  # of the policies before and after, 1 = uniform
-    compared: dict  # see LLAEnsemble.compared; unseen: the part of the candidates with R_acc = 0
+    updates: list[dict] = field(default_factory=list)  # of every agent, with diagnostics: rows of updates.csv
+    evaluations: int = 0  # candidates whose drop was estimated
+    entropy: tuple[float, float] | None = None  # of the policies before and after, 1 = uniform
+    compared: dict = field(default_factory=dict)  # see LLAEnsemble.compared; unseen: share of candidates with R_acc = 0
     bad_rewards: int = 0  # that were not finite and became BAD_REWARD
 
 
@@ -307,6 +307,7 @@ class _Ensemble:
     """Agents with an environment each; ``agents`` and ``envs`` are set by the two levels."""
 
     def _make(self, algorithms, where, nvec, seeds, ppo, a2c, **labels):
+        """Make the agents; ppo, a2c: hyperparameters of the algorithms; ``labels``: first columns of their updates."""
         self.labels, kinds = labels, {"PPO": (PPO, ppo), "A2C": (A2C, a2c)}
         self.agents = [kinds[name][0](env, nvec, seed=seed, name=f"{name} ({where} {n})", **kinds[name][1])
                        for n, (name, env, seed) in enumerate(zip(algorithms, self.envs, seeds))]

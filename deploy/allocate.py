@@ -15,10 +15,8 @@ from itertools import product
 
 import numpy as np
 
-from compress import (FULL_BITS, BlockConfig, KernelConfig, KernelShape, NetworkConfig, channels_kept, compress_kernel,
-                      kernel_retained)
+from compress import KernelConfig, KernelShape, NetworkConfig, channels_kept, compress_kernel, kernel_retained
 from config import LEVELS, InputError
-from search import numeric_options
 
 CLOSENESS = 0.99  # a budget is met from this fraction of it upwards
 SLOTS = 10_000  # parts into which least_sum divides a budget
@@ -66,34 +64,6 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float,
         return moved, ""
     why = f"compress.bits_max={limits.bits_max} allows no more" if largest else "no choice lies within 1 % below it"
     return moved, f"the configuration takes {total:,.6g} of the {budget:,.6g} that it may take: {why}"
-
-
-def allocations(blocks, shapes, sensitivity, limits, budget: float,
-                cost=retained_weights) -> list[tuple[NetworkConfig, str]]:
-    """Everything at its largest, then the steps down of least damage per cost saved, until ``budget`` is met: with bits
-    alone, as HAWQ-V2 allocates, where that can meet it, and with bits and keep.
-
-    Where types and granularities are free, each kernel has those of the least error at the bits that the budget means.
-    shapes: per block the kernels' KernelShape; budget, cost: as :func:`enforce`. Raises InputError where the budget is
-    out of reach.
-    """
-    def total(config):
-        return sum(cost(config, shape) for block in shapes for shape in block)
-
-    middle = min(max(round(FULL_BITS * budget / total(KernelConfig())), limits.bits_min), limits.bits_max)
-    types, granularities = numeric_options(limits)
-
-    def start(holder):
-        weight = holder.weight.detach()
-        best = min((KernelConfig(middle, 1.0, *kind) for kind in product(types, granularities)),
-                   key=lambda choice: (compress_kernel(weight, choice)[0] - weight).square().sum().item())
-        return replace(best, bits=limits.bits_max)
-
-    largest = NetworkConfig(tuple(BlockConfig(tuple(map(start, block.kernels.values())), tuple(own))
-                                  for block, own in zip(blocks, shapes, strict=True)))
-    alone = total(KernelConfig(limits.bits_min, 1.0, types[0], granularities[0])) <= budget
-    return [enforce(blocks, largest, sensitivity, bounds, budget, cost)
-            for bounds in ([replace(limits, max_pruning=0.0)] if alone else []) + [limits]]
 
 
 def least_sum(options, budget: float, at_least: float = 0.0) -> list[int] | None:

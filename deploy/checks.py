@@ -11,6 +11,7 @@ import random
 import re
 import tempfile
 from pathlib import Path
+from types import CellType
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress import set_state, to_eval
 from config import InputError
+from data import mixed
 from support.own import copy_network, forward, memory, own_network, said
 
 BATCHES = (1, 2, 3, 7)
@@ -40,6 +42,19 @@ def check_settings(settings) -> dict:
         raise InputError(f"compress_model: {', '.join(useless)} has no effect on a network and images that are given; "
                          "leave it out")
     return settings
+
+
+def fair_order(test, settings, log):
+    """Return test images in a fixed order drawn at random where those that choose epoch and cycle, the first ones by
+    ``settings`` (config.Eval), lack classes of the others, as where they are sorted by class; else as they are."""
+    n = settings.images
+    if settings.protocol != "paper" or len(test) <= n:
+        return test
+    y = test.labels if hasattr(test, "labels") else torch.cat([y.cpu() for _, y in test.batches(256)])
+    if y[:n].unique().equal(y.unique()):
+        return test
+    log.note(f"test images: the first {n}, which choose epoch and cycle, lack classes; in an order drawn at random now")
+    return mixed(test)
 
 
 def check_writable(path) -> None:
@@ -157,6 +172,8 @@ def _check_tensors(model, what):
             raise InputError(f"{what}: {name} is empty, {list(p.shape)}; leave its module out")
         if not p.isfinite().all():
             raise InputError(f"{what}: {name} holds values that are not finite (NaN or infinity)")
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            raise InputError(f"{what}: {name} has a hook on its gradient, which a copy would not have; take it off")
         if 0 in [stride for stride, side in zip(p.stride(), p.shape) if side > 1]:
             raise InputError(f"{what}: {name} is expanded, several of its values lie at one place; give a clone of it")
     for name, t in (*model.named_parameters(), *model.named_buffers()):
@@ -199,6 +216,13 @@ def _check_modes(model, what):
     if {id(t) for t in (*model.parameters(), *model.buffers())}.intersection(
             id(t) for t in (*trial.parameters(), *trial.buffers())):
         raise InputError(f"{what}: a copy of it shares its tensors (__deepcopy__ that returns the module itself)")
+    held = {id(value) for module in model.modules() for value in (module, *vars(module).values())
+            if isinstance(value, (nn.Module, dict, list))}
+    for function in (leaf for module in trial.modules() for leaf in tree_leaves([*vars(module).values()])):
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
+        if any(id(getattr(value, "__self__", value)) in held for value in cells):
+            raise InputError(f"{what}: {function.__qualname__}, a hook or function that it holds, reaches the network "
+                             "through a closure, which a copy does not follow; make it a method of the network")
     for mode in (True, False):
         try:
             trial.train(mode)
@@ -261,6 +285,10 @@ def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
         if found := difference(fresh, trial, images, exact=given):
             raise InputError(f"{what} keeps something outside its state dict (a cache, a counter, what is drawn anew): "
                              f"with other weights it gives other logits than a fresh one that is given these ({found})")
+    trainable = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    if frozen := [name for name in kernels if not trainable[name]]:
+        log.note(f"compressed, but frozen (requires_grad=False), so that no training repairs {', '.join(frozen[:8])}"
+                 + " …" * (len(frozen) > 8))
     if missing := [name for name in kernels if name not in used]:
         log.note(f"no gradient reaches {', '.join(missing[:8])} in eval mode: the sensitivity leaves them out")
     if unused := [name for name in trained if name not in {*used, *missing}]:

@@ -101,6 +101,9 @@ def _graph(program) -> fx.GraphModule:
         if node.op == "get_attr" and not isinstance(operator.attrgetter(node.target)(module), torch.Tensor):
             raise InputError(f"the network runs part of its forward as a graph within the graph ({node.target}), "
                              "which cannot be made narrower")  # autocast, cond, ...
+        if node.op == "call_function" and "_functorch" in str(getattr(node.target, "__module__", "")):
+            raise InputError("the network transforms a function in its forward (torch.vmap, torch.func.grad …), which "
+                             "cannot be made narrower")
         if node.op == "get_attr" or node.all_input_nodes and constant.issuperset(node.all_input_nodes):
             constant.add(node)
         if _operation(node):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from compress import FULL_BITS, BlockConfig, KernelConfig, NetworkConfig, kernel_bytes
-from config import BASELINES, Config, InputError, override
+from config import BASELINES, Config, InputError, get, override
 from deploy.allocate import enforce, retained_weights
 
 ROUNDING = 1e-9  # points, of a difference of two accuracies
@@ -106,17 +106,18 @@ class Demands:
         if goal and goal.max_bytes is not None:
             rest = math.ceil(goal.max_bytes - self._room(smallest))
             if (least := rest + _kernels_bytes(smallest)) > goal.max_bytes:
+                more = [f"{key}={value}" for key, value in (("compress.scope", "all"), ("pack.rest", "float16"))
+                        if get(self.config, key) != value]
                 raise InputError(f"goal={self.config.goal}: the file takes at least {least:,} bytes, {rest:,} of them "
-                                 "for what is not compressed; ask for more, or try compress.scope=all or "
-                                 "pack.rest=float16")
+                                 f"for what is not compressed; ask for more{' or try ' * bool(more) + ' '.join(more)}")
         if (_asks_ratio(self.config, goal) or self.config.search.method in BASELINES) and smallest.retained > target:
             raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with compress.bits_min="
                              f"{limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at least "
                              f"{math.ceil(1e4 * smallest.retained) / 1e4:.4f} is retained")
 
     def chosen(self, voted: NetworkConfig) -> NetworkConfig:
-        """The configuration to apply: ``voted``, moved onto the ratio and into the bytes that are asked for. What a
-        search found within them stays; only equal bits, which leave some over, are filled up."""
+        """The configuration to apply: under a ratio ``voted``, moved onto it; under a file's size what a search beside
+        the agents found, where its file fits, and else, and of equal bits, ``voted`` moved into the bytes left."""
         chosen, target, method = voted, self.config.search.target, self.config.search.method
         ratio = _asks_ratio(self.config, self.goal) and (method not in BASELINES or self.config.policy != "")
         if ratio:

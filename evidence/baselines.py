@@ -16,12 +16,14 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
-from compress import BlockConfig, KernelConfig, NetworkConfig, channels_kept, kernel_shapes
+from compress import (FULL_BITS, BlockConfig, KernelConfig, NetworkConfig, channels_kept, compress_kernel,
+                      kernel_shapes)
 from config import LEVELS, InputError
-from deploy.allocate import allocations, least_sum
+from deploy.allocate import enforce, least_sum
 from estimate import WORST
 from rl import LLA_PPO, PPO
 from search import Found, derive_seed, numeric_options
@@ -104,7 +106,7 @@ class JointBlock:
         choice = self.find_in(self.cycle)
         for text in () if self.index else choice.notes:
             self.note(text)
-        return Found(choice.config.blocks[self.index], [], 0 if self.index else choice.evaluations, None, {})
+        return Found(choice.config.blocks[self.index], evaluations=0 if self.index else choice.evaluations)
 
     def state_dict(self) -> dict:
         """Return the cycle."""
@@ -247,6 +249,33 @@ def greedy(space: Space, rng) -> str:
     found = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.allowed, p.cost)
     space.scores([config for config, _ in found])
     return next(note for config, note in found if config == space.best)
+
+
+def allocations(blocks, shapes, sensitivity, limits, budget: float, cost) -> list[tuple[NetworkConfig, str]]:
+    """Everything at its largest, then the steps down of least damage per cost saved, until ``budget`` is met: with bits
+    alone, as HAWQ-V2 allocates, where that can meet it, and with bits and keep.
+
+    Where types and granularities are free, each kernel has those of the least error at the bits that the budget means.
+    shapes: per block the kernels' KernelShape; budget, cost: as for ``deploy.allocate.enforce``. Raises InputError
+    where the budget is out of reach.
+    """
+    def total(config):
+        return sum(cost(config, shape) for block in shapes for shape in block)
+
+    middle = min(max(round(FULL_BITS * budget / total(KernelConfig())), limits.bits_min), limits.bits_max)
+    types, granularities = numeric_options(limits)
+
+    def start(holder):
+        weight = holder.weight.detach()
+        best = min((KernelConfig(middle, 1.0, *kind) for kind in product(types, granularities)),
+                   key=lambda choice: (compress_kernel(weight, choice)[0] - weight).square().sum().item())
+        return replace(best, bits=limits.bits_max)
+
+    largest = NetworkConfig(tuple(BlockConfig(tuple(map(start, block.kernels.values())), tuple(own))
+                                  for block, own in zip(blocks, shapes, strict=True)))
+    alone = total(KernelConfig(limits.bits_min, 1.0, types[0], granularities[0])) <= budget
+    return [enforce(blocks, largest, sensitivity, bounds, budget, cost)
+            for bounds in ([replace(limits, max_pruning=0.0)] if alone else []) + [limits]]
 
 
 def evolution(space: Space, rng) -> None:

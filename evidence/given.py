@@ -40,4 +40,4 @@ class GivenBlock:
 
     def search(self, budget: LayerBudget) -> Found:
         """Return the configuration; nothing is evaluated."""
-        return Found(self.config, [], 0, None, {})
+        return Found(self.config)

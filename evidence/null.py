@@ -44,7 +44,7 @@ class NullLLA:
 
     def search(self, budget: LayerBudget) -> Found:
         """Vote on uniformly drawn actions."""
-        return Found(_drawn_block(self.shapes, budget, self.config, self.rng), [], 0, None, {})
+        return Found(_drawn_block(self.shapes, budget, self.config, self.rng))
 
 
 def _drawn_budgets(sensitivity, config, rng):

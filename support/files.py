@@ -55,8 +55,9 @@ def shown(name) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an error on one line of at most 300 characters; its type where it has none."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """Return an error's message, of one in a DataLoader's process its last line, on one line; its type without one."""
+    text = str(error).strip().rpartition("\n")[2] if str(error).startswith("Caught ") else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def replace_file(path, fill) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -62,7 +63,11 @@ class Log:
             self.file = None
 
     def _say(self, text, end="\n"):
-        print(("\r\033[K" if self.live else "") + text, end=end, file=self.stream, flush=True)  # over what is there
+        try:
+            print(("\r\033[K" if self.live else "") + text, end=end, file=self.stream, flush=True)  # over what is there
+        except OSError as error:  # its reader has gone, or a disk is full: the work goes on, and what is left unsaid
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.note(f"nothing more is shown: {error.strerror}")
 
     def _write(self):
         try:

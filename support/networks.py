@@ -35,8 +35,7 @@ def check(config: Config, ranks: Ranks) -> None:
     if config.model.weights == "given" and not config.model.source:
         raise InputError("model.weights=given: only a network of your own has its weights; use auto, none or a file")
     if config.model.source and config.data.normalize == "pretrained":
-        raise InputError("data.normalize=pretrained: mean and std of a network of your own are not known; use "
-                         "imagenet, none or dataset")
+        raise InputError("data.normalize=pretrained is unknown of a network of your own; use imagenet, none or dataset")
 
 
 def make(config: Config, splits, device, ranks: Ranks, log: Log, check) -> tuple[nn.Module, models.Survey]:

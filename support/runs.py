@@ -267,13 +267,6 @@ def locked(path: Path):
                 folder.rmdir()
 
 
-def clear(path: Path) -> None:
-    """Remove what an earlier run left, and temporary files of one that was killed."""
-    shutil.rmtree(path / "state", ignore_errors=True)
-    for file in (*(path / name for name in OUTPUTS), *path.glob(".*.tmp")):
-        file.unlink(missing_ok=True)
-
-
 def write(path: Path, fill) -> None:
     """Write a file of the run as files.replace_file does. Raises SaveError."""
     try:
@@ -300,8 +293,10 @@ def open_directory(path: Path, config: Config, run, resume: bool) -> None:
 
     ``run``: hirelc.Run, whose config holds what a goal has been resolved to.
     """
-    if not resume:
-        clear(path)
+    if not resume:  # what an earlier run left, and temporary files of one that was killed
+        shutil.rmtree(path / "state", ignore_errors=True)
+        for file in (*(path / name for name in OUTPUTS), *path.glob(".*.tmp")):
+            file.unlink(missing_ok=True)
     run.log.open(path / "run.log", resume)
     if resume:
         for note in moved(path, run.device, run.ranks.size):

@@ -227,6 +227,7 @@ def test_a_loaders_collate_and_worker_init_are_kept_and_global_random_numbers_ar
     init, state = lambda _: setattr(touched, "value", os.getpgrp()), torch.random.get_rng_state()
     images = data.as_images(Loader(Squares(noise=True), num_workers=2, worker_init_fn=init))
     passes = [torch.cat([x for x, _ in images.batches(5, generator=seeded(seed))]) for seed in (1, 1, 2)]
+    assert data.mixed(images).workers == 2
     assert touched.value not in (0, os.getpgrp())                       # a signal to this group is not for processes
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(passes[0], passes[1])                            # noise in the processes follows the generator
@@ -253,7 +254,7 @@ ZEROS, THREE = torch.zeros(3, 1, 4, 4), torch.arange(3)
     (TensorDataset(ZEROS), "a batch must be"), (TensorDataset(ZEROS.byte(), THREE), "uint8"),
     (TensorDataset(ZEROS, torch.rand(3)), "float32"), (ImagesOfPillow(), "float tensor"),
     ((ZEROS, torch.arange(4)), "N, C, H, W"), ((ZEROS.view(3, 16), THREE), "N, C, H, W"),
-    ((ZEROS[:0], THREE[:0]), "N, C, H, W"), ((ZEROS, torch.rand(3)), "int64"), ((ZEROS.int(), THREE), "int32"),
+    ((ZEROS[:0], THREE[:0]), "N, C, H, W"), ((ZEROS, torch.rand(3)), "images: labels"), ((ZEROS.int(), THREE), "int32"),
     ((ZEROS[..., :2].byte(), THREE), "square"), (MagicMock(labels=[0, 1]), "integer tensor")])
 def test_what_cannot_be_read_in_full_is_refused(source, word):
     with pytest.raises(InputError, match=word):
@@ -264,18 +265,16 @@ def test_what_cannot_be_read_in_full_is_refused(source, word):
 @pytest.mark.parametrize("kind", ["tensors", "part", "TensorDataset"])
 def test_images_in_memory_that_are_not_finite_are_named(kind, value):
     x, y = torch.zeros(200, 1, 4, 4, dtype=torch.float64), torch.arange(200)
-    images = data.as_images(TensorDataset(x, y) if kind == "TensorDataset" else (x, y))
-    images = data.hold_out(images)[0] if kind == "part" else images
-    data.check_finite(images, "training images")
+    images = {"tensors": (x, y), "TensorDataset": TensorDataset(x, y), "part": data.mixed(data.as_images((x, y)))}[kind]
+    data.as_images(images)
     x[130, 0, 2, 3] = value
     with pytest.raises(InputError, match="^test images: image 130 holds values that are not finite"):
-        data.check_finite(images, "test images")
+        data.as_images(images, "test images")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_images_that_are_read_when_used_are_checked_then(workers):
     images = data.as_images(Loader(Squares(spoilt=17), num_workers=workers), "test images")
-    data.check_finite(images, "test images")                # nothing is read for it
     for use in (lambda: list(images.batches(5, generator=seeded(1))), lambda: images.batch([3, 17])):
         with pytest.raises(InputError, match="^test images: image 17 holds values that are not finite"):
             use()

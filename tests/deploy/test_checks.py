@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
+import data
 import hirelc
 from compress import eval_mode
-from config import InputError
+from config import Eval, InputError
 from deploy import checks, narrow, pack
 from deploy.target import Demands
 from estimate import Proxy
@@ -168,6 +169,8 @@ def changed(change):
     (lambda: changed(lambda m: setattr(m.fc.weight, "data", m.l.weight.data[:3])), "l.weight share memory"),
     (lambda: changed(lambda m: setattr(m.l, "weight", nn.Parameter(torch.ones(8, 1).expand(8, 8)))), "is expanded"),
     (lambda: changed(lambda m: setattr(m, "kept", [m.l.weight.data.T])), "keeps a view of l.weight"),
+    (lambda: changed(lambda m: m.l.weight.register_hook(torch.neg)), "l.weight has a hook on its gradient"),
+    (lambda: changed(lambda m: m.l.register_forward_hook(lambda *_: vars(m).update(seen=1))), "through a closure"),
     (lambda: len, "expected a torch"), (lambda: nn.Flatten(), "no parameters"), (lambda: linear().to("meta"), "meta"),
     (lambda: changed(lambda m: m.register_buffer("n", torch.ones(2, device="meta"))), "several devices"),
     (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().double(), "torch.float64"),
@@ -213,6 +216,14 @@ def test_labels_of_a_dataset_are_looked_at_before_the_work(monkeypatch):
     for sets in ((wrong, (x, y)), ((x, y), DataLoader(wrong, batch_size=5))):
         with pytest.raises(InputError, match="labels go from 0 to 7, .* of image 20"):
             hirelc.compress_model(linear(), *sets, log=silent(), **QUICK)
+
+
+def test_what_is_frozen_is_noted_and_sorted_test_images_are_not_chosen_from_in_their_order():
+    found = quick(linear().requires_grad_(False), eval__images=2)[2]["notes"]
+    assert [note for note in found if "repairs a.weight, l.weight" in note] and "the first 2, which choose" in found[0]
+    (x, y), settings = images(300), (Eval(images=90), silent())
+    first = next(checks.fair_order(data.as_images((x, y.sort().values)), *settings).batches(90))[1]
+    assert min(first.bincount()) > 15 and checks.fair_order(plain := data.as_images((x, y)), *settings) is plain
 
 
 @pytest.mark.parametrize("under", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])

@@ -260,7 +260,7 @@ def padded():
 
 
 class Fixed(nn.Module):
-    """Reads the number of images into a Python number, branches on values, or has a part in another precision."""
+    """Reads the number of images into a Python number, branches on values, has a part in another precision, or vmap."""
 
     def __init__(self, what):
         super().__init__()
@@ -270,19 +270,18 @@ class Fixed(nn.Module):
         if self.what == "autocast":
             with torch.autocast("cpu", torch.bfloat16):
                 return self.fc(x.mean((2, 3)))
-        x = self.fc(x.mean((2, 3)))
-        return x + torch.ones(2, 2) if self.what == "batch" else x if x.sum() > 0 else -x
+        x = (torch.vmap(self.fc) if self.what == "vmap" else self.fc)(x.mean((2, 3)))
+        return x if self.what == "vmap" else x + torch.ones(2, 2) if self.what == "batch" else x if x.sum() > 0 else -x
 
 
 @pytest.mark.parametrize("model, example, message", [
     (lambda: Fixed("batch"), IMAGES, "Fixed cannot be exported for batches of any size"),
     (lambda: Fixed("branch"), IMAGES, "Fixed cannot be exported: "),
-    (lambda: Fixed("autocast"), IMAGES, "cannot be made narrower"),
+    (lambda: Fixed("autocast"), IMAGES, "cannot be made narrower"), (lambda: Fixed("vmap"), IMAGES, "torch.vmap"),
     (Attend, None, "expected a batch of images"),
     (Attend, torch.zeros(0, 3, 16, 16), "expected a batch of images"),
     (Attend, torch.zeros(2, 5, 16, 16), "Attend fails on a batch of images"),
-    (nn.Flatten, IMAGES, "Flatten has no parameters"),
-])
+    (nn.Flatten, IMAGES, "Flatten has no parameters")])
 def test_what_cannot_be_made_narrower_is_said_in_one_line(model, example, message):
     with pytest.raises(InputError, match=message) as error:
         narrow.materialize(model(), example)

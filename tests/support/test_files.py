@@ -54,6 +54,7 @@ def test_read_json(tmp_path):
 def test_names_values_and_errors_fit_on_a_line():
     assert files.shown("a\nb") == policies.quoted("a\nb") == "'a\\nb'" and files.shown("é" * 300) == "é" * 200 + "…"
     assert files.one_line(ValueError("a\n  b")) == "a b" and files.one_line(ValueError()) == "ValueError"
+    assert files.one_line(ValueError("Caught ValueError in process 0.\nTraceback\nValueError: b\n")) == "ValueError: b"
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

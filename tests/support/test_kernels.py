@@ -92,8 +92,7 @@ def probed(m, x):
                  a=conv(3, 4), b=conv(4, 8), p=conv(4, 8, 1), q=conv(3, 4)), ["a", "b", "q", "p"],
      {"head": CLASSIFIER}),
     (lambda: Net(lambda m, x: m.short(m.b(F.relu(m.a(x))) + m.short(x)), a=conv(3, 4), b=conv(4, 3),
-                 short=conv(3, 3, 1), head=3), ["a", "b", "short"], {"head": CLASSIFIER}),
-])
+                 short=conv(3, 3, 1), head=3), ["a", "b", "short"], {"head": CLASSIFIER})])
 def test_what_is_compressed_and_what_is_left_out(model, names, excluded):
     assert kernels(model()) == (names, excluded)
 
@@ -126,8 +125,7 @@ def two():
     (lambda: nn.Sequential(conv(4, 8, 1), nn.BatchNorm2d(8)), "short.0"),
     (lambda: conv(4, 8, 1), "short"),
     (lambda: nn.Sequential(nn.AvgPool2d(3, 1, 1), conv(4, 8, 1, bias=False), nn.GroupNorm(2, 8)), "short.1"),
-    (lambda: nn.Sequential(conv(4, 8, 1), nn.BatchNorm2d(8), nn.Hardswish()), "short.0"),
-])
+    (lambda: nn.Sequential(conv(4, 8, 1), nn.BatchNorm2d(8), nn.Hardswish()), "short.0")])
 @pytest.mark.parametrize("add", [lambda y, s: y + s, lambda y, s: s + y, lambda y, s: y.add_(s).mul_(2)])
 def test_a_1x1_projection_on_a_shortcut_is_left_out(shortcut, name, add):
     names, left = kernels(residual(shortcut(), *two(), add=add))
@@ -148,8 +146,7 @@ def test_a_1x1_projection_on_a_shortcut_is_left_out(shortcut, name, add):
      ["stem", "branch.0", "branch.3", "short"]),
     # an identity shortcut that starts right after a 1×1
     (lambda: residual(nn.Identity(), conv(4, 6), nn.ReLU(), conv(6, 4), add=lambda y, s: torch.cat([y + s] * 2, 1),
-                      before=conv(3, 4, 1)), ["stem", "branch.0", "branch.2"]),
-])
+                      before=conv(3, 4, 1)), ["stem", "branch.0", "branch.2"])])
 def test_what_only_looks_like_a_shortcut_is_compressed(model, names):
     assert kernels(model()) == (names, {"head": CLASSIFIER})
 
@@ -279,8 +276,7 @@ def test_groups_are_the_blocks():
     ({"groups": [["stem", "stem"]]}, "named twice"),
     ({"groups": [["stem"], []]}, "none of them empty"),
     ({"groups": ["stem"]}, "lists of kernel names"),
-    ({"groups": [["stem"]], "exclude": ["stem"]}, "stem is excluded: left out by exclude=stem"),
-])
+    ({"groups": [["stem"]], "exclude": ["stem"]}, "stem is excluded: left out by exclude=stem")])
 def test_names_that_cannot_be_meant(settings, message):
     with pytest.raises(InputError, match=message) as error:
         survey(chain(), X, **settings)
@@ -293,8 +289,7 @@ def test_names_that_cannot_be_meant(settings, message):
     (lambda: Net(lambda m, x: m.a(x), head=0, a=conv(3, 4)), r"returns torch.float32 \[2, 4, 8, 8\]"),
     (lambda: Net(lambda m, x: m.a(x), head=0, a=conv(5, 4)), "fails on a batch of images.*RuntimeError"),
     (lambda: Net(lambda m, x: m.a(torch.zeros(2, 4)), head=0, a=nn.Linear(4, 3)), "do not depend on the images"),
-    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "nothing to compress; 1: classifier"),
-])
+    (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), "nothing to compress; 1: classifier")])
 def test_networks_that_cannot_be_used(model, message):
     with pytest.raises(InputError, match=message) as error:
         survey(model(), X)

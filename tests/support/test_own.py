@@ -149,8 +149,7 @@ def check_figures(given, compressed, policy, result, classifiers):
     (Shared, 1, ["stem", "once", "dw"], "fc", set()),
     (Attend, 3, ["patch"] + [f"encoder.layers.{i}.{part}" for i in (0, 1) for part in
                              ("self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2")], "head", set()),
-    (Flattening, 3, ["a", "c"], "d", {"b"}),
-])
+    (Flattening, 3, ["a", "c"], "d", {"b"})])
 def test_a_network_of_ones_own(make, channels, kernels, classifier, left_out):
     model, (x, y) = make(), pictures(channels=channels)
     model.register_forward_hook(lambda *_: None)
@@ -270,8 +269,7 @@ def test_weights_for_a_model_are_read_strictly_by_name(net, tmp_path, capsys):
 @pytest.mark.parametrize("args, message", [
     (["--model", "{net}:make", "--weights", "auto"], "there are no published weights for a network of your own"),
     (["--model", "{net}:make", "--weights", "{net}.pth"], "no such file"),
-    (["--model", "{net}:make", "--exp", "3"], "either --exp N"),
-])
+    (["--model", "{net}:make", "--exp", "3"], "either --exp N")])
 def test_bad_input_for_a_model_is_one_line_exit_2_and_leaves_nothing(net, tmp_path, capsys, args, message):
     out = tmp_path / "new" / "runs"
     assert hirelc.main([*(a.format(net=net) for a in args), "--out", str(out), *SET]) == 2
