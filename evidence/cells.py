@@ -5,8 +5,6 @@ packed file's network is right, the first in the highest bit. Differences are in
 confidence interval, paired by image and, where two methods have several seeds in common, by seed.
 """
 
-import csv
-import io
 import json
 from pathlib import Path
 
@@ -150,14 +148,6 @@ def frontier(folder) -> list[dict]:
     points += [(r["network"], r["series"], r["fp32_bytes"] / r["packed_bytes"], r["deployed_acc_full"]) for r in longer]
     return [{"network": name, "series": series, "times smaller": round(float(x), 2), "accuracy": round(float(y), 2)}
             for name, series, x, y in sorted(points)]
-
-
-def csv_of(rows: list[dict]) -> str:
-    """Return rows with the same keys as a CSV file."""
-    writer = csv.DictWriter(text := io.StringIO(), rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def figure(rows: list[dict]) -> str:

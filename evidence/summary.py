@@ -176,18 +176,22 @@ def account(run, best) -> dict:
             "bytes_packed": best.row.packed_bytes}}
 
 
+def csv_of(rows: list[dict]) -> str:
+    """Return rows with the same keys as a CSV file."""
+    writer = csv.DictWriter(text := io.StringIO(), rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def save(path, out, write) -> None:
     """Write what is known after a cycle: cycles.csv, updates.csv and the best cycle's packed file.
 
     ``write(path, bytes or a function of a file)``: support.runs.write.
     """
     for name, rows in (("cycles.csv", [dataclasses.asdict(row) for row in out.rows]), ("updates.csv", out.updates)):
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
         if rows:
-            write(path / name, text.getvalue().encode())
+            write(path / name, csv_of(rows).encode())
     write(path / "packed.pt", out.best.packed)
 
 

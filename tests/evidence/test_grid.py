@@ -12,6 +12,7 @@ from compress import BlockConfig, KernelConfig, KernelShape, NetworkConfig
 from config import flatten
 from deploy import pack
 from evidence import cells, grid, networks
+from evidence.summary import csv_of
 from support.cli import arguments
 from support.kernels import Block
 
@@ -61,7 +62,7 @@ def test_the_figure_has_every_cell_and_the_published_numbers(tmp_path):
     assert {"network": "resnet20", "series": "table", "times smaller": 12.1, "accuracy": 50.0} in rows
     drawn = [mark[0].text for mark in xml.fromstring(cells.figure(rows)).findall(".//{*}circle")]
     assert (len(rows), len(drawn), drawn[0]) == (3 + 2, 3 + 2, "table's optimum (--preset plus): 12.1, 62.5")
-    assert cells.csv_of(rows).splitlines()[:2] == ["network,series,times smaller,accuracy", "resnet20,given,1.01,87.5"]
+    assert csv_of(rows).splitlines()[:2] == ["network,series,times smaller,accuracy", "resnet20,given,1.01,87.5"]
 
 
 @pytest.mark.parametrize("code", [0, 3])
