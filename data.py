@@ -199,16 +199,17 @@ def normalise_(x, mean, std, top=1):
 # Data sets by name, images of a user, the split that chooses
 
 
-def load(settings: Data, progress=lambda what, done, total: None, pretrained_stats=None) -> Splits:
+def load(settings: Data, progress=lambda what, done, total: None, pretrained_stats=None, at_most=0) -> Splits:
     """Read, download or draw the data set that ``settings`` name, only the images that it asks for.
 
     ``train_images``: the first n of a fixed pseudo-random permutation; ``test_images``: the first n of the test order
     (ledger D15, D19); 0 = all. ``progress(what, done, total)``: called as images are read. ``pretrained_stats``: mean
-    and std of the network's published weights, which data.normalize=pretrained needs. Raises InputError.
+    and std of the network's published weights, which data.normalize=pretrained needs. ``at_most`` > 0: of either split
+    only that many are read, although more are asked for. Raises InputError.
     """
     if settings.normalize == "pretrained" and pretrained_stats is None:
         raise InputError("data.normalize=pretrained needs the mean and std of a network's published weights")
-    splits = _load_synthetic(settings) if settings.name == "synthetic" else _load_files(settings, progress)
+    splits = _load_synthetic(settings) if settings.name == "synthetic" else _load_files(settings, progress, at_most)
     if settings.normalize != "dataset":
         stats = {"pretrained": pretrained_stats, "imagenet": IMAGENET_STATS, "none": ((0.0,) * 3, (1.0,) * 3)}
         mean, std = (tuple(values) for values in stats[settings.normalize])
@@ -218,8 +219,8 @@ def load(settings: Data, progress=lambda what, done, total: None, pretrained_sta
     return splits
 
 
-def _load_files(settings, progress):
-    *parts, num_classes, notes = sources.read(settings, progress)
+def _load_files(settings, progress, at_most):
+    *parts, num_classes, notes = sources.read(settings, progress, at_most)
     mean, std = CIFAR_STATS.get(settings.name, IMAGENET_STATS)
     augment = ("flip", "crop", "jitter") if settings.name in CIFAR_STATS else ("flip", "jitter")
     splits = [(Stream if isinstance(part.images, sources.Files) else Images)(

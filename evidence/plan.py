@@ -61,12 +61,6 @@ def plan(config: Config, path: Path, make_run) -> str:
     return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample(Data):
-    """Settings under which at most ``at_most`` images of a split are read; the number asked for is still checked."""
-    at_most: int = 0
-
-
 def _absent(settings: Data) -> tuple[str, float] | None:
     """Return what would be done first to get a data set, and the bytes that it takes then; None where it is there."""
     if settings.name not in layouts.ARCHIVES:
@@ -84,8 +78,8 @@ def _images(config: Config, lines, needs):
     settings, wanted = config.data, 2 * max(config.data.batch_size, config.eval.batch_size)
     absent = _absent(settings)
     if not absent:
-        sample = Sample(**{**vars(settings), "cache": False, "workers": 0}, at_most=wanted)
-        splits = data.load(sample, pretrained_stats=models.PRETRAINED_STATS[config.model.name])
+        sample = dataclasses.replace(settings, cache=False, workers=0)
+        splits = data.load(sample, pretrained_stats=models.PRETRAINED_STATS[config.model.name], at_most=wanted)
         lines.append(f"data: {settings.name}, {splits.asked[0]} training and {splits.asked[1]} test images, "
                      f"{splits.num_classes} classes, {settings.image_size} px")
         return splits, splits.asked

@@ -113,24 +113,25 @@ class Split(NamedTuple):
     skipped: int = 0
 
 
-def read(settings, progress):
-    """Return (train Split, test Split, number of classes, notes) of the data set that ``settings`` (config.Data) name.
-    Raises InputError when it cannot be had, is incomplete or damaged, or holds too few images."""
+def read(settings, progress, at_most=0):
+    """Return (train Split, test Split, number of classes, notes) of the data set that ``settings`` (config.Data) name,
+    with ``at_most`` > 0 no more images of a split than that. Raises InputError when it cannot be had, is incomplete or
+    damaged, or holds too few images."""
     notes = []
     *listings, classes = layouts.find(settings, progress, notes)
-    splits = [_read_split(settings, split, listing, progress, notes)
+    splits = [_read_split(settings, split, listing, progress, notes, at_most)
               for split, listing in zip(("train", "test"), listings)]
     return *splits, len(classes), notes
 
 
-def _read_split(settings, split, listing, progress, notes) -> Split:
+def _read_split(settings, split, listing, progress, notes, at_most) -> Split:
     """The first n images of a split, decoded, or to be streamed where that takes too much memory; with skip_corrupt
     n - k, where k of them cannot be read."""
     wanted, available, name = getattr(settings, f"{split}_images"), len(listing.labels), settings.name
     if wanted > available:
         raise InputError(f"data.{split}_images={wanted}: the {split} split of {name} in {settings.dir} holds "
                          f"{available}; give at most {available}, or 0 for all")
-    count = min(wanted or available, getattr(settings, "at_most", available))
+    count = min(wanted or available, at_most or available)
     if count < available:
         order = "a fixed permutation" if split == "train" else "the test order"
         notes.append(f"{name}: {split} images: the first {count} of {order} of {available}")
