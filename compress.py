@@ -203,8 +203,8 @@ def kernel_shapes(block) -> tuple[KernelShape, ...]:
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of every parameter and buffer as stored; a tensor that is shared counts once."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in {*model.parameters(), *model.buffers()})
+    """Return the bytes of the state dict's tensors; one that is shared counts once."""
+    return sum(tensor.nbytes for tensor in {*model.state_dict(keep_vars=True).values()})
 
 
 # --- Pruning (Eq. 18) and quantisation (Eq. 19-20) -------------------------------------------------------------

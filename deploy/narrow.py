@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -680,7 +681,7 @@ def multiply_adds(model: nn.Module, example) -> int:
 
     ``example``: images [n, …]. Raises InputError where the network fails on them."""
     network = copy_network(model).requires_grad_(False)  # otherwise the counter stumbles over views of parameters
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kinds are not counted
         forward(network, example[:1].clone())
     return counter.get_total_flops() // 2
 

@@ -388,7 +388,7 @@ def info(packed: Packed) -> str:
     for (name, kernels), config in zip(packed.blocks.items(), packed.config.blocks):
         lines.append(row(shown(name), f"{config.average_bits:.2f}", f"{100 * config.average_keep:.1f} %", "", "",
                          f"{sum(k.bytes for k in kernels):,}"))
-        lines += [row(f"  {shown(k.name)}", k.config.bits, f"{k.kept}/{k.shape[0]}", k.config.qtype,
+        lines += [row(f"  {shown(k.name)}", k.config.storage_bits, f"{k.kept}/{k.shape[0]}", k.config.qtype,
                       k.config.granularity, f"{k.bytes:,}") for k in kernels]
     kernels, rest = (sum(t.bytes for t in tensors) for tensors in (packed.kernels, packed.rest))
     unpacked = sum(math.prod(t.shape) * t.dtype.itemsize for t in (*packed.kernels, *packed.rest))

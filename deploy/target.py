@@ -70,15 +70,14 @@ def give_back(config: NetworkConfig, sensitivity, count: int, limits) -> Network
 
 
 def resolved(config: Config, params: int, model_bytes: int) -> Config:
-    """The settings with rho_target and delta_max as the goal has them; as they are without a goal. Of a file's size the
-    target is what the kernels may take, as if it had no index.
+    """The settings with rho_target and delta_max as a goal has them, without a surrogate where no search asks it. Of a
+    file's size the target is what the kernels may take, as if it had no index.
 
     params: FP32 parameters of all kernels; ``model_bytes``: of every parameter and buffer.
     """
-    goal = parse_goal(config.goal)
-    if goal is None:
-        return config
-    settings = {} if goal.max_drop is None else {"search.max_drop": goal.max_drop}
+    goal = parse_goal(config.goal) or Goal()
+    settings = {"surrogate.enabled": False} if config.search.method in (*BASELINES, "null") else {}
+    settings |= {} if goal.max_drop is None else {"search.max_drop": goal.max_drop}
     targets = [] if goal.min_cr is None else [1 / goal.min_cr]
     if goal.max_bytes is not None:
         rest = (model_bytes - 4 * params) // (2 if config.pack.rest == "float16" else 1)  # bytes besides the kernels
@@ -179,7 +178,7 @@ class Demands:
         if goal is None:
             return None
         met = {"size": goal.max_bytes is None or row.packed_bytes <= goal.max_bytes,
-               "cr": goal.min_cr is None or row.cr >= goal.min_cr, "drop": self.holds(row)}
+               "cr": goal.min_cr is None or row.cr >= goal.min_cr - ROUNDING, "drop": self.holds(row)}
         return {"asked": self.config.goal, "met": all(met.values()), "missed": [k for k, v in met.items() if not v],
                 "deployed_drop": self.baseline_acc - row.deployed_acc, "packed_bytes": row.packed_bytes}
 

@@ -60,7 +60,7 @@ def summarise(run, outcome, fresh=None) -> dict:
         "given_acc": outcome.baseline["given_acc"], "baseline_acc": outcome.baseline["acc"], "final_acc": best.acc,
         **{key: getattr(best, key) for key in OF_BEST}, "best_cycle": best.cycle, **whole_split(hits),
         "fp32_bytes": model_bytes(run.model), "mode": c.finetune.mode, "scope": c.compress.scope,
-        "target": c.search.target, "cr_met": best.cr >= 1 / c.search.target,
+        "target": c.search.target, "cr_met": best.cr >= 1 / c.search.target - ROUNDING,
         "drop_met": best.drop <= c.search.max_drop + ROUNDING, "goal": goal,
         "cycles": [dataclasses.asdict(row) for row in outcome.rows],
         "strategies": {s: strategies.count(s) / len(strategies) for s in sorted(set(strategies))},

@@ -179,7 +179,7 @@ def test_what_is_reported_is_the_best_cycle_and_drops_compare_like_with_like():
 
 @pytest.mark.parametrize("rate, failed", [(1e-4, 0), (1e30, 3)])
 def test_warm_up_samples_start_from_theta_0_and_one_that_diverges_is_left_out(rate, failed, monkeypatch):
-    run = small_run(**{"surrogate.warmup": 3, "surrogate.warmup_lr": rate, "search.cycles": 1, "search.method": "null"})
+    run = small_run(**{"surrogate.warmup": 3, "surrogate.warmup_lr": rate, "search.cycles": 1, "search": "no-hla"})
     starts, trained, fit = [], [], run.train
     monkeypatch.setattr(hirelc, "compress_network", lambda *a: starts.append(run.weights()) or compress_network(*a))
     run.train = lambda what, trainer: trained.append((trainer.recipe, bool(trainer.factors))) or fit(what, trainer)

@@ -330,6 +330,7 @@ def test_the_command_line_says_what_is_in_a_file(tmp_path, capsys):
     (model, network), path = ours(width=0.2), tmp_path / "packed.pt"
     blocks, config, masks, grids = compressed(model, [KernelConfig(3, 0.5), KernelConfig(8, 1, "FLOAT", "per-channel")])
     path.write_bytes(pack.pack(model, blocks, config, masks, grids, network))
+    model.register_buffer("cache", torch.ones(9), persistent=False)
     assert pack.main(["info", str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line}

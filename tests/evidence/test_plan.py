@@ -37,7 +37,7 @@ def counts(text):
     ([], {"scratch": 1, "baseline": 1, "warmup": 4, "finetune": 2, "sensitivity": 2, "search": 24, "report": 5}),
     (["search=null", "surrogate=off", "eval.full=off"], {"scratch": 1, "baseline": 1, "finetune": 2, "sensitivity": 2}),
     (["search=random", "eval.protocol=holdout", "data.batch_size=31"],  # 61 images to train on, 24 as the agents try
-     {"scratch": 1, "baseline": 1, "warmup": 4, "finetune": 2, "sensitivity": 2, "search": 24, "report": 5}),
+     {"scratch": 1, "baseline": 1, "finetune": 2, "sensitivity": 2, "search": 24, "report": 5}),
     (["search=greedy", "surrogate=off", "eval.full=off", "model.weights=auto", "baseline.epochs=0"],
      {"finetune": 2, "sensitivity": 2, "search": 4}),
     (["preset=plus", "sensitivity=none", "model.weights=auto", "search.cycles=1", "baseline.epochs=0"],

@@ -68,7 +68,6 @@ def test_a_full_disk_is_said_once_and_does_not_stop_the_run(clock):
     assert log.stream.getvalue() == "one\nnote: nothing more goes into /dev/full: No space left on device\ntwo\n"
     log = Log(open("/dev/full", "w"))
     log.info("one")
-    log.close()
     assert log.notes == ["nothing more is shown: No space left on device"]
 
 
