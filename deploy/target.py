@@ -73,7 +73,7 @@ def resolved(config: Config, params: int, model_bytes: int) -> Config:
     """The settings with rho_target and delta_max as a goal has them, without a surrogate where no search asks it. Of a
     file's size the target is what the kernels may take, as if it had no index.
 
-    params: FP32 parameters of all kernels; ``model_bytes``: of every parameter and buffer.
+    params: FP32 parameters of all kernels; ``model_bytes``: of the network's state dict.
     """
     goal = parse_goal(config.goal) or Goal()
     settings = {"surrogate.enabled": False} if config.search.method in (*BASELINES, "null") else {}

@@ -14,7 +14,7 @@ import torch
 import data
 import models
 from compress import kernel_bytes, model_bytes, set_state, snap_to_grid
-from config import Config, InputError, flatten, override
+from config import BASELINES, Config, InputError, flatten, override
 from deploy import pack, policies
 from deploy.target import ROUNDING
 from evidence.stats import mcnemar, paired_interval, wilson
@@ -53,6 +53,8 @@ def summarise(run, outcome, fresh=None) -> dict:
         run.log.note(missed(goal, best.cr))
     if outcome.bad_rewards:
         run.log.note(f"{outcome.bad_rewards} rewards were not finite and became -10")
+    if c.surrogate.warmup and c.search.method in (*BASELINES, "null") and not run.given:
+        run.log.note(f"search={c.search.method} asks no surrogate: none was trained, its warm-up was left out")
     return {
         "exp": c.exp, "name": c.name, "smoke": c.smoke, "seed": c.seed,
         "model": c.model.source.rpartition(":")[2] or c.model.name, "data": c.data.name, "device": str(run.device),

@@ -55,7 +55,7 @@ def shown(name) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message, of one in a DataLoader's process its last line, on one line; its type without one."""
+    """Return an error's message, or its type, on a line of 300 characters; of a DataLoader's process its last line."""
     text = str(error).strip().rpartition("\n")[2] if str(error).startswith("Caught ") else str(error)
     return " ".join(text.split())[:300] or type(error).__name__
 

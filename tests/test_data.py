@@ -266,7 +266,6 @@ def test_what_cannot_be_read_in_full_is_refused(source, word):
 def test_images_in_memory_that_are_not_finite_are_named(kind, value):
     x, y = torch.zeros(200, 1, 4, 4, dtype=torch.float64), torch.arange(200)
     images = {"tensors": (x, y), "TensorDataset": TensorDataset(x, y), "part": data.mixed(data.as_images((x, y)))}[kind]
-    data.as_images(images)
     x[130, 0, 2, 3] = value
     with pytest.raises(InputError, match="^test images: image 130 holds values that are not finite"):
         data.as_images(images, "test images")

@@ -203,13 +203,14 @@ def test_images_for_the_proxy_are_drawn_once_and_few_for_the_sensitivity_or_a_fl
 
 @pytest.mark.parametrize("setting, check", [
     ({"search.method": "no-hla"}, lambda out: all(b.target == 0.25 and b.min_bits == 3 for b in out.best.budgets)),
-    ({"search.method": "null"}, lambda out: not out.updates),
+    ({"search.method": "null", "surrogate.warmup": 1}, lambda out: not out.updates and not out.surrogate.buffer),
     ({"sensitivity.method": "none"}, lambda out: out.sensitivity == [0.5, 0.5]),
     ({"compress.bits_max": 4}, lambda out: {k.bits for b in out.best.config.blocks for k in b.kernels} == {4})])
 def test_ablations_are_one_setting_each(setting, check):
     run = small_run(**{"search.cycles": 1, **setting})
-    assert check(algorithm_1(run))
-    assert any("compress.bits_max=4" in note for note in run.log.notes) == ("compress.bits_max" in setting)
+    assert check(out := algorithm_1(run)) and result_of(run, out)
+    for words, key in (("compress.bits_max=4", "compress.bits_max"), ("asks no surrogate", "surrogate.warmup")):
+        assert any(words in note for note in run.log.notes) == (key in setting)
 
 
 def test_holdout_chooses_on_training_images_and_reads_the_test_split_once(monkeypatch):
