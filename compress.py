@@ -182,8 +182,8 @@ class NetworkConfig:
     @property
     def average_keep(self) -> float:
         """Mean fraction of channels really kept over all kernels, unweighted."""
-        kernels = [len(block.kernels) for block in self.blocks]
-        return sum(block.average_keep * count for block, count in zip(self.blocks, kernels)) / sum(kernels)
+        kept = [fraction for block in self.blocks for fraction in block.kept]
+        return sum(kept) / len(kept)
 
 
 @dataclass(frozen=True)
@@ -343,7 +343,8 @@ def quantize(weight: Tensor, bits: int, qtype: str = "INT", granularity: str = "
     """Return a de-quantised copy of ``weight`` on a grid of at most 2^bits values, ``log-script`` twice that (§3.5.2).
 
     weight [n_out, …], any float type, in and out; arithmetic is float32. Zero stays exactly zero. A second pass
-    changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT, fitted; float32 in). bits >= 32 returns a copy.
+    over float32 changes nothing (INT, learned, log) or less than 1e-6 max|W| (FLOAT; fitted, but for one row in
+    thousands, for which another scale fits its own grid better). bits >= 32 returns a copy.
     ``log``, ``learned`` and ``fitted`` ignore ``qtype``. Raises ValueError for values outside KernelConfig's ranges.
     """
     config = KernelConfig(bits, 1.0, qtype, granularity)  # checks the values
@@ -378,10 +379,9 @@ def eval_mode(model: torch.nn.Module):
     try:
         yield
     finally:
-        if any(mode for _, mode in before):
-            for module, mode in before:
-                if module.training != mode:
-                    module.train(mode)
+        for module, mode in before:
+            if module.training != mode:
+                module.train(mode)
 
 
 def to_eval(model: torch.nn.Module) -> None:

@@ -158,7 +158,7 @@ class Run:
             log.note(f"{left} of the training images, other ones in each epoch, are left out (BatchNorm)")
         if config.model.source:
             checks.check_use(model, self.train_set, test, self.blocks, self.config, log)
-            self.phases.identity |= checks.fingerprint(model, (train, test), ())  # also of what its file imports
+        self.phases.identity |= checks.fingerprint(model, (train, test), ())  # also of what a model's file imports
 
     @property
     def eval_images(self) -> int:
@@ -417,7 +417,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
     log.notes = []  # the result has those of this call
     train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
-    state = Path(run_dir) / "state" if run_dir is not None else None
+    state = Path(run_dir).expanduser() / "state" if run_dir is not None else None
     identity = runs.identity(config) | checks.fingerprint(model, (train, test), (exclude, groups)) if state else {}
     phases = runs.Phases(state, identity, STORED, log=log)
     with (networks.switches(config), runs.locked(state.parent) if state else contextlib.nullcontext(),
@@ -467,7 +467,7 @@ def run_experiment(config: Config, log: Log | None = None, resume: bool = False,
                                  "anew")
         finished, resume = ranks.same((finished, resume and phases.exists))
         if finished:
-            log.info(f"{path}: finished already; --restart begins anew")
+            log.info(f"{path}: finished already, with the images as they were then; --restart begins anew")
             return finished
         stack.enter_context(networks.switches(config))
         return _run_experiment(config, log, ranks, device, path, phases, policy, resume)

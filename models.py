@@ -6,6 +6,7 @@ torchvision's (which are timm's too) for the ResNets. ``layout`` tells :mod:`sup
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 from collections import OrderedDict
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress import eval_mode
 from config import InputError
 from support.kernels import (CLASSIFIER, ELSEWHERE, INDIRECT, LAST, PATCHES, SHORTCUT, UNREACHED, Block, Kernel,
                              registered_kernels, traced_kernels)
@@ -42,7 +44,7 @@ def stages(model: nn.Module) -> tuple[Stage, ...]:
 
     A candidate for one block needs nothing of the stages before it but their result, the same for every candidate.
     """
-    if isinstance(model, (VisionTransformer, ResNet, MobileNetV2)):
+    if type(model) in (VisionTransformer, ResNet, MobileNetV2):
         return model.stages()
     return (Stage((model,), model),)
 
@@ -391,7 +393,7 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str =
     paper leaves out too, in extra blocks. Raises InputError where that leaves nothing to compress.
     """
     what, sections = type(model).__name__, None
-    if isinstance(model, (VisionTransformer, ResNet, MobileNetV2)):
+    if type(model) in (VisionTransformer, ResNet, MobileNetV2):
         kernels, classifier = registered_kernels(model), classifier_name(model)
         for kernel in kernels:
             if kernel.name == classifier:
@@ -400,7 +402,7 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str =
                 kernel.reason = next((LEFT_OUT[part] for part in LEFT_OUT if part in kernel.name), kernel.reason)
     else:
         kernels = traced_kernels(model, example)
-    if isinstance(model, VisionTransformer):
+    if type(model) is VisionTransformer:
         sections = [(f"blocks.{i}", {f"blocks.{i}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")},
                      tuple(f"blocks.{i}.{name}" for name, _ in block.named_parameters()))
                     for i, block in enumerate(model.blocks)]
@@ -410,6 +412,22 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str =
 def find_blocks(model: nn.Module, example=None, exclude=(), groups=None) -> list[Block]:
     """Return the blocks of :func:`survey`; every network but this file's needs ``example``, a batch of images."""
     return survey(model, example, exclude, groups).blocks
+
+
+@contextlib.contextmanager
+def block_parameters(model: nn.Module, blocks):
+    """In eval mode inside: yield the ``parameters`` of all blocks, frozen ones trainable too, and each one's block."""
+    named = dict(model.named_parameters(remove_duplicate=False))  # a shared tensor goes by each of its names
+    parameters, owner = zip(*((named[name], i) for i, block in enumerate(blocks) for name in block.parameters))
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with eval_mode(model):
+            yield parameters, owner
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def arrange(what: str, kernels: list[Kernel], exclude=(), groups=None, sections=None, scope="paper") -> Survey:

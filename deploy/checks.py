@@ -71,7 +71,7 @@ def check_writable(path) -> None:
 
 def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
     """Return what tells one call from another, for the identity of a run: a hash of the network's tensors, of the code
-    of its classes and (on a CPU) of its logits; of the sets' sizes, labels and first images, unless these are others
+    of its classes and (on a CPU) of its logits; of the sets' sizes, labels and up to 64 images, unless these are others
     each time they are read; and of ``asked``, the other arguments."""
     text = re.sub(r" at 0x[0-9a-f]+", "", f"{model} {asked}")  # addresses are others in the next process
     digest = hashlib.sha256(text.encode())
@@ -81,7 +81,7 @@ def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + raw_bytes(tensor).numpy().tobytes())
     for images in sets:
-        first, (x, y) = (images.batch(torch.arange(min(16, len(images)))) for _ in range(2))
+        first, (x, y) = (images.batch(torch.arange(0, len(images), -(-len(images) // 64))) for _ in range(2))
         digest.update(f"{len(images)} {getattr(images, 'labels', y).tolist()}".encode())
         digest.update(raw_bytes(x).numpy().tobytes() if torch.equal(x, first[0]) else b"")
     network = copy_network(model)
@@ -237,10 +237,10 @@ def _check_modes(model, what):
 
 
 def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
-    """Raise InputError for a network that does not take the test images, that gives other logits the next time or NaN,
-    whose forward changes its own parameters, that keeps something outside its state dict, or where no gradient reaches
-    any of the kernels of ``blocks`` from the logits of a training batch; train, test: its images, as data.Images;
-    config: Config. What the packed file cannot hold is noted."""
+    """Raise InputError for a network that does not take the test images, that gives NaN, or other logits the next time
+    or in another batch, whose forward changes its own parameters, that keeps something outside its state dict, or where
+    no gradient reaches any of the kernels of ``blocks`` from the logits of a training batch; train, test: its images,
+    as data.Images; config: Config. What the packed file cannot hold is noted."""
     device, what, trial = next(model.parameters()).device, type(model).__name__, copy_network(model)
     images, others = (part.batch(torch.arange(min(8, len(part))), device)[0] for part in (train, test))
     kernels = [names[0] for block in blocks for names in block.tensors.values()]
@@ -258,6 +258,9 @@ def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
         if not all(torch.allclose(first, other, 1e-4, 1e-4 * first.abs().max().item()) for other in again):
             raise InputError(f"{what} gives other logits for the same images the next time in eval mode: dropout or "
                              "noise that is on there too, or a state that it carries on")
+        half, close = first[:(len(first) + 1) // 2], CLOSE_IN_HALF * first.abs().max().item()
+        if not torch.allclose(half, forward(trial, images[:len(half)].clone()), 0, close):
+            raise InputError(f"{what} gives an image other logits in another batch (BatchNorm without statistics?)")
         with torch.no_grad():  # by another sign and size, what a constraint such as max-norm or clamp forbids
             before = {name: p.mul_(-4).clone() for name, p in trial.named_parameters()}
         with contextlib.suppress(InputError):
@@ -280,8 +283,8 @@ def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
         try:
             set_state(fresh, trial.state_dict())
         except RuntimeError as error:
-            raise InputError(f"{what}: another network of --model {source} for its {first.shape[1]} logits does not "
-                             f"take its weights; it has to be the same each time ({said(error)})") from None
+            raise InputError(f"{what}: what --model {source} makes for num_classes={first.shape[1]}, its logits, does "
+                             f"not take its weights; it has to be the same each time ({said(error)})") from None
         if found := difference(fresh, trial, images, exact=given):
             raise InputError(f"{what} keeps something outside its state dict (a cache, a counter, what is drawn anew): "
                              f"with other weights it gives other logits than a fresh one that is given these ({found})")

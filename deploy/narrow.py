@@ -34,7 +34,7 @@ from support.own import copy_network, forward, said, untouched, visible_attentio
 aten = torch.ops.aten
 
 CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding}
-PRODUCTS = {aten.matmul.default, aten.mm.default}
+MATMULS = {aten.matmul.default, aten.mm.default}
 PADS = {aten.constant_pad_nd.default, aten.pad.default}
 SIZED = {aten.reshape.default, aten.expand.default}  # the new shape is their second argument
 # How channels go through an operation; "spatial": dimension 1 of the output is that of the input, channel by channel.
@@ -136,7 +136,7 @@ def _normalise(graph, node, constant):
         for user in list(node.users):
             user.replace_all_uses_with(node)
             graph.erase_node(user)
-    elif node.target in PRODUCTS and not node.kwargs:  # a product with a constant is a linear layer
+    elif node.target in MATMULS and not node.kwargs:  # a product with a constant is a linear layer
         x, weight = node.args
         if weight in constant and len(weight.meta["val"].shape) == 2:
             with graph.inserting_before(node):
@@ -445,9 +445,9 @@ class _Writer:
         inside of a map, between its borders) is stored once."""
         constant, indices = constant.movedim(dim, -1), {}
         for along in range(constant.dim() - 1):
-            first, index = _repeats(constant, along)
-            if len(first) < len(index):
-                constant, indices[along] = constant.index_select(along, first), index
+            different, index = constant.unique_consecutive(dim=along, return_inverse=True)
+            if different.shape[along] < len(index):
+                constant, indices[along] = different, index
         node = self.tensor(name, constant.contiguous())
         for along, index in indices.items():
             node = self.call(aten.index_select.default, node, along, self.index(index))
@@ -604,15 +604,6 @@ def _rows(weight):
     return weight.flatten(1).ne(0).any(1)
 
 
-def _repeats(tensor, along):
-    """(positions [m] of the slices along a dimension that differ from the one before them, which of these [n] each
-    slice is like, up to rounding)."""
-    slices = tensor.movedim(along, 0).flatten(1)
-    changes = torch.ones(len(slices), dtype=torch.bool)
-    changes[1:] = ~_close(slices[1:], slices[:-1]).all(1)
-    return _where(changes), changes.cumsum(0) - 1
-
-
 def _name(node):
     """Name of the parameter that a constant is, or is computed from first."""
     source = _source(node)
@@ -679,7 +670,8 @@ def _images(model, example):
 def multiply_adds(model: nn.Module, example) -> int:
     """Count the multiply-adds of one image through convolutions, linear and matrix products and attention.
 
-    ``example``: images [n, …]. Raises InputError where the network fails on them."""
+    Not those of nn.Bilinear, nor on a CPU of nn.LSTM, which torch's counter does not see. ``example``: images [n, …].
+    Raises InputError where the network fails on them."""
     network = copy_network(model).requires_grad_(False)  # otherwise the counter stumbles over views of parameters
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the fused kinds are not counted
         forward(network, example[:1].clone())

@@ -126,7 +126,7 @@ class Space:
         self.shapes = [shape for block in self.block_shapes for shape in block]
         self.of_block = np.repeat(np.arange(len(problem.blocks)), [len(block) for block in self.block_shapes])
         self.qtypes, self.granularities = numeric_options(limits)
-        self.keeps = [self._keeps(shape) for shape in self.shapes]
+        self.keeps = [self.keep_grid(shape) for shape in self.shapes]
         bits = limits.bits_max - limits.bits_min + 1
         self.levels = np.array([[bits, len(keeps), len(self.qtypes), len(self.granularities)] for keeps in self.keeps])
         self.sizes = np.array([[[problem.cost(self.kernel(k, b, min(j, len(keeps) - 1), 0, 0), shape)
@@ -137,8 +137,8 @@ class Space:
         self.known: dict[tuple[int, BlockConfig], float] = {}
         self.best, self.best_drop = None, math.inf
 
-    def _keeps(self, shape) -> list[float]:
-        """The agents' keep grid, 1 - j/14 max_pruning, from the least; of equal numbers of channels the largest."""
+    def keep_grid(self, shape) -> list[float]:
+        """Return the agents' keep grid, 1 - j/14 max_pruning, ascending; of equal numbers of channels the largest."""
         if not shape.prunable:
             return [1.0]
         grid = [1.0 - j / (LEVELS - 1) * self.problem.limits.max_pruning for j in reversed(range(LEVELS))]

@@ -22,8 +22,8 @@ METHODS = {**{name: f"search={name}" for name in (
 # the same with all channels kept
 METHODS |= {f"{name}-bits": f"{METHODS[name]} compress.max_pruning=0" for name in ("table", "untrained", "trained")}
 # Published accuracies of the same networks with small weights and FP32 activations: series, times smaller, percent.
-PUBLISHED = {"resnet20": [("trained ternary quantisation (Zhu et al. 2017)", 16, 91.13)],
-             "resnet56": [("trained ternary quantisation (Zhu et al. 2017)", 16, 93.56)]}
+LITERATURE = {"resnet20": [("trained ternary quantisation (Zhu et al. 2017)", 16, 91.13)],
+              "resnet56": [("trained ternary quantisation (Zhu et al. 2017)", 16, 93.56)]}
 # Networks as tables and figure call them, and the figure's series (up to their bracket) as it does.
 TITLES = {"resnet20": "ResNet-20, CIFAR-10", "resnet56": "ResNet-56, CIFAR-10", "mobilenetv2": "MobileNetV2, half of "
           "Tiny ImageNet", "resnet18": "ResNet18, half of Tiny ImageNet", "deit_tiny": "DeiT-Tiny, CIFAR-100"}
@@ -143,7 +143,7 @@ def frontier(folder) -> list[dict]:
     and of what was published."""
     points = [(c["network"], c["method"], c["fp32_bytes"] / c["packed_bytes"], 100 * hits(c).mean())
               for c in read(folder)]
-    points += [(name, *point) for name, own in PUBLISHED.items() for point in own]
+    points += [(name, *point) for name, own in LITERATURE.items() for point in own]
     longer = [json.loads(path.read_text()) for path in Path(folder).glob("long-*.json")]
     points += [(r["network"], r["series"], r["fp32_bytes"] / r["packed_bytes"], r["deployed_acc_full"]) for r in longer]
     return [{"network": name, "series": series, "times smaller": round(float(x), 2), "accuracy": round(float(y), 2)}

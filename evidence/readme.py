@@ -7,7 +7,7 @@ from pathlib import Path
 
 from config import Config, fields_of, get
 from evidence.cells import figure, frontier, learning, read, sizes, summary, table
-from evidence.summary import csv_of
+from evidence.report import csv_of
 from support.files import replace_file
 
 ROOT, PAGES = Path(__file__).resolve().parent.parent, ("README.md", "docs/GUIDE.md", "docs/RESULTS.md")

@@ -97,6 +97,11 @@ def _markdown(table: Table) -> str:
     return "\n".join([header, "|" + "---|" * len(table.columns), *rows, "", *(f"- {n}" for n in table.notes), ""])
 
 
+def csv_of(rows: list[dict]) -> str:
+    """Return rows with the same keys as comma-separated text."""
+    return csv_text(rows[0], [row.values() for row in rows])
+
+
 def csv_text(columns, lines) -> str:
     """Return lines below a header, as comma-separated text. A text that a spreadsheet would take for a formula gets an
     apostrophe in front: names of runs, blocks and kernels come from the user's files."""
@@ -116,8 +121,7 @@ def csv_files(runs: list[Run]) -> dict[str, str]:
     for figures_ in (*map(rows.experiment_figures, tables.grouped(runs).values()), *map(rows.run_figures, runs)):
         for figure in figures_:
             drawn.setdefault(figure.name, []).extend(figure.rows)
-    return files | {f"{name}.csv": csv_text(lines[0], [line.values() for line in lines])
-                    for name, lines in drawn.items()}
+    return files | {f"{name}.csv": csv_of(lines) for name, lines in drawn.items()}
 
 
 STYLE = """

@@ -7,7 +7,6 @@ Every measure is a number per block, from the cross-entropy of calibration image
 from __future__ import annotations
 
 import functools
-import math
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from compress import eval_mode
+from models import block_parameters
+from train import relative
 
 PROBES = 16  # Rademacher vectors of the Hessian's trace
 IMAGES_TOGETHER = 16  # of a second derivative, whose graph is large
@@ -30,33 +30,18 @@ def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: T
     images [N, 3, H, W], labels [N]; ``generator`` draws hessian's vectors. Raises FloatingPointError when a value is
     not finite.
     """
-    values = block_values(method, model, blocks, images, labels, generator)
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"sensitivity={method} is not finite: the network's loss or gradients overflow")
-    values = [max(value, 0.0) for value in values]
-    largest = max(values)
-    return [value / largest for value in values] if largest > 0 else [1.0] * len(values)
+    return relative(block_values(method, model, blocks, images, labels, generator), f"sensitivity={method}")
 
 
 def block_values(method, model, blocks, images, labels, generator, probes: int = PROBES) -> list[float]:
     """Return a measure of every block, not divided by anything; see :func:`sensitivity` and the functions below."""
-    named = dict(model.named_parameters(remove_duplicate=False))  # a shared tensor goes by each of its names
-    flat, owner = zip(*((named[name], i) for i, block in enumerate(blocks) for name in block.parameters))
-    frozen = [p for p in flat if not p.requires_grad]
-
     def losses():  # the parts of the mean cross-entropy
         for x, y in zip(images.split(IMAGES_TOGETHER), labels.split(IMAGES_TOGETHER)):
             yield F.cross_entropy(model(x.clone()), y, reduction="sum") / len(images)
 
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        with eval_mode(model):
-            values = np.bincount(owner, hessian(flat, losses, generator, probes) if method == "hessian" else
-                                 {"gradient": gradient, "snip": snip, "grasp": grasp}[method](flat, losses))
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+    with block_parameters(model, blocks) as (flat, owner):
+        values = np.bincount(owner, hessian(flat, losses, generator, probes) if method == "hessian" else
+                             {"gradient": gradient, "snip": snip, "grasp": grasp}[method](flat, losses))
     if method == "gradient":
         values = values / np.bincount(owner, [p.numel() for p in flat])
     return (np.abs(values) if method == "grasp" else values).tolist()

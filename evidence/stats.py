@@ -81,8 +81,6 @@ def rank_correlation(a, b) -> float:
 def mcnemar(lost: int, won: int) -> float:
     """Return the exact two-sided p of McNemar's test: the probability of so uneven a split of the images on which two
     networks differ, if each falls to either side with probability 1/2; 1 where there is none."""
-    if min(lost, won) < 0:
-        raise ValueError(f"{lost} lost and {won} won")
     n, term, total = lost + won, 1, 0
     for k in range(min(lost, won) + 1):
         total += term  # binomial(n, k)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import time
@@ -19,12 +17,13 @@ from deploy import pack, policies
 from deploy.target import ROUNDING
 from evidence.stats import mcnemar, paired_interval, wilson
 from evidence.null import null_controller
+from evidence.report import csv_of
 from support.files import shown
 from support.log import duration
 from support.own import own_network
 from train import accuracy, correct
 
-NETWORKS = ("baseline", "baseline_bn", "final", "grid", "deployed")  # those whose accuracy is reported
+SCORED = ("baseline", "baseline_bn", "final", "grid", "deployed")  # those whose accuracy is reported
 OF_BEST = ("drop", "grid_acc", "deployed_acc", "cr", "msr", "cr_unweighted", "whole_model_ratio", "packed_bytes",
            "sparsity", "compliance", "retained", "voted_retained", "voted_compliance")  # of the best cycle's row
 # drop → (before, after): each compares two networks whose BatchNorm statistics have one origin, but for "deployed",
@@ -101,7 +100,7 @@ def search_row(cycle: int, found, note) -> dict:
 
 
 def score_networks(run, outcome) -> dict:
-    """Return which test images each of NETWORKS classifies correctly: name → bool [n]; empty without ``eval.full``.
+    """Return which test images each of SCORED classifies correctly: name → bool [n]; empty without ``eval.full``.
 
     A network whose BatchNorm cannot be estimated again is not scored twice.
     """
@@ -138,7 +137,7 @@ def whole_split(hits: dict) -> dict:
     With McNemar's p; None where a network was not scored.
     """
     result = {}
-    for name in NETWORKS:
+    for name in SCORED:
         found = hits.get(name)
         result[f"{name}_acc_full"] = None if found is None else accuracy(found)
         result[f"{name}_interval_full"] = None if found is None else list(wilson(int(found.sum()), len(found)))
@@ -176,14 +175,6 @@ def account(run, best) -> dict:
             "parameters": total, "compressed": compressed, "classifier": classifier, "kernels_left_out": left_out,
             "not_kernels": total - compressed - classifier - left_out, "bytes": model_bytes(run.model),
             "bytes_packed": best.row.packed_bytes}}
-
-
-def csv_of(rows: list[dict]) -> str:
-    """Return rows with the same keys as a CSV file."""
-    writer = csv.DictWriter(text := io.StringIO(), rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def save(path, out, write) -> None:
@@ -241,8 +232,10 @@ def evaluate_packed(config: Config, path: str, log, device) -> dict:
     if own is None and network["name"] != config.model.name:
         log.note(f"the file holds {network['name']}, the experiment is about {config.model.name}")
     if network["num_classes"] != splits.num_classes:
-        raise InputError(f"{path}: made for {network['num_classes']} classes, {config.data.name} has "
-                         f"{splits.num_classes}; choose the experiment or --set data.name=… that it was made with")
+        text = f"{path}: made for {network['num_classes']} classes, {config.data.name} has {splits.num_classes}"
+        if own is None or (network["num_classes"] or 0) < splits.num_classes:
+            raise InputError(f"{text}; choose the experiment or --set data.name=… that it was made with")
+        log.note(text)
     test = _normalised(splits.test, network, path, log, config.data.normalize)
     hits = correct(model.to(device), test, config.eval.batch_size, 0, log.progress)
     count, (low, high) = min(config.eval.images, len(test)), wilson(int(hits.sum()), len(hits))

@@ -123,19 +123,19 @@ def compare(table: Table, space: Space, rng, count: int = HELD_OUT) -> dict:
 
 def measure_entries(proxy: Proxy, space: Space) -> list[list[Entries]]:
     """Measure every kernel alone at the bits, types, granularities and channels of ``space``."""
-    rows, limits, numbers = [], space.problem.limits, iter(range(len(space.shapes)))
+    rows, limits = [], space.problem.limits
+    widths = [KernelConfig(bits, 1.0, qtype, granularity) for qtype in space.qtypes
+              for granularity in space.granularities for bits in range(limits.bits_min, limits.bits_max + 1)]
     for i, shapes in enumerate(space.block_shapes):
         row = []
-        for k, n in zip(range(len(shapes)), numbers):
+        for k, shape in enumerate(shapes):
             def alone(configs):
                 whole = [KernelConfig()] * len(shapes)
                 return proxy.errors(i, [BlockConfig((*whole[:k], own, *whole[k + 1:]), shapes) for own in configs])
 
-            widths = [KernelConfig(bits, 1.0, qtype, granularity) for qtype in space.qtypes
-                      for granularity in space.granularities for bits in range(limits.bits_min, limits.bits_max + 1)]
-            keeps = [keep for keep in space.keeps[n] if channels_kept(keep, shapes[k].n_out) < shapes[k].n_out]
+            keeps = [keep for keep in space.keep_grid(shape) if channels_kept(keep, shape.n_out) < shape.n_out]
             row.append(Entries({(c.bits, c.qtype, c.granularity): mse for c, mse in zip(widths, alone(widths))},
-                               [*(channels_kept(keep, shapes[k].n_out) for keep in keeps), shapes[k].n_out],
+                               [*(channels_kept(keep, shape.n_out) for keep in keeps), shape.n_out],
                                [*alone([KernelConfig(FULL_BITS, keep) for keep in keeps]), 0.0]))
         rows.append(row)
     return rows

@@ -35,7 +35,7 @@ ARCHIVES = {                                                # URL, folder in the
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "cifar-10-batches-py", 170e6, 186e6),
     "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "cifar-100-python", 169e6, 186e6),
     "tiny-imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "tiny-imagenet-200", 248e6, 500e6)}
-ELSEWHERE = "say where it is with --data-dir DIR, or try --smoke, which needs no data"
+OTHERWISE = "say where it is with --data-dir DIR, or try --smoke, which needs no data"
 
 
 class Listing(NamedTuple):
@@ -76,7 +76,7 @@ def archive_of(settings) -> Path:
 def _published(settings, progress, unpack, other):
     """Return ``unpack(archive)`` of a published data set, downloaded where neither archive nor folder is there.
     InputError names the archive and the ``other`` way to provide the images."""
-    (url, folder, *_), archive, hint = ARCHIVES[settings.name], archive_of(settings), f", or {other}; {ELSEWHERE}"
+    (url, folder, *_), archive, hint = ARCHIVES[settings.name], archive_of(settings), f", or {other}; {OTHERWISE}"
     if not archive.is_file() and not (archive.parent / folder).exists():
         download(url, archive, progress, hint=hint)
     try:
@@ -97,7 +97,7 @@ def _class_folders(settings, folder, test, notes):
             raise ValueError(f"train and {test} need the same class folders, and differ in {', '.join(differ[:5])}")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: {one_line(error)}; expected {folder}/{{train,{test}}}/CLASS/*.png or .jpg, one "
-                         f"folder per class; {ELSEWHERE}") from None
+                         f"folder per class; {OTHERWISE}") from None
     return _permuted(train.samples), _permuted(other.samples), train.classes
 
 

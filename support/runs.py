@@ -36,7 +36,8 @@ from support.ranks import Ranks
 
 # Where things lie, how they are read, and what computes are no other run.
 PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy", "device", "threads"}
-NETWORKS = {"network", "tuned", "best"}  # parts as large as a network: one file for each, the newest alone
+LARGE = {"network", "tuned", "best"}  # parts as large as a network: one file for each, the newest alone
+FILES = "model file", "weights file"  # of the user's; config.json has their hashes
 OUTPUTS = ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv")
 
 
@@ -122,7 +123,7 @@ class Phases:
 
         ``name``: "kind: details", unique in the run. ``parts``: the objects that ``compute`` changes, each with
         ``state_dict`` and ``load_state_dict``; their states, notes, random states and seconds of the phase are kept
-        with the value, those of NETWORKS until a later phase stores a newer one under the same key.
+        with the value, those of LARGE until a later phase stores a newer one under the same key.
         """
         stem, self.phase = re.sub(r"[^a-z0-9.]+", "-", name.lower()), name
         entry = self._read(f"{stem}.pt")
@@ -130,14 +131,14 @@ class Phases:
             notes, start = len(self.log.notes), time.monotonic()
             entry = {"value": compute(), "notes": self.log.notes[notes:], "random": random_states(),
                      "seconds": time.monotonic() - start, "elapsed": self.elapsed + time.monotonic() - self.started}
-            entry["parts"] = {key: part.state_dict() for key, part in parts.items() if key not in NETWORKS}
-            for key in parts.keys() & NETWORKS:
+            entry["parts"] = {key: part.state_dict() for key, part in parts.items() if key not in LARGE}
+            for key in parts.keys() & LARGE:
                 self._write(f"{stem}@{key}.pt", parts[key].state_dict())
             self._write(f"{stem}.pt", entry)  # makes the phase one that has ended
             self._drop_superseded(stem, parts)
         else:
             for key, part in parts.items():
-                state = self._read(f"{stem}@{key}.pt") if key in NETWORKS else entry["parts"][key]
+                state = self._read(f"{stem}@{key}.pt") if key in LARGE else entry["parts"][key]
                 if state is not None:  # else a later phase has stored a newer one
                     part.load_state_dict(state)
             self.log.notes += entry["notes"]
@@ -162,7 +163,7 @@ class Phases:
     def _drop_superseded(self, stem, parts) -> None:
         if self.folder is not None and self.ranks.first:
             (self.folder / "training.pt").unlink(missing_ok=True)
-            for path in (path for key in parts.keys() & NETWORKS for path in self.folder.glob(f"*@{key}.pt")):
+            for path in (path for key in parts.keys() & LARGE for path in self.folder.glob(f"*@{key}.pt")):
                 if not path.name.startswith(f"{stem}@"):
                     path.unlink()
 
@@ -220,7 +221,7 @@ def set_random_states(states: dict) -> None:
 def run_directory(config: Config) -> Path:
     """Return OUT/expN[-NAME]-seedS, or OUT/NAME-seedS for a network of the user's."""
     name = "-".join(filter(None, (f"exp{config.exp}" if config.exp else "", config.name)))
-    return Path(config.out) / f"{name}-seed{config.seed}"
+    return Path(config.out).expanduser() / f"{name}-seed{config.seed}"
 
 
 def check_directory(path: Path, config: Config) -> Path:
@@ -230,7 +231,7 @@ def check_directory(path: Path, config: Config) -> Path:
         return path
     try:
         held = read_json(old)[0]
-        before = identity(read_settings(held["settings"])[0]) | {k: held[k] for k in ("model file",) if k in held}
+        before = identity(read_settings(held["settings"])[0]) | {k: held[k] for k in FILES if k in held}
     except Exception as error:
         raise InputError(f"{old}: cannot be read as this program's settings ({shown(error)}); move the folder away or "
                          "choose another --out or --name") from None
@@ -305,7 +306,7 @@ def open_directory(path: Path, config: Config, run, resume: bool) -> None:
     asked, now = flatten(config), flatten(run.config)
     write_json(path / "config.json", {"settings": asked, "resolved": {k: v for k, v in now.items() if v != asked[k]},
                                       **provenance(run.device, run.ranks.size),
-                                      "model file": identity(config)["model file"]})
+                                      **{key: identity(config)[key] for key in FILES}})
 
 
 # The machine
@@ -314,10 +315,11 @@ VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__versio
 
 
 def identity(config: Config) -> dict:
-    """Return what has to be the same for a run to go on: every setting that its result depends on, and the versions."""
-    file = Path(config.model.source.rpartition(":")[0])
-    own = hashlib.sha256(file.read_bytes()).hexdigest() if file.suffix == ".py" and file.is_file() else ""
-    return flatten(config) | VERSIONS | {"model file": own}
+    """Return what has to be the same for a run to go on: every setting that its result depends on, the versions, and
+    hashes of FILES."""
+    paths = [Path(name).expanduser() for name in (config.model.source.rpartition(":")[0], config.model.weights)]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in paths]
+    return flatten(config) | VERSIONS | dict(zip(FILES, hashes))
 
 
 def provenance(device, processes: int) -> dict:
@@ -349,6 +351,5 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt:
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # the most that some versions take
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; the second is the most that some versions take

@@ -178,6 +178,8 @@ def test_scope_all_adds_blocks_and_changes_none(name, width, extra):
 
 
 def test_scope_all_of_another_network_takes_classifier_and_shortcuts_but_not_what_is_excluded():
+    other = type("Mine", (models.ResNet,), {})(7, False, (1, 1, 1, 1), 0.125)  # its forward may be another one
+    assert len(models.stages(other)) == 1 and models.survey(other, images(2, 32)).compressed
     model = torchvision.models.resnet18(num_classes=7)
     found = models.survey(model, images(2, 32), exclude=["layer2.0.downsample.0"], scope="all")
     assert list(found.blocks[-1].kernels) == ["layer3.0.downsample.0", "layer4.0.downsample.0", "fc"]

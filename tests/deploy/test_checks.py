@@ -179,6 +179,7 @@ def changed(change):
     (lambda: net(lambda m, x: m.fc(reentrant(m.a, x).mean((2, 3)))), "no gradient reaches a.weight: .*use_reentrant"),
     (lambda: net(lambda m, x: m.fc(reentrant(F.relu, m.a(x)).mean((2, 3)))), "cannot be trained .*use_reentrant"),
     (lambda: net(lambda m, x: m.fc(F.dropout(m.a(x).mean((2, 3))))), "the next time"),
+    (lambda: net(lambda m, x: m.fc((y := m.a(x).mean((2, 3))) - y.mean(0))), "in another batch"),
     (lambda: changed(lambda m: setattr(m, "named_parameters", lambda *_, **__: iter(()))), "leaves some out"),
     (lambda: net(lambda m, x: m.fc(OTHER(m.a(x).mean((2, 3))))), "none of the network's"),
     (lambda: net(lambda m, x: m.fc(m.a(x).mean((2, 3)) + 0 * m.a.weight.data.clamp_(-0.1, 0.1).sum())), "changes its")])
@@ -254,3 +255,6 @@ def test_a_call_that_was_broken_off_goes_on_in_its_folder(tmp_path, monkeypatch,
     for other, asked in ((linear(), ()), (model, "l")):
         with pytest.raises(InputError, match="network and images"):
             quick(other, run_dir=tmp_path, exclude=asked, **more)
+    x, y = images()
+    one, other = (checks.fingerprint(model, [data.as_images((z, y))], ()) for z in (x, torch.cat([x[:-1], x[:1]])))
+    assert one != other  # by the last image

@@ -12,7 +12,7 @@ from compress import BlockConfig, KernelConfig, KernelShape, NetworkConfig
 from config import flatten
 from deploy import pack
 from evidence import cells, grid, networks
-from evidence.summary import csv_of
+from evidence.report import csv_of
 from support.cli import arguments
 from support.kernels import Block
 
