@@ -115,15 +115,17 @@ class Demands:
                              f"{math.ceil(1e4 * smallest.retained) / 1e4:.4f} is retained")
 
     def chosen(self, voted: NetworkConfig) -> NetworkConfig:
-        """The configuration to apply: under a ratio ``voted``, moved onto it; under a file's size what a search beside
-        the agents found, where its file fits, and else, and of equal bits, ``voted`` moved into the bytes left."""
-        chosen, target, method = voted, self.config.search.target, self.config.search.method
-        ratio = _asks_ratio(self.config, self.goal) and (method not in BASELINES or self.config.policy != "")
-        if ratio:
-            chosen = self._moved(voted, target * voted.params, retained_weights)
-        if self.goal and self.goal.max_bytes is not None:
-            if method in BASELINES and method != "uniform" and self.file_bytes(voted) <= self.goal.max_bytes:
+        """The configuration to apply: of a given policy, and of a search beside the agents but equal bits, ``voted`` as
+        it is where it meets what is asked; else ``voted`` moved onto the ratio, and into the bytes left."""
+        target, method, given = self.config.search.target, self.config.search.method, self.config.policy != ""
+        ratio = _asks_ratio(self.config, self.goal) and (method not in BASELINES or given)
+        most = self.goal.max_bytes if self.goal else None
+        if given or method in BASELINES and method != "uniform":
+            small = not ratio or voted.retained <= target * (1 + ROUNDING)
+            if small and (most is None or self.file_bytes(voted) <= most):
                 return voted
+        chosen = self._moved(voted, target * voted.params, retained_weights) if ratio else voted
+        if most is not None:
             room = self._room(voted)
             if not ratio or _kernels_bytes(chosen) > room:  # under a ratio the bytes are only a bound
                 chosen = self._moved(chosen, room, kernel_bytes)
@@ -145,7 +147,8 @@ class Demands:
         moved, note = enforce(self.blocks, config, self.sensitivity, self.config.compress, budget, cost)
         if note:
             self.log.note(note)
-        self.log.info(f"  target: retained {config.retained:.4f} -> {moved.retained:.4f}")
+        say, what = (self.log.note, "the given policy misses the") if self.config.policy else (self.log.info, " ")
+        say(f"{what} target: retained {config.retained:.4f} -> {moved.retained:.4f}")
         return moved
 
     def key(self, row) -> tuple:

@@ -105,6 +105,9 @@ def test_votes_are_moved_onto_the_target_and_what_a_search_chose_for_it_is_not()
         assert 0.99 / 8 <= d.chosen(voted).retained <= 1 / 8 and d.log.stream.getvalue().count("\n") == 1
         assert demands(**settings, search__method="random").chosen(voted) is voted
         assert demands(**settings, search__method="random", policy="p.json").chosen(voted).retained <= 1 / 8
+        given, small = demands(**settings, policy="p.json"), d.chosen(voted)
+        assert given.chosen(small) is small and not given.log.notes  # it meets what is asked
+        assert given.chosen(voted) == small and "the given policy misses" in given.log.notes[0]
     with pytest.raises(InputError):
         demands(goal="cr:31.999").chosen(voted)
 
