@@ -256,6 +256,8 @@ def _as_images(source, what):
         raise InputError(f"{what}: sparse tensors, or on the meta device; give plain ones with values")
     if y.dtype != torch.int64 or y.dim() != 1:
         raise InputError(f"{what}: labels must be integers [N], one class per image, not {y.dtype} {list(y.shape)}")
+    if not 0 < len(y) == x.shape[:1].numel():
+        raise InputError(f"{what}: images {list(x.shape)} and {len(y)} labels; expected one or more, as many of both")
     if x.dtype == torch.uint8 and (x.dim() != 4 or x.shape[2] != x.shape[3]):
         raise InputError(f"{what}: uint8 images must be square [N, C, h, h], not {list(x.shape)}; give floats instead")
     if x.dtype == torch.uint8:

@@ -2,8 +2,8 @@
 
 The optimiser moves full-precision weights, as in the paper's fine-tuning. Every forward pass uses the grid values of
 their kept rows, and the gradient goes straight through the rounding (Bengio et al. 2013), cut off where a weight lies
-outside the grid's range. A grid's scale is learned beside the weights as in LSQ (Esser et al. 2020); the ends of a log
-grid follow them (Eq. 19-20).
+half a step or more outside the grid's range. A grid's scale is learned beside the weights as in LSQ (Esser et al.
+2020); the ends of a log grid follow them (Eq. 19-20).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from support.own import copy_network
 
 class _OnGrid(torch.autograd.Function):
     """Replace values by their grid values. Backward: straight through inside the range, 0 outside; to a learned scale
-    LSQ's gradient, which is code - value / scale inside the range and the code outside."""
+    LSQ's gradient, code - value / scale inside the range and the code outside; what rounds to an end is inside."""
 
     @staticmethod
     def forward(ctx, values, scale, grid):

@@ -54,10 +54,11 @@ def resolve_own(source: str, flags: dict, assignments=()) -> Config:
     Its weights are those that its function gives it, it is trained already (no baseline epochs), and its name is the
     function's, unless a flag or setting says otherwise.
     """
-    if not all(source.rpartition(":")):
-        raise InputError(f"--model {source}: expected module:function or path/to/file.py:function")
+    place, _, function = source.rpartition(":")
+    if not place or not function or place.endswith(".py") and not os.path.isfile(place):
+        raise InputError(f"--model {source}: expected module:function, or path/to/file.py:function of a file there")
     config = override(override(Config(), SMOKE if flags.get("smoke") else {}), {
-        "model.source": source, "model.weights": "given", "name": source.rpartition(":")[2], "baseline.epochs": 0})
+        "model.source": source, "model.weights": "given", "name": function, "baseline.epochs": 0})
     config = override(override(config, flags), assignments)
     if config.model.weights == "auto":
         raise InputError("--weights auto: there are no published weights for a network of your own; give a file, none "

@@ -253,8 +253,8 @@ ZEROS, THREE = torch.zeros(3, 1, 4, 4), torch.arange(3)
     (Loader(Squares(), batch_sampler=[[1, 2]]), "one size"), (Loader(Squares(), batch_size=None), "one size"),
     (TensorDataset(ZEROS), "a batch must be"), (TensorDataset(ZEROS.byte(), THREE), "uint8"),
     (TensorDataset(ZEROS, torch.rand(3)), "float32"), (ImagesOfPillow(), "float tensor"),
-    ((ZEROS, torch.arange(4)), "N, C, H, W"), ((ZEROS.view(3, 16), THREE), "N, C, H, W"),
-    ((ZEROS[:0], THREE[:0]), "N, C, H, W"), ((ZEROS, torch.rand(3)), "images: labels"), ((ZEROS.int(), THREE), "int32"),
+    ((ZEROS, torch.arange(4)), "4 labels"), ((ZEROS.view(3, 16), THREE), "N, C, H, W"),
+    ((ZEROS[:0], THREE[:0]), "0 labels"), ((ZEROS, torch.rand(3)), "images: labels"), ((ZEROS.int(), THREE), "int32"),
     ((ZEROS[..., :2].byte(), THREE), "square"), (MagicMock(labels=[0, 1]), "integer tensor")])
 def test_what_cannot_be_read_in_full_is_refused(source, word):
     with pytest.raises(InputError, match=word):

@@ -19,7 +19,8 @@ except SystemExit as end: print("exit", end.code, "torch" in sys.modules)
 
 @pytest.mark.parametrize("arguments, code, said", [
     ("--help", 0, "--exp N"), ("--list", 0, "ResNet18, Tiny ImageNet"), ("", 2, "--exp 3 --smoke"),
-    ("--exp 3 --set search.cycle=1", 2, "did you mean search.cycles"), ("--model net.py", 2, "file.py:function")])
+    ("--exp 3 --set search.cycle=1", 2, "did you mean search.cycles"), ("--model net.py", 2, "file.py:function"),
+    ("--model net.py:make", 2, "of a file there")])
 def test_what_needs_no_torch_answers_without_it(tmp_path, arguments, code, said):
     done = subprocess.run([sys.executable, "-c", RUN, *arguments.split()], cwd=tmp_path, capture_output=True, text=True,
                           env={"PYTHONPATH": str(ROOT)})
@@ -48,9 +49,9 @@ def test_set_wins_over_flags_and_flags_over_smoke():
     assert (config.seed, config.search.cycles, config.model.weights) == (8, 3, "w.pth")
     assert config.model.name == "mobilenetv2_100" and config.surrogate.warmup == 4 and config.out == "runs-smoke"
     assert cli.resolve(5, {}).out == "runs" and cli.resolve(5, {}).surrogate.warmup == 100
-    own = cli.resolve_own("net.py:make", {"preset": "plus"}, ["search=null"])
+    own = cli.resolve_own(f"{__file__}:make", {"preset": "plus"}, ["search=null"])
     assert (own.name, own.model.weights, own.baseline.epochs, own.search.method) == ("make", "given", 0, "null")
-    assert cli.resolve_own("net.py:make", {"smoke": True}).baseline.epochs == 0
+    assert cli.resolve_own(f"{__file__}:make", {"smoke": True}).baseline.epochs == 0
 
 
 def test_several_processes_have_a_run(monkeypatch):
