@@ -306,7 +306,7 @@ def open_directory(path: Path, config: Config, run, resume: bool) -> None:
     asked, now = flatten(config), flatten(run.config)
     write_json(path / "config.json", {"settings": asked, "resolved": {k: v for k, v in now.items() if v != asked[k]},
                                       **provenance(run.device, run.ranks.size),
-                                      **{key: identity(config)[key] for key in FILES}})
+                                      **{key: value for key, value in identity(config).items() if key in FILES}})
 
 
 # The machine
