@@ -120,7 +120,7 @@ def unpack_bits(data: np.ndarray, bits: int, count: int) -> np.ndarray:
 @torch.no_grad()
 def pack(model: nn.Module, blocks, config: NetworkConfig, masks: dict[str, Tensor], grids: dict[str, Grid | None],
          network: dict, rest: str = "float32", note=lambda text: None) -> bytes:
-    """Return the packed file of a compressed network, as bytes for :func:`write`.
+    """Return the packed file of a compressed network, as bytes.
 
     model: as :func:`compress.snap_to_grid`, which returns ``grids``, leaves it. masks: kernel → bool [n_out]. network:
     how to rebuild it: ``name`` ("" for a network of one's own), ``num_classes``, ``image_size``, ``width``,

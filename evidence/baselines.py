@@ -3,7 +3,8 @@
 Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each
 block judged with the others at theta_0 as the low-level agents' candidates are, that takes at most what is allowed:
 bytes of the packed file where the goal is its size, else Eq. 21's weights. A drop does not end at Eq. 23's 50 points
-here: sums of drops that are cut off cannot tell networks with ruined blocks apart. One *evaluation* is one estimate of
+here: sums of drops that are cut off cannot tell networks with ruined blocks apart. Greedy uses the sum only to choose
+between its two allocations. One *evaluation* is one estimate of
 one block's candidate, so that a method is charged alike whether it looks at blocks or at networks; one that was made
 before costs nothing. No method makes more than the hierarchy (:func:`hierarchy_evaluations`).
 

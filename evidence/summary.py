@@ -33,9 +33,9 @@ DROPS = {"": ("baseline", "final"), "grid_": ("baseline", "grid"), "deployed_": 
 
 
 def summarise(run, outcome, fresh=None) -> dict:
-    """Return the content of result.json but for the times. ``run``: hirelc.Run; ``outcome``: hirelc.Outcome; ``fresh``:
-    a network as the given one was before anything ran; without it a new one is made. Raises InputError where the packed
-    file gives it other logits."""
+    """Return the content of result.json but for times, files, skipped images and the source of a policy. ``run``:
+    hirelc.Run; ``outcome``: hirelc.Outcome; ``fresh``: a network as the given one was before anything ran; without it a
+    new one is made. Raises InputError where the packed file gives it other logits."""
     if fresh is None and run.config.model.source:
         fresh = own_network(run.config.model.source, run.network["num_classes"])
     images, _ = run.train_set.batch(torch.arange(min(8, len(run.train_set))), run.device)

@@ -1,6 +1,6 @@
 """An additive estimate of the logit MSE (``search.estimate=table``): every kernel measured alone, candidates are sums.
 
-Once per search the proxy measures each kernel with all others at theta_0: every bit width (type, granularity) with all
+Once per run the proxy measures each kernel with all others at theta_0: every bit width (type, granularity) with all
 channels, and every keep of the agents' grid at full bits. The logit MSE of a candidate is then the sum of its kernels'
 entries times a factor per block, which a few joint candidates of the block give. A candidate costs a look-up in place
 of a forward pass. How far the table is from the proxy is measured on candidates that took no part in it.
