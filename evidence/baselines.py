@@ -244,39 +244,31 @@ def random_search(space: Space, rng) -> None:
 
 
 def greedy(space: Space, rng) -> str:
-    """The least damage s_i / P_i ||W - W^||^2 per weight saved, with bits alone as HAWQ-V2 allocates (Dong et al. 2020,
-    1911.03852), and with bits and keep; the two choices' drops are all evaluations."""
-    p = space.problem
-    found = allocations(p.blocks, space.block_shapes, p.sensitivity, p.limits, p.allowed, p.cost)
-    space.scores([config for config, _ in found])
-    return next(note for config, note in found if config == space.best)
+    """Everything at its largest, then the steps down of least damage s_i / P_i ||W - W^||^2 per cost saved, until the
+    target is met: with bits alone, as HAWQ-V2 allocates (Dong et al. 2020, 1911.03852), where that can meet it, and
+    with bits and keep; the two choices' drops are all evaluations.
 
-
-def allocations(blocks, shapes, sensitivity, limits, budget: float, cost) -> list[tuple[NetworkConfig, str]]:
-    """Everything at its largest, then the steps down of least damage per cost saved, until ``budget`` is met: with bits
-    alone, as HAWQ-V2 allocates, where that can meet it, and with bits and keep.
-
-    Where types and granularities are free, each kernel has those of the least error at the bits that the budget means.
-    shapes: per block the kernels' KernelShape; budget, cost: as for ``deploy.allocate.enforce``. Raises InputError
-    where the budget is out of reach.
+    Where types and granularities are free, each kernel has those of the least error at the bits that the target means.
     """
-    def total(config):
-        return sum(cost(config, shape) for block in shapes for shape in block)
+    p, limits = space.problem, space.problem.limits
 
-    middle = min(max(round(FULL_BITS * budget / total(KernelConfig())), limits.bits_min), limits.bits_max)
-    types, granularities = numeric_options(limits)
+    def total(config):
+        return sum(p.cost(config, shape) for shape in space.shapes)
+
+    middle = min(max(round(FULL_BITS * p.allowed / total(KernelConfig())), limits.bits_min), limits.bits_max)
 
     def start(holder):
         weight = holder.weight.detach()
-        best = min((KernelConfig(middle, 1.0, *kind) for kind in product(types, granularities)),
+        best = min((KernelConfig(middle, 1.0, *kind) for kind in product(space.qtypes, space.granularities)),
                    key=lambda choice: (compress_kernel(weight, choice)[0] - weight).square().sum().item())
         return replace(best, bits=limits.bits_max)
 
-    largest = NetworkConfig(tuple(BlockConfig(tuple(map(start, block.kernels.values())), tuple(own))
-                                  for block, own in zip(blocks, shapes, strict=True)))
-    alone = total(KernelConfig(limits.bits_min, 1.0, types[0], granularities[0])) <= budget
-    return [enforce(blocks, largest, sensitivity, bounds, budget, cost)
-            for bounds in ([replace(limits, max_pruning=0.0)] if alone else []) + [limits]]
+    largest = space.grouped(start(holder) for block in p.blocks for holder in block.kernels.values())
+    alone = total(KernelConfig(limits.bits_min, 1.0, space.qtypes[0], space.granularities[0])) <= p.allowed
+    found = [enforce(p.blocks, largest, p.sensitivity, bounds, p.allowed, p.cost)
+             for bounds in ([replace(limits, max_pruning=0.0)] if alone else []) + [limits]]
+    space.scores([config for config, _ in found])
+    return next(note for config, note in found if config == space.best)
 
 
 def evolution(space: Space, rng) -> None:
