@@ -6,7 +6,7 @@ bytes of the packed file where the goal is its size, else Eq. 21's weights. A dr
 here: sums of drops that are cut off cannot tell networks with ruined blocks apart. Greedy uses the sum only to choose
 between its two allocations. One *evaluation* is one estimate of
 one block's candidate, so that a method is charged alike whether it looks at blocks or at networks; one that was made
-before costs nothing. No method makes more than the hierarchy (:func:`hierarchy_evaluations`).
+before costs nothing. No method makes more than the hierarchy (:func:`make_problem`).
 
 Configurations are those that the agents' actions can say under uniform budgets. A *genome* is int [K, 4]: level of bits
 and of keep (0 = the least), type and granularity of each of the network's K kernels.
@@ -58,15 +58,12 @@ class Choice:
 
 
 def make_problem(blocks, sensitivity, config, allowance) -> Problem:
-    """Return the problem of a run, without estimates; ``allowance``: its (cost, allowed)."""
-    most = hierarchy_evaluations(len(blocks), len(config.lla.algorithms), config.lla)
+    """Return the problem of a run, without estimates; ``allowance``: its (cost, allowed). The evaluations are those of
+    one cycle of the hierarchy: every agent of every block takes lla.timesteps steps, rounded up to whole steps of its
+    environments."""
+    lla = config.lla
+    most = len(blocks) * len(lla.algorithms) * max(math.ceil(lla.timesteps / lla.envs), 1) * lla.envs
     return Problem(blocks, sensitivity, config.compress, *allowance, most)
-
-
-def hierarchy_evaluations(blocks: int, agents: int, lla) -> int:
-    """Return the evaluations of one cycle of the hierarchy: every agent of every block takes lla.timesteps steps,
-    rounded up to whole steps of its environments. ``lla``: config.LLA."""
-    return blocks * agents * max(math.ceil(lla.timesteps / lla.envs), 1) * lla.envs
 
 
 def find(method: str, problem: Problem, seed: int) -> Choice:
