@@ -45,8 +45,7 @@ class Problem:
     cost: object  # cost(KernelConfig, KernelShape), deploy.allocate.retained_weights or compress.kernel_bytes
     allowed: float  # sum of the costs, at most
     evaluations: int  # at most
-    drops: object = None  # drops(index, configs) → estimated drops of candidates of a block, points
-    table: object = None  # what estimates: with search.estimate=table an evidence.table.Table, else estimate.Proxy
+    estimates: object = None  # with search.estimate=table an evidence.table.Table, else an estimate.Proxy
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ def joint_blocks(problem: Problem, estimator, config, note) -> list[JointBlock]:
     """Make the searches of all blocks for config.search.method; ``note(text)`` takes what is to be said."""
     method = config.search.method
     # the surrogate's drops are of whole networks: their sum over the blocks would count each block many times
-    drops = functools.partial(estimator.proxy.drops, worst=math.inf)
-    problem = replace(problem, drops=drops, table=estimator.proxy)
+    problem = replace(problem, estimates=estimator.proxy)
 
     @functools.lru_cache(maxsize=1)
     def find_in(cycle: int) -> Choice:
@@ -200,7 +198,7 @@ class Space:
                 for i, block in unknown:
                     asked.setdefault(i, []).append(block)
         for i, blocks in sorted(asked.items()):
-            for block, drop in zip(blocks, self.problem.drops(i, blocks), strict=True):
+            for block, drop in zip(blocks, self.problem.estimates.drops(i, blocks, math.inf), strict=True):
                 self.bad += not math.isfinite(drop)
                 self.known[i, block] = drop if math.isfinite(drop) else RUINED
         drops = [math.fsum(self.known.get(pair, math.inf) for pair in enumerate(config.blocks)) for config in configs]
@@ -354,7 +352,7 @@ class SequentialEnv:
 def table_optimum(space: Space, rng) -> None:
     """The least sum of the table's entries, by dynamic programming, as integer programs allocate (HAWQ-V3, Yao et al.
     2021, 2011.10680): the exact optimum of the additive estimate, up to the slots of ``least_sum``."""
-    table, options, pairs = space.problem.table, [], []
+    table, options, pairs = space.problem.estimates, [], []
     entries = [entry for block in table.entries for entry in block]  # in the order of the kernels
     for k, shape in enumerate(space.shapes):
         factor = table.factors[space.of_block[k]]

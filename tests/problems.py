@@ -12,7 +12,7 @@ from compress import BlockConfig, KernelConfig, channels_kept, compress_kernel, 
 from config import Compress
 from deploy.allocate import retained_weights
 from evidence import baselines
-from evidence.table import Entries, Table
+from evidence.table import Entries
 
 LIMITS = Compress(bits_min=3, bits_max=5, max_pruning=0.5)  # with two channels: 3, 4 or 5 bits, one channel or both
 CURVATURE = (1.0, 0.3)
@@ -37,7 +37,7 @@ class SixKernels:
         self.blocks = [SimpleNamespace(name=f"b{i}", kernels={f"k{i}{j}": kernels[3 * i + j] for j in range(3)})
                        for i in range(2)]
         self.errors, self.asked = {}, []
-        self.table = Table(self, [[self.entries(i, j) for j in range(3)] for i in range(2)], list(CURVATURE), {})
+        self.entries, self.factors = [[self.alone(i, j) for j in range(3)] for i in range(2)], CURVATURE  # of a Table
         self.params = sum(kernel.weight.numel() for kernel in kernels)
         tables = []
         for i, block in enumerate(self.blocks):
@@ -51,7 +51,7 @@ class SixKernels:
         drops = (drops_a[:, None] + drops_b)[meets]
         self.optimum, self.mean = drops.min(), drops.mean()
 
-    def entries(self, index, j) -> Entries:
+    def alone(self, index, j) -> Entries:
         """What a table has of a kernel."""
         return Entries({(b, "INT", "uniform"): self.error(index, j, KernelConfig(b)) for b in (3, 4, 5)}, [1, 2],
                        [self.error(index, j, KernelConfig(32, 0.5)), 0.0])
@@ -69,7 +69,7 @@ class SixKernels:
         errors = [self.error(index, j, kernel) for j, kernel in enumerate(config.kernels)]
         return CURVATURE[index] * (sum(errors) + 0.3 * math.sqrt(errors[0] * errors[1]))
 
-    def drops(self, index, configs) -> list[float]:
+    def drops(self, index, configs, worst) -> list[float]:
         """What the proxy would be; every candidate is counted."""
         self.asked += [(index, config) for config in configs]
         return [self.drop(index, config) for config in configs]
@@ -83,7 +83,7 @@ class SixKernels:
 def problem(six, **changes) -> baselines.Problem:
     """The six kernels as the baselines take them."""
     values = dict(blocks=six.blocks, sensitivity=list(CURVATURE), limits=LIMITS, cost=retained_weights,
-                  allowed=TARGET * six.params, drops=six.drops, evaluations=BUDGET, table=six.table)
+                  allowed=TARGET * six.params, evaluations=BUDGET, estimates=six)
     return baselines.Problem(**{**values, **changes})
 
 

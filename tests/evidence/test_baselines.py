@@ -27,7 +27,8 @@ def space(limits=LIMITS, target=0.2, channels=(2, 16, 4), whole=(), drops=None, 
     blocks = [SimpleNamespace(name=str(i), kernels={f"k{i}": nn.Linear(inputs, n)},
                               whole=[f"k{i}"] if i in whole else []) for i, n in enumerate(channels)]
     allowed = target * sum(inputs * n for n in channels)
-    return Space(Problem(blocks, [0.5] * len(blocks), limits, retained_weights, allowed, budget, drops))
+    estimates = SimpleNamespace(drops=lambda index, configs, worst: drops(index, configs))
+    return Space(Problem(blocks, [0.5] * len(blocks), limits, retained_weights, allowed, budget, estimates))
 
 
 @pytest.mark.parametrize("method", ["random", "greedy", "evolution", "sequential", "table"])
@@ -88,7 +89,7 @@ def test_types_and_granularities_are_chosen_where_they_are_free(method):
 def joint(six, method="random", **settings):
     settings = {"search.method": method, "search.target": TARGET, "compress.bits_max": 5, "compress.max_pruning": 0.5,
                 "lla.timesteps": 3, "lla.envs": 2, "seed": 3, **settings}  # 2 * 3 * 4 evaluations, all drops beyond 50
-    proxy = SimpleNamespace(drops=lambda i, c, worst: [min(1e3 + d, worst) for d in six.drops(i, c)])
+    proxy = SimpleNamespace(drops=lambda i, c, worst: [min(1e3 + d, worst) for d in six.drops(i, c, worst)])
     estimator = SimpleNamespace(proxy=proxy)  # nobody asks the surrogate
     config, notes, allowance = override(Config(), settings), [], (retained_weights, TARGET * sum(
         kernel.weight.numel() for block in six.blocks for kernel in block.kernels.values()))
@@ -119,7 +120,7 @@ def test_a_search_goes_on_behind_a_block(six):
 
 
 def test_what_there_is_to_say_is_noted_once(six):
-    blocks, notes = joint(SimpleNamespace(blocks=six.blocks, drops=lambda i, c: [math.inf] * len(c)), "uniform")
+    blocks, notes = joint(SimpleNamespace(blocks=six.blocks, drops=lambda i, c, _: [math.inf] * len(c)), "uniform")
     assert [block.search(None) for block in blocks] and notes == ["6 drops were not finite and count as the worst"]
 
 

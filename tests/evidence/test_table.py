@@ -62,7 +62,7 @@ def test_between_its_entries_channels_are_interpolated_and_other_bits_cost_nothi
 
 def test_the_optimum_is_the_least_sum_of_all_that_fit():
     made, _ = measured(World())
-    space = Space(problem(made.proxy.six, table=made))
+    space = Space(problem(made.proxy.six, estimates=made))
     choices = [[(space.problem.cost(k, shape), made.factors[n // 3] * made.entries[n // 3][n % 3].mse(k, 2))
                 for k in (space.kernel(n, bits, keep, 0, 0) for bits in range(3) for keep in range(2))]
                for n, shape in enumerate(space.shapes)]
@@ -71,7 +71,7 @@ def test_the_optimum_is_the_least_sum_of_all_that_fit():
         sums = (sums[:, :, None] + np.array(pairs).T[:, None, :]).reshape(2, -1)
     table_optimum(space, None)
     assert made.errors(None, [space.best])[0] == pytest.approx(sums[1][sums[0] <= space.allowed].min(), rel=1e-3)
-    tight = Space(problem(made.proxy.six, table=made, allowed=1.0))
+    tight = Space(problem(made.proxy.six, estimates=made, allowed=1.0))
     table_optimum(tight, None)
     assert space.best.retained <= TARGET and tight.best is None
     made.factors = [1e6, 1e6]
