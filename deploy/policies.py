@@ -40,18 +40,23 @@ class Policy:
                              f"{quoted(config.policy_sha256)}; give the policy that the run began with")
         return override(config, {"policy": self.where, "policy_sha256": self.sha256, "search.cycles": 1})
 
-    def fit(self, blocks, config: Config) -> tuple[NetworkConfig, tuple[LayerBudget, ...] | None, list[str]]:
-        """Return (configuration, budget of every block, notes) for a network with these blocks.
+    def fit(self, blocks, config: Config) -> tuple[NetworkConfig, tuple[LayerBudget, ...] | None]:
+        """Return (configuration, budget of every block) for a network with these blocks, which the policy has to list
+        in order, kernel by kernel; budgets are None where it has none.
 
-        Every value is checked against the settings' bounds. Budgets are None where the file has none; a note then says
-        which ones count instead. Raises InputError, one line: file, place and how to mend it.
+        Of each kernel the requested values and the number of channels are read, and checked against the settings'
+        bounds; 32 bits, as a block that was given back has, are always allowed. Raises InputError, one line: file,
+        place and how to mend it.
         """
-        chosen = from_policy(self.content, blocks, config.compress, self.where)
-        if not any("budget" in entry for entry in self.content["blocks"]):
-            return chosen, None, [f"{self.where} has no budgets: compliance is that of {config.search.target:g} and "
-                                  "the global bounds for every block"]
-        entries = _named(self.content, "blocks", [block.name for block in blocks], self.where)
-        return chosen, tuple(_budget(entry, place) for entry, place in entries), []
+        if type(self.content) is not dict or self.content.get("format") != 1:
+            raise InputError(f"{self.where}: not a policy.json of this program, which has format 1; {GIVE}")
+        entries, chosen = _named(self.content, "blocks", [block.name for block in blocks], self.where), []
+        for block, (entry, place) in zip(blocks, entries):
+            kernels, shapes = _named(entry, "kernels", list(block.kernels), place), kernel_shapes(block)
+            chosen.append(BlockConfig(tuple(_kernel_config(*kernel, shape, config.compress)
+                                            for kernel, shape in zip(kernels, shapes)), shapes))
+        has_budgets = any("budget" in entry for entry, _ in entries)
+        return NetworkConfig(tuple(chosen)), tuple(_budget(*entry) for entry in entries) if has_budgets else None
 
 
 def read(source) -> Policy:
@@ -87,24 +92,6 @@ def to_policy(blocks, config: NetworkConfig, budgets=None) -> dict:
     return policy
 
 
-def from_policy(policy, blocks, limits=None, where: str = "policy") -> NetworkConfig:
-    """Return the configuration that a policy holds for a network with these blocks.
-
-    ``policy``: anything, for example a parsed policy.json, with blocks and kernels in the network's order; of each
-    kernel the requested values and the number of channels are read. ``limits``: config.Compress, which every kernel
-    must keep to (32 bits, as a block that was given back has, are always allowed). ``where``: the file's name for
-    messages. Raises InputError naming the place, for whatever is no policy or does not fit.
-    """
-    if type(policy) is not dict or policy.get("format") != 1:
-        raise InputError(f"{where}: not a policy.json of this program, which has format 1; {GIVE}")
-    chosen = []
-    for block, (entry, place) in zip(blocks, _named(policy, "blocks", [block.name for block in blocks], where)):
-        kernels, shapes = _named(entry, "kernels", list(block.kernels), place), kernel_shapes(block)
-        chosen.append(BlockConfig(
-            tuple(_kernel_config(*kernel, shape, limits) for kernel, shape in zip(kernels, shapes)), shapes))
-    return NetworkConfig(tuple(chosen))
-
-
 def _named(owner, key, names, place) -> list[tuple[dict, str]]:
     """Return the entries of a list of a policy and their places; InputError unless they have these names, in order."""
     entries = member(owner, key, list, place)
@@ -122,14 +109,14 @@ def _kernel_config(entry, place, shape, limits) -> KernelConfig:
     qtype, granularity = member(entry, "qtype", str, place), member(entry, "granularity", str, place)
     if member(entry, "channels", int, place) != shape.n_out:
         raise InputError(f"{place}: {quoted(entry['channels'])} channels there, {shape.n_out} in the network")
-    if limits and not limits.bits_min <= bits <= limits.bits_max and bits != FULL_BITS:
+    if not limits.bits_min <= bits <= limits.bits_max and bits != FULL_BITS:
         raise InputError(f"{place}: bits={quoted(bits)}, expected {limits.bits_min} to {limits.bits_max} "
                          f"(compress.bits_min, compress.bits_max), or {FULL_BITS} for none")
-    least = 1 - limits.max_pruning if limits else 0
+    least = 1 - limits.max_pruning
     if not least - 1e-9 <= keep <= 1:
         raise InputError(f"{place}: keep={quoted(keep)}, expected {least:g} to 1 (compress.max_pruning)")
     for key, value in (("qtype", qtype), ("granularity", granularity)):
-        if getattr(limits, key, "any") not in ("any", value):
+        if getattr(limits, key) not in ("any", value):
             raise InputError(f"{place}: {key}={quoted(value)}, expected {getattr(limits, key)} (compress.{key})")
     try:
         config = KernelConfig(bits, keep, qtype, granularity)

@@ -11,11 +11,12 @@ def policy_for(policy, blocks, config: Config, log):
     """Return the (NetworkConfig, budgets) of a ``deploy.policies.Policy`` for these blocks; None without a policy."""
     if policy is None:
         return None
-    chosen, budgets, notes = policy.fit(blocks, config)
+    chosen, budgets = policy.fit(blocks, config)
     log.info(f"policy of {policy.where}: CR {chosen.cr:.2f}, {chosen.average_bits:.2f} bits, keep "
              f"{chosen.average_keep:.3f}; nothing is searched")
-    for note in notes:
-        log.note(note)
+    if budgets is None:
+        log.note(f"{policy.where} has no budgets: compliance is that of {config.search.target:g} and the global bounds "
+                 "for every block")
     return chosen, budgets or uniform_budgets(len(blocks), config.search, config.compress)
 
 

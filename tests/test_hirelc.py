@@ -278,7 +278,7 @@ def test_a_run_directory_is_complete(smoke):
     model = models.build(best.model.name, 10, 32, best.model.width)
     model.load_state_dict(saved["model"])
     assert accuracy(correct(model, data.load(best.data).test)) == result["final_acc"] and policy == saved["policy"]
-    assert policies.from_policy(policy, models.find_blocks(model)).cr == pytest.approx(result["cr"])
+    assert policies.read(policy).fit(models.find_blocks(model), best)[0].cr == pytest.approx(result["cr"])
 
 
 def test_what_leaves_a_finished_run_alone(smoke, tmp_path, capsys, monkeypatch):
@@ -345,7 +345,7 @@ def test_the_network_that_is_returned_is_the_one_in_the_packed_file(compressed):
     assert (accuracy(hits), accuracy(hits[:30])) == (result["deployed_acc_full"], result["deployed_acc"])
     assert path.stat().st_size == result["packed_bytes"]
     blocks = models.find_blocks(given, torch.zeros(2, 3, 16, 16))
-    assert policies.from_policy(json.loads(json.dumps(policy)), blocks).cr == pytest.approx(result["cr"])
+    assert policies.read(policy).fit(blocks, Config())[0].cr == pytest.approx(result["cr"])
     assert result["goal"]["met"] and result["target"] == pytest.approx(1 / 6)
 
 

@@ -11,6 +11,9 @@ import hirelc
 from compress import BlockConfig, KernelConfig, LayerBudget, NetworkConfig, kernel_shapes
 from config import Config, InputError, override
 from deploy import policies
+from evidence.given import policy_for
+from networks import silent
+from search import uniform_budgets
 
 BLOCKS = [SimpleNamespace(name="first", kernels={"a": nn.Linear(3, 4), "b": nn.Linear(4, 6)}, whole=()),
           SimpleNamespace(name="second", kernels={"head": nn.Linear(6, 5)}, whole=("head",))]
@@ -41,10 +44,12 @@ def test_what_a_policy_says_of_a_kernel():
 
 
 def test_a_policy_comes_back_as_it_was_written_with_a_note_where_it_has_no_budgets(tmp_path):
-    assert fit(tmp_path, whole()) == policies.read(whole()).fit(BLOCKS, Config()) == (CHOSEN, BUDGETS, [])
-    config = override(Config(), {"search.target": 0.2})
-    chosen, budgets, (note,) = fit(tmp_path, policies.to_policy(BLOCKS, CHOSEN), config)
-    assert chosen == CHOSEN and budgets is None and "policy.json" in note and "0.2" in note
+    assert fit(tmp_path, whole()) == policies.read(whole()).fit(BLOCKS, Config()) == (CHOSEN, BUDGETS)
+    config, log, bare = override(Config(), {"search.target": 0.2}), silent(), policies.to_policy(BLOCKS, CHOSEN)
+    assert fit(tmp_path, bare) == (CHOSEN, None)
+    chosen, budgets = policy_for(policies.read(bare), BLOCKS, config, log)
+    assert chosen == CHOSEN and budgets == uniform_budgets(2, config.search, config.compress)
+    assert ["given has no budgets: compliance is that of 0.2" in note for note in log.notes] == [True]
 
 
 FIRST, HEAD, BUDGET = ("blocks", 0, "kernels", 0), ("blocks", 1, "kernels", 0), ("blocks", 1, "budget")

@@ -14,10 +14,10 @@ import hirelc
 import models
 import rl
 from config import Config, InputError
+from deploy import policies
 from estimate import Proxy
 from networks import Attend, Caching, Flattening, Shared, fingerprint, pictures, same, silent, strided, tied
 from support.own import copy_network, ours_by_name, own_network, try_network
-from deploy.policies import from_policy
 from test_estimate import alike, by_copy
 from train import accuracy
 
@@ -163,7 +163,8 @@ def test_a_network_of_ones_own(make, channels, kernels, classifier, left_out):
         hits = compressed(x).argmax(1) == y
     assert accuracy(hits) == result["deployed_acc_full"]
     # the same blocks are found in what comes back
-    assert from_policy(policy, models.find_blocks(compressed, x[:8])).cr == result["cr"]
+    blocks = models.find_blocks(compressed, x[:8])
+    assert policies.read(policy).fit(blocks, Config())[0].cr == result["cr"]
 
 
 @pytest.mark.parametrize("make, channels", [(Shared, 1), (tied, 1), (Attend, 3), (Caching, 3), (strided, 3)])
