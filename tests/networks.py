@@ -1,5 +1,6 @@
 """Small networks that are not of this project, images for them, a silent log, and how to tell that one is untouched."""
 
+import io
 import os
 
 import torch
@@ -155,16 +156,31 @@ class Trap(str):
         return os.mkdir, (str(self),)
 
 
+def snapshot(model):
+    """A copy of the state dict."""
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(a, b):
+    """Whether two state dicts have the same tensors, bit by bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def through_a_file(state):
+    """A state through a file, read as plain data only."""
+    torch.save(state, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
 def fingerprint(model):
     """Everything that may not change: tensors bit by bit, modes, requires_grad, gradients, hooks."""
-    return ({k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()],
+    return (snapshot(model), [m.training for m in model.modules()],
             [(n, p.requires_grad, p.grad, p.data_ptr()) for n, p in model.named_parameters()],
             [(list(m._forward_hooks.values()), list(m._forward_pre_hooks.values())) for m in model.modules()])
 
 
 def same(one, two):
-    return one[0].keys() == two[0].keys() and all(torch.equal(one[0][k], two[0][k]) for k in one[0]) \
-        and one[1:] == two[1:]
+    return equal(one[0], two[0]) and one[1:] == two[1:]
 
 
 def tied():

@@ -1,7 +1,6 @@
 """Tests of the drop estimates: the proxy against real copies of compressed networks, the surrogate by hand."""
 
 import copy
-import io
 import math
 
 import numpy as np
@@ -15,6 +14,7 @@ from compress import (GRANULARITIES, QTYPES, BlockConfig, KernelConfig, KernelSh
                       kernel_shapes)
 from config import Surrogate as Settings
 from estimate import UNKNOWN_KERNEL, DropEstimator, Proxy, Surrogate, block_features, kernel_features, proxy_drop
+from networks import through_a_file
 from test_models import images
 
 FAMILIES = {"deit": ("deit_tiny_patch16_224", 0.125, 16), "clip": ("vit_base_patch32_clip_224", 0.07, 16),
@@ -246,11 +246,6 @@ def test_predictions_by_hand_and_without_dropout():
     predicted = model.predict([[0.8] + [0.0] * 14, [0.2] + [0.0] * 14])
     assert predicted == pytest.approx([3.5571, 50.0], abs=1e-3)  # 100 / (1 + e^3.3)
     assert [module.p for module in model.layers if isinstance(module, nn.Dropout)] == [0.3, 0.3]
-
-
-def through_a_file(state):
-    torch.save(state, file := io.BytesIO())
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 def test_it_is_a_function_of_its_seed_goes_on_bit_for_bit_and_leaves_torchs_generator_alone():

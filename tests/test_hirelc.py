@@ -21,7 +21,7 @@ from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
 from evidence import summary
 from hirelc import Cycle, Run, algorithm_1, compress_model
-from networks import silent
+from networks import equal, silent, snapshot
 from support import networks
 from train import Recipe, accuracy, correct
 
@@ -55,14 +55,6 @@ def small_run(**settings) -> Run:
 
 def result_of(run, out):
     return summary.summarise(run, out, copy.deepcopy(run.model))
-
-
-def state(network):
-    return {key: value.clone() for key, value in network.state_dict().items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
@@ -164,7 +156,7 @@ def test_what_is_reported_is_the_best_cycle_and_drops_compare_like_with_like():
     scores("grid")
     estimate_again()
     scores("deployed")
-    assert equal(state(model), state(pack.load(best.packed, small_network())))  # rest is float32
+    assert equal(model.state_dict(), pack.load(best.packed, small_network()).state_dict())  # rest is float32
     assert len({result[f"{name}_acc_full"] for name in ("baseline", "baseline_bn", "final", "grid", "deployed")}) > 2
     for key, before, after in (("", "baseline", "final"), ("grid_", "baseline", "grid"),
                                ("deployed_", "baseline", "deployed"), ("deployed_bn_", "baseline_bn", "deployed")):
@@ -326,7 +318,7 @@ def test_a_signal_ends_the_run_with_the_command_that_goes_on(tmp_path, capsys, m
 def compressed(tmp_path_factory):
     """A network with BatchNorm, compressed, with the other tensors of its packed file in half precision."""
     given, path, threads = small_network(), tmp_path_factory.mktemp("own") / "packed.pt", []
-    before, log = state(given), silent()
+    before, log = snapshot(given), silent()
     log.info = lambda text: threads.append(torch.get_num_threads())
     torch.set_num_threads(2)
     network, policy, result = compress_model(given, *images(), packed=path, threads=1, pack__rest="float16", log=log,
@@ -340,7 +332,7 @@ def compressed(tmp_path_factory):
 def test_the_network_that_is_returned_is_the_one_in_the_packed_file(compressed):
     network, policy, result, path, given = compressed
     assert network is not given and not network.training
-    assert equal(state(network), state(pack.load(path, model=small_network())))
+    assert equal(network.state_dict(), pack.load(path, model=small_network()).state_dict())
     hits = correct(network, images()[1])
     assert (accuracy(hits), accuracy(hits[:30])) == (result["deployed_acc_full"], result["deployed_acc"])
     assert path.stat().st_size == result["packed_bytes"]

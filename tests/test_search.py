@@ -1,19 +1,18 @@
 """Tests of search.py: decoders, votes and rewards against numbers worked out by hand, the environments slot by slot,
 and ensembles that go on bit for bit after a save."""
 
-import io
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 import search
 from compress import BlockConfig, KernelConfig, KernelShape, LayerBudget, NetworkConfig
 from config import HLA, LLA, Compress, Config, Search, override
 from evidence.summary import search_row
+from networks import through_a_file
 from search import Found, HLAEnsemble, HLAEnv, LLAEnsemble, LLAEnv
 
 LIMITS = Compress(qtype="any", granularity="any")
@@ -33,12 +32,6 @@ def decoded(action, budget=FREE, limits=LIMITS, shapes=ONE):
 
 def budget(**changes):
     return LayerBudget(**{**vars(FREE), **changes})
-
-
-def saved(state):
-    """A state through a file, read as plain data only."""
-    torch.save(state, file := io.BytesIO())
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 def weights_of(*ensembles):
@@ -420,7 +413,7 @@ def test_the_low_level_goes_on_bit_for_bit_after_a_file():
     first, second = lla_ensemble(), lla_ensemble()
     first.envs[1].bad_rewards = first.envs[1].unseen = 5  # of another search
     assert first.search(FREE).bad_rewards == 0
-    second.load_state_dict(saved(first.state_dict()))
+    second.load_state_dict(through_a_file(first.state_dict()))
     found = []
     for ensemble in (first, second):  # the same drops again, after one that is none and a large one
         ensemble.estimator.calls.clear()

@@ -17,7 +17,7 @@ import models
 from compress import BlockConfig, Grid, KernelConfig, NetworkConfig, kernel_shapes
 from config import Config
 from deploy.qat import GridTraining
-from networks import seeded
+from networks import equal, seeded, snapshot
 from support.networks import switches
 from train import Epoch, Recipe, Trainer, block_fisher, correct, fisher_sensitivity
 
@@ -78,14 +78,6 @@ ONES = Points(torch.ones(6, 1), [0] * 6)
 def trainer(model, train=ONES, test=None, epochs=4, lr=0.1, decay=0.01, patience=0, warmup=0.0, name="", **more):
     return Trainer(model, train, test or Script([5] * 20), Recipe(name, epochs, lr, decay, patience, warmup), **{
         "batch_size": 3, "eval_images": 10, "eval_batch_size": 10, "generator": seeded(), **more})
-
-
-def snapshot(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # Sensitivity (Eq. 14-15)
@@ -171,7 +163,7 @@ def test_fisher_of_a_real_structure_agrees_with_per_sample_gradients(name):
     wanted = [sum(found[key].double().square().sum().item() for key in block.parameters) / 3 for block in blocks]
     before = snapshot(model.train())
     assert block_fisher(model, blocks, x, y) == pytest.approx(wanted, rel=1e-3)
-    assert same(before, snapshot(model)) and model.training  # BatchNorm's statistics and counts included
+    assert equal(before, snapshot(model)) and model.training  # BatchNorm's statistics and counts included
 
 
 def test_correct_is_in_stored_order_ends_at_the_limit_and_leaves_the_network_as_it_was():
@@ -182,7 +174,7 @@ def test_correct_is_in_stored_order_ends_at_the_limit_and_leaves_the_network_as_
         got = correct(model, images, 2, limit, lambda what, *counts: calls.append(counts))
         assert got.dtype == torch.bool and got.tolist() == hits[:count] and model.norm.training is (limit > 3)
     assert calls[:5] == [(2, 5), (4, 5), (5, 5), (2, 3), (3, 3)]
-    assert set(model.seen) == {(False, False)} and same(before, snapshot(model))
+    assert set(model.seen) == {(False, False)} and equal(before, snapshot(model))
 
 
 # Training: one step, and the learning rate
@@ -242,7 +234,7 @@ def test_the_network_ends_at_the_first_of_the_best_epochs_with_its_statistics():
         after.append(snapshot(model))
     # every epoch trains in train mode although each ends with an evaluation
     assert model.seen == [(True, True), (True, True), (False, False)] * 4 and after[3]["norm.num_batches_tracked"] == 8
-    assert t.run() == t.best == t.history[1] and same(snapshot(model), after[1]) and not model.norm.training
+    assert t.run() == t.best == t.history[1] and equal(snapshot(model), after[1]) and not model.norm.training
     assert not any(torch.equal(after[1]["norm.running_mean"], after[n]["norm.running_mean"]) for n in (0, 2, 3))
 
 
@@ -359,7 +351,7 @@ def test_a_training_that_was_cut_ends_as_one_that_was_not(qat, stops):
     torch.manual_seed(99)  # the trainer's generator alone decides
     nn.init.ones_(model.conv1.weight)
     assert last.run(checkpoint=checkpoint) == whole.best and last.history == whole.history and len(whole.history) == 4
-    assert same(snapshot(model), snapshot(whole_model))
+    assert equal(snapshot(model), snapshot(whole_model))
     if qat:
         assert all(torch.equal(last.best_grids[k].scale, g.scale) for k, g in whole.best_grids.items())
         for weights, scales in (whole.optimizer.param_groups, last.optimizer.param_groups):

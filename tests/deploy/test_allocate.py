@@ -14,6 +14,7 @@ from compress import BlockConfig, KernelConfig, KernelShape, NetworkConfig, chan
 from config import Compress, InputError
 from deploy import allocate
 from deploy.allocate import enforce, least_sum, retained_weights
+from networks import equal, snapshot
 
 
 def network(*weights):
@@ -142,7 +143,7 @@ def test_kernels_that_are_not_prunable_keep_their_channels():
 def test_small_networks_meet_the_targets_within_the_bounds(name, width, patch, cost, unit):
     model = models.build(name, 10, 32, width, patch)
     blocks, rng = models.find_blocks(model), np.random.default_rng(3)
-    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    weights = snapshot(model)
     s = rng.random(len(blocks)).tolist()
     for share, kind in ((0.2, "uniform"), (0.15, "log"), (0.1, "per-channel")):
         start = configured(blocks, iter([KernelConfig(int(rng.integers(3, 9)), rng.uniform(0.4, 1), "FLOAT", kind)
@@ -154,4 +155,4 @@ def test_small_networks_meet_the_targets_within_the_bounds(name, width, patch, c
             assert shape == same and new == replace(old, bits=new.bits, keep=new.keep)
             assert 3 <= new.bits <= 8 and 0.4 <= new.keep <= 1
         assert enforce(blocks, moved, s, Compress(), budget, cost) == (moved, "")  # on it, nothing moves
-    assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
+    assert equal(weights, model.state_dict())

@@ -7,6 +7,7 @@ from torch import nn
 
 import data
 from deploy.batchnorm import estimate_batchnorm
+from networks import equal, snapshot
 
 
 class Frozen(nn.BatchNorm2d):
@@ -30,7 +31,7 @@ def test_batchnorm_statistics_are_those_of_the_images():
     model, (images, _) = network(), data.synthetic(3, 64, 1, 8, 0)
     model[1].unused = nn.BatchNorm2d(8)  # no image reaches it: it keeps its statistics
     model[1].unused.running_mean.fill_(2.0)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = snapshot(model)
     assert estimate_batchnorm(model, images, 32, 64, torch.Generator().manual_seed(0))
     seen = torch.cat([x for x, _ in images.batches(32, "cpu", torch.Generator().manual_seed(0), 64)])
     x = model[0][:2](seen).detach()
@@ -46,6 +47,6 @@ def test_batchnorm_statistics_are_those_of_the_images():
 def test_nothing_to_estimate(norm, limit):
     model, (images, _) = network(), data.synthetic(3, 64, 1, 8, 0)
     model[1] = norm
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before = snapshot(model)
     assert not estimate_batchnorm(model, images, 32, limit, torch.Generator().manual_seed(0))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert equal(before, model.state_dict())

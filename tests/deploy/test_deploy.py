@@ -7,7 +7,8 @@ import pytest
 import hirelc
 from deploy import pack
 from deploy.target import Demands
-from test_hirelc import QUICK, TRAINED, equal, result_of, small_run
+from networks import equal
+from test_hirelc import QUICK, TRAINED, result_of, small_run
 
 SMOKE = ["--exp", "4", "--smoke", "--device", "cpu"]
 

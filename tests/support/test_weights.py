@@ -17,10 +17,10 @@ from torch import nn
 import models
 from config import InputError
 from models import build, has_quick_gelu, load_pretrained, weights_path
-from networks import Trap
+from networks import Trap, equal, randomised, snapshot
 from support.published import Published
 from support.weights import LoadReport, read_checkpoint
-from test_models import images, randomised, same, snapshot, tiny
+from test_models import images, tiny
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
          torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -47,7 +47,7 @@ def refused(model, source, *words, **options):
         load_pretrained(model, source, **options)
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
-    assert same(before, model) and has_quick_gelu(model) == activation
+    assert equal(before, model.state_dict()) and has_quick_gelu(model) == activation
     return message
 
 
@@ -74,7 +74,7 @@ def test_torch_files(file, state, wrap, legacy):
     torch.save(wrap(state), file, _use_new_zipfile_serialization=not legacy)
     model = tiny()
     assert load_pretrained(model, file) == LoadReport(file, len(state))
-    assert same(state, model) and all(p.requires_grad for p in model.parameters())
+    assert equal(state, model.state_dict()) and all(p.requires_grad for p in model.parameters())
     torch.save(prefixed(state, "module."), file)  # a prefix that the network's names have, too, stays
     assert load_pretrained(nn.Sequential(collections.OrderedDict(module=model)), file).loaded == len(state)
 
@@ -192,7 +192,7 @@ def test_urls_go_through_the_weights_folder(tmp_path, state):
     for _ in range(2):  # the file of a file: URL changes; the copy must follow
         state["norm.bias"] += 1
         torch.save(state, tmp_path / "w.pth")
-        assert load_pretrained(model, url, weights_dir=kept).source == url and same(state, model)
+        assert load_pretrained(model, url, weights_dir=kept).source == url and equal(state, model.state_dict())
         assert [os.path.join(kept, name) for name in os.listdir(kept)] == [weights_path(url, kept)]
     content = (tmp_path / "w.pth").read_bytes()
     digest = hashlib.sha256(content).hexdigest()[:8]
@@ -310,4 +310,4 @@ def test_a_torchscript_archive_is_refused_with_the_line_that_converts_it(tmp_pat
     exec(shlex.split(message[message.index("python -c"):])[2])
     model = tiny()
     load_pretrained(model, str(tmp_path / "it's-weights.pt"))
-    assert same(snapshot(network), model)
+    assert equal(network.state_dict(), model.state_dict())
