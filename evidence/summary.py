@@ -106,28 +106,24 @@ def score_networks(run, outcome) -> dict:
     """
     c, best, hits = run.config, outcome.best, {}
 
-    def scored(name, state, same_as="", batchnorm=False, on_grid=False, packed=b""):
+    def scored(name, state, change=lambda: True):
         def score():
             set_state(run.model, state)
-            if on_grid:
-                snap_to_grid(run.blocks, best.config, best.masks)
-            if packed:
-                pack.load(packed, run.model)
-            if batchnorm and not run.estimate_batchnorm():
-                return hits[same_as]
+            if change() is False:  # no BatchNorm to estimate again
+                return hits["baseline"]
             return correct(run.model, run.test_set, c.eval.batch_size, 0, run.log.progress, run.ranks)
 
         hits[name] = run.phases.once(f"report: {name}", score)
 
     if c.eval.full:
         scored("baseline", outcome.theta0)
-        scored("baseline_bn", outcome.theta0, "baseline", batchnorm=True)
+        scored("baseline_bn", outcome.theta0, run.estimate_batchnorm)
         scored("final", best.network)
         if best.grids:  # training on the grid leaves the weights there
             hits["grid"] = hits["final"]
         else:
-            scored("grid", best.network, on_grid=True)
-        scored("deployed", best.network, packed=best.packed)
+            scored("grid", best.network, lambda: snap_to_grid(run.blocks, best.config, best.masks))
+        scored("deployed", best.network, lambda: pack.load(best.packed, run.model))
     return hits
 
 
