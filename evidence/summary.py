@@ -130,7 +130,7 @@ def score_networks(run, outcome) -> dict:
 def whole_split(hits: dict) -> dict:
     """Return accuracies on the whole test split with 95 % Wilson intervals, and paired drops with intervals, in points.
 
-    With McNemar's p; None where a network was not scored.
+    With McNemar's p; None where nothing was scored.
     """
     result = {}
     for name in SCORED:
@@ -138,18 +138,15 @@ def whole_split(hits: dict) -> dict:
         result[f"{name}_acc_full"] = None if found is None else accuracy(found)
         result[f"{name}_interval_full"] = None if found is None else list(wilson(int(found.sum()), len(found)))
     for key, (before, after) in DROPS.items():
-        known = hits.get(before) is not None and hits.get(after) is not None
-        drop = paired(hits[before], hits[after]) if known else dict.fromkeys(("drop", "interval", "p"))
-        result |= {f"{key}drop_full": drop["drop"], f"{key}drop_interval_full": drop["interval"],
-                   f"{key}mcnemar_p_full": drop["p"]}
+        drop, interval, p = paired(hits[before], hits[after]) if hits else (None, None, None)
+        result |= {f"{key}drop_full": drop, f"{key}drop_interval_full": interval, f"{key}mcnemar_p_full": p}
     return result
 
 
-def paired(before, after) -> dict:
+def paired(before, after) -> tuple[float, list[float], float]:
     """Return the drop between two networks on the same images (bool [n] each): points, 95 % interval, McNemar's p."""
     lost, won = int((before & ~after).sum()), int((after & ~before).sum())
-    return {"drop": 100 * (lost - won) / len(before), "interval": list(paired_interval(lost, won, len(before))),
-            "p": mcnemar(lost, won)}
+    return 100 * (lost - won) / len(before), list(paired_interval(lost, won, len(before))), mcnemar(lost, won)
 
 
 def account(run, best) -> dict:
