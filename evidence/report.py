@@ -15,13 +15,13 @@ from pathlib import Path
 from config import EXPERIMENTS, Config, InputError, flatten, override, read_settings
 from evidence import figures, rows, tables
 from evidence.figures import escape
-from evidence.tables import Run, Table
+from evidence.tables import RunFolder, Table
 from support.files import read_json, replace_file, survive_ascii
 
 NUMBERS = re.compile(r"[-+][0-9.]+(?:[ ,][^|!=@]*)?")  # a cell of our tables that begins with a sign
 
 
-def read_runs(out) -> list[Run]:
+def read_runs(out) -> list[RunFolder]:
     """Return every run directory OUT/* with a result.json, in the order of experiment, variant and seed.
 
     Raises InputError with the file that cannot be shown, or where two directories hold the same run.
@@ -37,9 +37,9 @@ def read_runs(out) -> list[Run]:
     return sorted(runs, key=lambda run: tuple(run.result[k] for k in ("exp", "name", "seed")))
 
 
-def _read_run(folder: Path) -> Run:
+def _read_run(folder: Path) -> RunFolder:
     """Read file after file, making the report of each part at once, so that what no table can show is named."""
-    run = Run(folder, {})
+    run = RunFolder(folder, {})
     for name, read in (("result.json", _add_result), ("config.json", _add_config),
                        ("policy.json", lambda run, path: dataclasses.replace(run, policy=read_json(path)[0]))):
         try:
@@ -55,14 +55,14 @@ def _read_run(folder: Path) -> Run:
     return run
 
 
-def _add_result(run: Run, path: Path) -> Run:
+def _add_result(run: RunFolder, path: Path) -> RunFolder:
     result, _ = read_json(path)
     if any(isinstance(v, str) and (len(v) > 200 or not v.isprintable()) for v in result.values()):
         raise ValueError("text that no table can show")
     return dataclasses.replace(run, result=tables.with_derived(result))
 
 
-def _add_config(run: Run, path: Path) -> Run:
+def _add_config(run: RunFolder, path: Path) -> RunFolder:
     config, _ = read_json(path)
     settings, retired = read_settings(config["settings"])
     return dataclasses.replace(run, config=config, retired=retired, settings={
@@ -114,7 +114,7 @@ def csv_text(columns, lines) -> str:
     return text.getvalue()
 
 
-def csv_files(runs: list[Run]) -> dict[str, str]:
+def csv_files(runs: list[RunFolder]) -> dict[str, str]:
     """Return name → content of every CSV: a file per table, and one per kind of figure with the rows of all runs."""
     files = {f"{table.key}.csv": csv_text(table.columns, table.rows) for table in tables.all_tables(runs)}
     drawn: dict[str, list[dict]] = {}
@@ -160,7 +160,7 @@ def html_table(table: Table) -> str:
     return "\n".join([*lines, "</tbody></table>", *notes, "</section>"])
 
 
-def page(runs: list[Run]) -> str:
+def page(runs: list[RunFolder]) -> str:
     """Return the whole report as one file: HTML that is well-formed XML, without scripts or anything from elsewhere."""
     experiments, (verdict, *others) = tables.grouped(runs), tables.all_tables(runs)
     small, old = sum(run.result["smoke"] for run in runs), sum(bool(run.retired) for run in runs)
@@ -181,7 +181,7 @@ def page(runs: list[Run]) -> str:
     return "\n".join(parts) + "\n</body></html>\n"
 
 
-def _run_section(run: Run) -> str:
+def _run_section(run: RunFolder) -> str:
     """Return one run: where and how it was made, what differs, its notes, and its figures."""
     r, config, settings = run.result, run.config or {}, run.settings or {}
     hardware, exp = config.get("hardware"), EXPERIMENTS.get(r["exp"])
@@ -207,7 +207,7 @@ def _votes(r: dict) -> str:
     return "of the votes {:.2f} points, of uniformly drawn actions {:.2f}".format(*means) if means else ""
 
 
-def write_report(out, runs: list[Run]) -> None:
+def write_report(out, runs: list[RunFolder]) -> None:
     """Write report.html, results.md and csv/ into the folder of the runs."""
     out = Path(out)
     (out / "csv").mkdir(exist_ok=True)

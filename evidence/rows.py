@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from config import EXPERIMENTS
 from evidence import figures
-from evidence.tables import Group, Run, subjects
+from evidence.tables import Group, RunFolder, subjects
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Figure:
                 f"<figcaption>{figures.escape(self.caption)}</figcaption></figure>")
 
 
-def run_figures(run: Run) -> list[Figure]:
+def run_figures(run: RunFolder) -> list[Figure]:
     """Return what can be drawn of one run: the allocation of the best cycle."""
     kernels = allocation_rows(run)
     if not kernels:
@@ -43,7 +43,7 @@ def experiment_figures(groups: list[Group]) -> list[Figure]:
         title, rows, "cycle", "drop", ("cycle", "drop, points")))] if rows else []
 
 
-def allocation_rows(run: Run) -> list[dict]:
+def allocation_rows(run: RunFolder) -> list[dict]:
     """Return what the best cycle chose for every kernel (Fig. 4), its keep as what is really kept where the file says
     it; nothing without a policy.json."""
     return [{"run": run.label, "block": block["name"], "kernel": kernel["name"], "bits": kernel["bits"],

@@ -37,7 +37,7 @@ def name_of(result: dict) -> str:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """The contents of a run directory; None for a file that is missing."""
     path: Path
     result: dict
@@ -61,7 +61,7 @@ class Run:
 @dataclass(frozen=True)
 class Group:
     """Runs that differ in the seed alone."""
-    runs: tuple[Run, ...]
+    runs: tuple[RunFolder, ...]
 
     @property
     def head(self) -> list[str]:
@@ -84,7 +84,7 @@ class Group:
 def grouped(runs) -> dict[int, list[Group]]:
     """Return the groups of each experiment (0: users' networks), in the order of the runs; runs belong together where
     network, data and all settings of the method are the same."""
-    members: dict[int, dict[str, list[Run]]] = {}
+    members: dict[int, dict[str, list[RunFolder]]] = {}
     for run in runs:
         same = {key: run.result[key] for key in ("exp", "name", "model", "data", "smoke", "mode", "scope")}
         same["method"] = method(run.settings)
@@ -230,7 +230,7 @@ def runs_table(results) -> Table:
     """Return one row per result, with the paper's drop and CR beside it."""
     rows = []
     for r in map(with_derived, results):
-        paper, g = EXPERIMENTS[r["exp"]].paper if r["exp"] in EXPERIMENTS else None, Group((Run(Path(), r),))
+        paper, g = EXPERIMENTS[r["exp"]].paper if r["exp"] in EXPERIMENTS else None, Group((RunFolder(Path(), r),))
         rows.append([
             f"exp {name_of(r)}: {r['model']}, {r['data']}, seed {r['seed']}, scope {r['scope']}, mode {r['mode']}"
             + ", protocol holdout" * (r.get("protocol") == "holdout") + ", miniature" * bool(r["smoke"]),
