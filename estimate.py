@@ -208,9 +208,9 @@ class Surrogate:
 class DropEstimator:
     """The drop that an LLA is told: the surrogate's once it is active, the proxy's before (§3.6).
 
-    ``proxy``: a Proxy, or what has its interface (evidence.table.Table); ``baseline_acc``: of theta_0, in points. In
-    a surrogate query the other blocks carry their latest consensus, or UNKNOWN_KERNEL while they have none (ledger
-    D10)."""
+    ``proxy``: a Proxy, or what has its interface (evidence.table.EstimateTable); ``baseline_acc``: of theta_0, in
+    points. In a surrogate query the other blocks carry their latest consensus, or UNKNOWN_KERNEL while they have none
+    (ledger D10)."""
 
     def __init__(self, proxy: Proxy, surrogate: Surrogate, baseline_acc: float):
         self.proxy, self.surrogate, self.baseline_acc = proxy, surrogate, baseline_acc

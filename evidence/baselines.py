@@ -45,7 +45,7 @@ class Problem:
     cost: object  # cost(KernelConfig, KernelShape), deploy.allocate.retained_weights or compress.kernel_bytes
     allowed: float  # sum of the costs, at most
     evaluations: int  # at most
-    estimates: object = None  # with search.estimate=table an evidence.table.Table, else an estimate.Proxy
+    estimates: object = None  # with search.estimate=table an evidence.table.EstimateTable, else an estimate.Proxy
 
 
 @dataclass(frozen=True)

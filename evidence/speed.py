@@ -33,7 +33,7 @@ from deploy.allocate import retained_weights
 from estimate import DropEstimator, Proxy, Surrogate, proxy_drop
 from evidence import networks
 from evidence.baselines import Problem, Space
-from evidence.table import Table, compare, measure
+from evidence.table import EstimateTable, compare, measure
 from search import HLAEnsemble, LLAEnsemble, LLAEnv, decode_lla, lla_nvec, random_config
 from support.cli import arguments as resolve
 from support.log import Log
@@ -148,7 +148,7 @@ def table_section(args) -> None:
         proxy, params = Proxy(model, blocks, [images]), sum(k.params for b in blocks for k in kernel_shapes(b))
         space = Space(Problem(blocks, [0.5] * len(blocks), limits, retained_weights, 0.1 * params, 0))
         start = time.perf_counter()
-        made = Table(proxy, **measure(proxy, space, rng))
+        made = EstimateTable(proxy, **measure(proxy, space, rng))
         taken, seconds = time.perf_counter() - start, np.zeros((2, args.rounds))
         for i, block in enumerate(blocks):
             told = [DropEstimator(source, SimpleNamespace(active=False), 90.0) for source in (made, proxy)]

@@ -40,7 +40,7 @@ class Entries:
         return float(pruned) + quantised
 
 
-class Table:
+class EstimateTable:
     """The measured entries, with estimate.Proxy's interface: ``blocks``, :meth:`drops`, :meth:`errors`, :meth:`check`.
 
     entries: per block and kernel; ``factors``: per block; ``quality``: for result.json, see :func:`compare`.
@@ -81,18 +81,18 @@ def relative_drops(config) -> bool:
     return needs_table(config) or config.search.method in BASELINES
 
 
-def tabulated(proxy: Proxy, problem: Problem, config, once) -> Proxy | Table:
+def tabulated(proxy: Proxy, problem: Problem, config, once) -> Proxy | EstimateTable:
     """Return the proxy, or the table that it measures, where the search asks for one; ``once``: Phases.once."""
     if not needs_table(config):
         return proxy
     rng = np.random.default_rng(derive_seed(config.seed, "table"))
-    return Table(proxy, **once("table: entries", lambda: measure(proxy, Space(problem), rng)))
+    return EstimateTable(proxy, **once("table: entries", lambda: measure(proxy, Space(problem), rng)))
 
 
 def measure(proxy: Proxy, space: Space, rng) -> dict:
-    """Return entries, factors and quality of a :class:`Table`; ``space``: what candidates are drawn from."""
+    """Return entries, factors and quality of a :class:`EstimateTable`; ``space``: what candidates are drawn from."""
     entries = measure_entries(proxy, space)
-    table = Table(proxy, entries, [1.0] * len(entries), {})
+    table = EstimateTable(proxy, entries, [1.0] * len(entries), {})
     networks = [space.config(space.onto_target(space.draw(rng), rng)) for _ in range(JOINT)]
     for i in range(len(entries)):
         parts = [network.blocks[i] for network in networks]
@@ -102,7 +102,7 @@ def measure(proxy: Proxy, space: Space, rng) -> dict:
     return {"entries": entries, "factors": table.factors, "quality": {"passes": passes, **compare(table, space, rng)}}
 
 
-def compare(table: Table, space: Space, rng, count: int = HELD_OUT) -> dict:
+def compare(table: EstimateTable, space: Space, rng, count: int = HELD_OUT) -> dict:
     """Return how far the table is from the proxy on ``count`` networks drawn on the size: rank correlation and mean
     relative error of the whole networks, and of as many candidates of single blocks, PER_BLOCK or more of each (means
     over the blocks); a rank correlation is None where one side is flat."""

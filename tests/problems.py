@@ -37,7 +37,7 @@ class SixKernels:
         self.blocks = [SimpleNamespace(name=f"b{i}", kernels={f"k{i}{j}": kernels[3 * i + j] for j in range(3)})
                        for i in range(2)]
         self.errors, self.asked = {}, []
-        self.entries, self.factors = [[self.alone(i, j) for j in range(3)] for i in range(2)], CURVATURE  # of a Table
+        self.entries, self.factors = [[self.alone(i, j) for j in range(3)] for i in range(2)], CURVATURE  # as a table's
         self.params = sum(kernel.weight.numel() for kernel in kernels)
         tables = []
         for i, block in enumerate(self.blocks):

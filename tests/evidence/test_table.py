@@ -30,7 +30,7 @@ class World:
 
 def measured(world):
     space = Space(problem(world.six))
-    return table.Table(world, **table.measure(world, space, np.random.default_rng(0))), space
+    return table.EstimateTable(world, **table.measure(world, space, np.random.default_rng(0))), space
 
 
 def test_an_additive_proxy_is_met():
