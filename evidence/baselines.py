@@ -66,10 +66,10 @@ def make_problem(blocks, sensitivity, config, allowance) -> Problem:
 
 
 def find(method: str, problem: Problem, seed: int) -> Choice:
-    """Return the configuration that ``method`` (a name in METHODS) chooses; all random numbers come from ``seed``.
+    """Return the configuration that ``method`` (a name in SEARCHES) chooses; all random numbers come from ``seed``.
     There is at least one evaluation per block. Raises InputError where the method finds nothing within the target."""
     space = Space(problem)
-    note = METHODS[method](space, np.random.default_rng(seed))
+    note = SEARCHES[method](space, np.random.default_rng(seed))
     if space.best is None:
         raise InputError(f"search={method} finds no configuration that takes at most {problem.allowed:,.6g}, as asked: "
                          "ask for a larger network, lower compress.bits_min or raise compress.max_pruning")
@@ -365,5 +365,5 @@ def table_optimum(space: Space, rng) -> None:
         space.scores([space.grouped([kernels[index] for kernels, index in zip(options, chosen)])])
 
 
-METHODS = dict(uniform=uniform, random=random_search, greedy=greedy, evolution=evolution, sequential=sequential,
-               table=table_optimum)
+SEARCHES = dict(uniform=uniform, random=random_search, greedy=greedy, evolution=evolution, sequential=sequential,
+                table=table_optimum)
