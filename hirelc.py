@@ -414,7 +414,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     if packed is not None:
         checks.check_writable(packed)
     policy, config = policies.given(policy, config)
-    log, device, home = log or Log(), networks.device_of(config), next(model.parameters(), torch.empty(0)).device
+    log, device, home = log or Log(), networks.device_for(config), next(model.parameters(), torch.empty(0)).device
     log.notes = []  # the result has those of this call
     train, test = data.as_images(train, "training images"), data.as_images(test, "test images")
     state = Path(run_dir).expanduser() / "state" if run_dir is not None else None
@@ -455,7 +455,7 @@ def run_experiment(config: Config, log: Log | None = None, resume: bool = False,
             policy, config = policies.given(config.policy or None, config)
             parse_goal(config.goal)
             networks.check(config, ranks)
-            device = networks.device_of(config, ranks)
+            device = networks.device_for(config, ranks)
             if ranks.first:
                 runs.check_directory(path, config)
                 stack.enter_context(runs.locked(path))
@@ -530,7 +530,7 @@ def main(argv=None) -> int:
                 if args.dry_run:
                     print(dry_run(config))
                 elif args.load:
-                    summary.evaluate_packed(config, args.load, log, networks.device_of(config))
+                    summary.evaluate_packed(config, args.load, log, networks.device_for(config))
                 else:
                     done.append(run_experiment(config, log, args.resume, args.restart))
         except (InputError, OSError, Elsewhere) as error:

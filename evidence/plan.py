@@ -26,7 +26,7 @@ from evidence.table import needs_table
 from search import numeric_options, random_config
 from support import layouts
 from support.log import Log, duration
-from support.networks import device_of, make
+from support.networks import device_for, make
 from support.ranks import Ranks
 from support.weights import weights_path
 from train import Recipe, correct
@@ -39,7 +39,7 @@ def plan(config: Config, path: Path, make_run) -> str:
 
     Raises InputError for whatever the run would refuse before it starts, and where a disk has no room.
     """
-    device, needs, silent = device_of(config), [], Log(open(os.devnull, "w"))
+    device, needs, silent = device_for(config), [], Log(open(os.devnull, "w"))
     torch.set_num_threads(config.threads or torch.get_num_threads())
     lines = [f"device: {device}, {torch.get_num_threads()} threads", f"run directory: {path} "
              f"({'holds a run with these settings' if (path / 'config.json').exists() else 'new'})"]

@@ -35,7 +35,7 @@ from evidence import networks
 from evidence.baselines import Problem, Space
 from evidence.table import EstimateTable, compare, measure
 from search import HLAEnsemble, LLAEnsemble, LLAEnv, decode_lla, lla_nvec, random_config
-from support.cli import arguments as resolve
+from support.cli import arguments
 from support.log import Log
 from support.runs import keep_freed_memory
 from train import Recipe, Trainer
@@ -130,7 +130,7 @@ def training_section(args) -> None:
 def published(args, name: str):
     """Return a network of evidence.grid with its published weights, and its training images."""
     flags, weights, images, *_ = networks.NETWORKS[name]
-    config = resolve([*flags.split(), "--data-dir", args.data_dir, "--set", *images.split()])[1][0]
+    config = arguments([*flags.split(), "--data-dir", args.data_dir, "--set", *images.split()])[1][0]
     splits = data.load(config.data, pretrained_stats=models.PRETRAINED_STATS[config.model.name])
     model = getattr(networks, name)() if hasattr(networks, name) else models.build(
         config.model.name, 1000, config.data.image_size)

@@ -16,7 +16,7 @@ from support.published import PRETRAINED
 from support.ranks import Ranks
 
 
-def device_of(config: Config, ranks: Ranks = Ranks()) -> torch.device:
+def device_for(config: Config, ranks: Ranks = Ranks()) -> torch.device:
     """Return the device of a run. Raises InputError for a GPU that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no usable GPU; use --device cpu or auto")

@@ -431,5 +431,5 @@ def test_cublas_is_told_to_be_deterministic(monkeypatch):
     for there, asked, device in ((True, "cpu", "cpu"), (False, "auto", "cpu"), (True, "auto", "cuda")):
         assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
         monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-        assert networks.device_of(override(Config(), {"device": asked})).type == device
+        assert networks.device_for(override(Config(), {"device": asked})).type == device
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
