@@ -224,7 +224,7 @@ class LLAEnv:
         return obs
 
     def step(self, actions):
-        """Estimate one candidate per environment, actions int [num_envs, 4 K]: observations, rewards, dones, info.
+        """Estimate one candidate per environment, actions int [num_envs, 4 K]: observations, rewards, dones, and {}.
         Where drop or reward is not finite, the drop is observed as WORST and the reward is BAD_REWARD."""
         configs = [BlockConfig(decode_lla(action, self.budget, self.limits, self.shapes), self.shapes)
                    for action in actions]
@@ -243,8 +243,7 @@ class LLAEnv:
         obs = self.reset() if done else self._observation(
             retained, np.abs(retained - self.budget.target), np.where(bad, WORST, drops), rewards,
             [config.per_kernel for config in configs])
-        info = {"drops": drops.tolist(), "retained": retained.tolist(), "configs": configs}
-        return obs, rewards, np.full(self.num_envs, done), info
+        return obs, rewards, np.full(self.num_envs, done), {}
 
 
 class HLAEnv:
