@@ -19,6 +19,7 @@ from compress import compress_network, prune_mask, snap_to_grid
 from config import Config, InputError, override
 from deploy import pack, policies
 from deploy.batchnorm import estimate_batchnorm
+from estimate import block_features
 from evidence import summary
 from hirelc import Cycle, Run, algorithm_1, compress_model
 from networks import equal, silent, snapshot
@@ -59,6 +60,7 @@ def result_of(run, out):
 
 def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
     run, tape, choose = small_run(**TRAINED, **{"enforce_target": True, "search.target": 0.1}), [], hirelc.choose_search
+    told = []  # agents of both levels, estimator
 
     def taped(owner, name, label=None):
         method = getattr(owner, name)
@@ -76,7 +78,7 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
         for i, block in enumerate(lla):
             taped(block, "search", lambda args, i=i: ("search", i, equal(run.weights(), theta0)))
         tape.append("agents")
-        theta0 = run.weights()
+        theta0, told[:] = run.weights(), (hla, lla, args[2])
         return hla, lla
 
     for owner, names in ((run, "train_from_scratch train_baseline estimate_sensitivity"), (hirelc.Demands, "chosen"),
@@ -96,7 +98,15 @@ def test_the_steps_come_in_the_order_of_the_paper(monkeypatch):
         ("feedback", 0.0, 1.0, 1), ("budgets", False), *steps,
         ("feedback", first.drop, first.retained, 2), ("train_hla", 5), ("budgets", True), *steps]
     assert first.retained < 0.101 < first.voted_retained and first.drop == out.baseline["acc"] - first.acc
-    assert [row.cycle for row in out.rows] == [0, 1, 2] and len(out.surrogate.buffer) == 2
+    assert [row.cycle for row in out.rows] == [0, 1, 2]
+    high, low, estimator = told  # what they are told: the blocks' own numbers, theta_0's accuracy, what was chosen
+    assert high.envs[0].params.tolist() == [sum(shape.params for shape in block) for block in run.shapes]
+    assert high.envs[0].sensitivity == [block.envs[0].sensitivity for block in low] == out.sensitivity
+    assert [(block.envs[0].budget.target, block.envs[0].budget.strategy) for block in low] == [
+        (budget["target"], budget["strategy"]) for budget in out.budgets[1]["blocks"]]
+    assert estimator.baseline_acc == out.baseline["acc"]
+    assert out.surrogate.buffer[1][0] == sum(map(block_features, estimator.consensus), [])
+    assert [acc for _, acc in out.surrogate.buffer] == [row.acc for row in out.rows[1:]]
 
 
 def test_in_searches_past_the_papers_drops_are_relative(monkeypatch):
@@ -111,16 +121,18 @@ def test_in_searches_past_the_papers_drops_are_relative(monkeypatch):
 @pytest.mark.parametrize("carry", ["none", "rest"])
 def test_the_best_cycle_is_kept_and_theta_0_is_what_a_cycle_starts_from(monkeypatch, carry):
     run = small_run(**{"search.cycles": 4, "search.method": "null", "carry": carry, "finetune.warmup_epochs": 2})
-    starts, ends = [], []
+    starts, ends, told = [], [], []
 
     def measured(run, cycle, tuned, voted, new, out):
         ends.append(run.weights())
         assert tuned["best"].lr == pytest.approx((1e-5, 1.01e-3)[tuned["best"].epoch - 1] / 2.01)  # of 2 epochs
-        return Cycle(cycle, (50.0, 60.0, 60.0, 55.0)[cycle - 1], 0.0)
+        return Cycle(cycle, (50.0, 60.0, 60.0, 55.0)[cycle - 1], float(cycle))
 
     monkeypatch.setattr(hirelc, "compress_network", lambda *a: starts.append(run.weights()) or compress_network(*a))
     monkeypatch.setattr(hirelc, "measure", measured)
+    monkeypatch.setattr(hirelc.NullHLA, "feedback", lambda hla, *measured: told.append(measured))
     out = algorithm_1(run)
+    assert told == [(float(n), 1.0, n + 1) for n in range(4)]  # of the last cycle, not of the best one
     assert out.best.row.cycle == 2 and equal(out.best.network, ends[1])  # the most accurate, the first of equals
     kernels = {f"{name}.weight" for block in run.blocks for name in block.kernels}
     for cycle, start in enumerate(starts):
@@ -172,10 +184,12 @@ def test_what_is_reported_is_the_best_cycle_and_drops_compare_like_with_like():
 @pytest.mark.parametrize("rate, failed", [(1e-4, 0), (1e30, 3)])
 def test_warm_up_samples_start_from_theta_0_and_one_that_diverges_is_left_out(rate, failed, monkeypatch):
     run = small_run(**{"surrogate.warmup": 3, "surrogate.warmup_lr": rate, "search.cycles": 1, "search": "no-hla"})
-    starts, trained, fit = [], [], run.train
+    starts, trained, fit, epochs, learn = [], [], run.train, [], hirelc.Surrogate.train
+    monkeypatch.setattr(hirelc.Surrogate, "train", lambda surrogate, n: epochs.append(n) or learn(surrogate, n))
     monkeypatch.setattr(hirelc, "compress_network", lambda *a: starts.append(run.weights()) or compress_network(*a))
     run.train = lambda what, trainer: trained.append((trainer.recipe, bool(trainer.factors))) or fit(what, trainer)
     out = algorithm_1(run)
+    assert epochs == [100, 3]  # after the warm-up, and after the cycle
     assert len(starts) == 4 and all(equal(start, out.theta0) for start in starts)  # every sample and the cycle, masked:
     assert trained[1:] == [(Recipe("surrogate.warmup_lr", 1, rate, 0.01), True)] * 3 + [
         (Recipe("finetune.lr", 2, 1e-3, 0.01, 3), True)]
