@@ -174,16 +174,10 @@ class NetworkConfig:
         return sum(sum(s.params * (1 - kept) for s, kept in zip(b.shapes, b.kept)) for b in self.blocks) / self.params
 
     @property
-    def average_bits(self) -> float:
-        """Mean bits of a stored weight, over all kernels, unweighted."""
-        kernels = [kernel for block in self.blocks for kernel in block.kernels]
-        return sum(kernel.storage_bits for kernel in kernels) / len(kernels)
-
-    @property
-    def average_keep(self) -> float:
-        """Mean fraction of channels really kept over all kernels, unweighted."""
-        kept = [fraction for block in self.blocks for fraction in block.kept]
-        return sum(kept) / len(kept)
+    def joined(self) -> BlockConfig:
+        """All kernels as one block, for means over the network."""
+        return BlockConfig(sum((block.kernels for block in self.blocks), ()),
+                           sum((block.shapes for block in self.blocks), ()))
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def measure(run, cycle: int, tuned: dict, voted: NetworkConfig, new: Best, out) 
         acc_before_finetune=tuned["before"], retained=chosen.retained, cr=chosen.cr, msr=chosen.msr,
         cr_unweighted=chosen.cr_unweighted, packed_bytes=len(new.packed),
         whole_model_ratio=model_bytes(run.model) / len(new.packed), sparsity=chosen.sparsity,
-        average_bits=chosen.average_bits, average_keep=chosen.average_keep,
+        average_bits=chosen.joined.average_bits, average_keep=chosen.joined.average_keep,
         compliance=compliance(chosen, new.budgets), voted_retained=voted.retained,
         voted_compliance=compliance(voted, new.budgets), finetune_epochs=tuned["epochs"],
         finetune_best_epoch=best.epoch, surrogate_active=out.surrogate.active, surrogate_prediction=prediction)

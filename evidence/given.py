@@ -12,8 +12,8 @@ def policy_for(policy, blocks, config: Config, log):
     if policy is None:
         return None
     chosen, budgets = policy.fit(blocks, config)
-    log.info(f"policy of {policy.where}: CR {chosen.cr:.2f}, {chosen.average_bits:.2f} bits, keep "
-             f"{chosen.average_keep:.3f}; nothing is searched")
+    log.info(f"policy of {policy.where}: CR {chosen.cr:.2f}, {chosen.joined.average_bits:.2f} bits, keep "
+             f"{chosen.joined.average_keep:.3f}; nothing is searched")
     if budgets is None:
         log.note(f"{policy.where} has no budgets: compliance is that of {config.search.target:g} and the global bounds "
                  "for every block")

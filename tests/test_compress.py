@@ -302,14 +302,14 @@ def test_network_statistics_by_hand():
     assert (NETWORK.retained, NETWORK.cr, NETWORK.msr) == pytest.approx((0.08125, 12.3076923, 0.91875))  # 26 / 320
     assert NETWORK.cr_unweighted == pytest.approx(7.9338843)  # 2 / (0.15625 + 0.0958333)
     assert NETWORK.sparsity == pytest.approx(0.475)  # 152 / 320
-    assert (NETWORK.average_bits, NETWORK.average_keep) == pytest.approx((5.4, 0.68))  # over five kernels
+    assert (NETWORK.joined.average_bits, NETWORK.joined.average_keep) == pytest.approx((5.4, 0.68))  # over five kernels
 
 
 def test_the_scripts_log_grid_is_charged_in_every_ratio():
     block = BlockConfig((KernelConfig(3, 0.5, "INT", "log-script"),), (KernelShape(4, 64),))
     network = NetworkConfig((block,))
     assert block.retained == network.retained == 0.0625 and network.cr == network.cr_unweighted == 16
-    assert block.average_bits == network.average_bits == 4
+    assert block.average_bits == network.joined.average_bits == 4
     assert kernel_bytes(block.kernels[0], block.shapes[0]) == 25  # 32 weights of 4 bits, two ends, a map of 1 byte
 
 
