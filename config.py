@@ -148,7 +148,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Surrogate:
-    enabled: bool = setting(True, "whether an MLP replaces the proxy from min_samples on; off in searches without agents")
+    enabled: bool = setting(True, "whether an MLP replaces the proxy from min_samples on; off without agents")
     warmup: int = setting(0, "random configurations measured before cycle 1", low=0)
     min_samples: int = setting(3, "N_min, measured configurations before the MLP is used", low=1)
     warmup_lr: float = setting(1e-4, "AdamW learning rate of the warm-up's one epoch", low=0.0)

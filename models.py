@@ -39,12 +39,19 @@ class Stage:
         return any(id(p) in wanted for module in self.modules for p in module.parameters())
 
 
+def as_built(model: nn.Module) -> bool:
+    """Whether a network is one of this file's as it was made: no layer replaced, added or hooked, no own forward."""
+    return (type(model) in (VisionTransformer, ResNet, MobileNetV2)
+            and model.made == [type(module) for module in model.modules()]
+            and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()))
+
+
 def stages(model: nn.Module) -> tuple[Stage, ...]:
     """Divide a network into stem, encoder or residual blocks, and head; one of another kind is a single stage.
 
     A candidate for one block needs nothing of the stages before it but their result, the same for every candidate.
     """
-    if type(model) in (VisionTransformer, ResNet, MobileNetV2):
+    if as_built(model):
         return model.stages()
     return (Stage((model,), model),)
 
@@ -129,6 +136,7 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.patch_embed.proj.weight, std=(3 * patch * patch) ** -0.5)
         if self.patch_embed.proj.bias is not None:
             nn.init.zeros_(self.patch_embed.proj.bias)
+        self.made = [type(module) for module in self.modules()]  # see as_built
 
     def embed(self, x):
         """Images → tokens [B, T, C]. Raises InputError for images of another size."""
@@ -155,7 +163,7 @@ class VisionTransformer(nn.Module):
 
 def has_quick_gelu(model: nn.Module) -> bool:
     """Whether a network is a ViT with QuickGELU; neither activation has parameters that a state dict could show."""
-    return isinstance(model, VisionTransformer) and model.blocks[0].mlp.act.quick
+    return isinstance(model, VisionTransformer) and getattr(model.blocks[0].mlp.act, "quick", False)
 
 
 # ResNets
@@ -221,6 +229,7 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.made = [type(module) for module in self.modules()]  # see as_built
 
     def stem(self, x):
         """Images → [B, C, H/4, W/4]."""
@@ -311,6 +320,7 @@ class MobileNetV2(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.zeros_(self.classifier.bias)
+        self.made = [type(module) for module in self.modules()]  # see as_built
 
     def stem(self, x):
         """Images → [B, 32, H/2, W/2]."""
@@ -393,7 +403,7 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str =
     paper leaves out too, in extra blocks. Raises InputError where that leaves nothing to compress.
     """
     what, sections = type(model).__name__, None
-    if type(model) in (VisionTransformer, ResNet, MobileNetV2):
+    if as_built(model):
         kernels, classifier = registered_kernels(model), classifier_name(model)
         for kernel in kernels:
             if kernel.name == classifier:
@@ -402,7 +412,7 @@ def survey(model: nn.Module, example=None, exclude=(), groups=None, scope: str =
                 kernel.reason = next((LEFT_OUT[part] for part in LEFT_OUT if part in kernel.name), kernel.reason)
     else:
         kernels = traced_kernels(model, example)
-    if type(model) is VisionTransformer:
+    if as_built(model) and type(model) is VisionTransformer:
         sections = [(f"blocks.{i}", {f"blocks.{i}.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")},
                      tuple(f"blocks.{i}.{name}" for name, _ in block.named_parameters()))
                     for i, block in enumerate(model.blocks)]

@@ -219,10 +219,11 @@ def _check_modes(model, what):
     held = {id(value) for module in model.modules() for value in (module, *vars(module).values())
             if isinstance(value, (nn.Module, dict, list))}
     for function in (leaf for module in trial.modules() for leaf in tree_leaves([*vars(module).values()])):
-        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
-        if any(id(getattr(value, "__self__", value)) in held for value in cells):
+        seen = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
+        seen += getattr(function, "__defaults__", None) or ()
+        if any(id(getattr(value, "__self__", value)) in held for value in seen):
             raise InputError(f"{what}: {function.__qualname__}, a hook or function that it holds, reaches the network "
-                             "through a closure, which a copy does not follow; make it a method of the network")
+                             "through a closure or a default, which no copy follows; make it a method of the network")
     for mode in (True, False):
         try:
             trial.train(mode)

@@ -121,8 +121,9 @@ class Distillation:
     def __init__(self, model: nn.Module, theta0: dict, weight: float, temperature: float, half: bool):
         self.weight, self.temperature, self.half = weight, temperature, half
         self.teacher = copy_network(model)
-        self.teacher.eval()
+        self.teacher.train()
         set_state(self.teacher, theta0)
+        self.teacher.eval()  # now, since a network may make something of its weights here
 
     def __call__(self, logits, y, x) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):

@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import inspect
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -128,31 +128,31 @@ def memory(tensor) -> tuple:
 def own_network(source: str, num_classes: int) -> nn.Module:
     """Return the network that ``module:function`` or ``path/to/file.py:function`` makes.
 
-    The function is called without arguments, or with ``num_classes`` where it has a parameter of that name. File and
-    function run as in a Python that starts in the file's folder (for a module: in the current directory), and so does
-    the process from here on: one network each. Raises InputError where there is no such module, file or function, and
-    where it fails or returns something else.
+    The function is given ``num_classes`` where it has a parameter of that name, and nothing else. File and function run
+    as in a Python that starts in the file's folder (for a module: in the current directory), and so does the process
+    from here on: one network each. Raises InputError where one of them is missing or fails, or no network comes back.
     """
     place, _, function = source.rpartition(":")
     if not (place and function):
         raise InputError(f"--model {source}: expected module:function or path/to/file.py:function")
     path = Path(place).resolve() if place.endswith(".py") else None
     try:
-        _start_in(path.parent if path else Path.cwd())
-        if path:  # the number keeps files of one name in two folders apart
-            spec = importlib.util.spec_from_file_location(f"own_{path.stem}_{abs(hash(path))}", path)
-            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        make = getattr(module, function, None)
-        if not callable(make):
-            raise InputError(f"{place} has no function '{function}'")
-        sized = "num_classes" in inspect.signature(make).parameters
-        network = make(num_classes=num_classes) if sized else make()
-        if not isinstance(network, nn.Module):
-            raise InputError(f"returned a {type(network).__name__}, expected a torch.nn.Module")
-        return network
+        with chdir("."), torch.enable_grad():  # both are put back, whatever the file switches
+            _start_in(path.parent if path else Path.cwd())
+            if path:  # the number keeps files of one name in two folders apart
+                spec = importlib.util.spec_from_file_location(f"own_{path.stem}_{abs(hash(path))}", path)
+                module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+            else:
+                module = importlib.import_module(place)
+            make = getattr(module, function, None)
+            if not callable(make):
+                raise InputError(f"{place} has no function '{function}'")
+            parameters = inspect.signature(make).parameters
+            network = make(num_classes=num_classes) if "num_classes" in parameters else make()
+            if not isinstance(network, nn.Module):
+                raise InputError(f"returned a {type(network).__name__}, expected a torch.nn.Module")
+            return network
     except InputError as error:
         raise InputError(f"--model {source}: {error}") from error
     except (Exception, SystemExit) as error:  # whatever the file's own code raises
