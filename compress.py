@@ -431,13 +431,6 @@ def mask_factors(blocks, masks: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]
             for name, weight in weights.items()]
 
 
-@torch.no_grad()
-def apply_masks(blocks, masks: dict[str, Tensor]) -> None:
-    """Zero the pruned rows of every kernel, in place (Eq. 18). Raises ValueError as :func:`mask_factors` does."""
-    for weight, factor in mask_factors(blocks, masks):
-        weight.mul_(factor)
-
-
 def _paired(blocks, config: NetworkConfig) -> list[tuple[str, torch.nn.Module, KernelConfig]]:
     """Kernels of all blocks with their configurations; ValueError, before anything is changed, unless C fits."""
     if len(blocks) != len(config.blocks):

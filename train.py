@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress import apply_masks, eval_mode, mask_factors, set_state
+from compress import eval_mode, mask_factors, set_state
 from models import block_parameters
 from support.ranks import Ranks
 
@@ -108,10 +108,10 @@ class _Logits(nn.Module):
 class Trainer:
     """AdamW with a cosine schedule, early stopping, masks, and the best epoch kept (§3.5, §3.7 step 7).
 
-    Per epoch, in train mode: every batch takes a step, in which the gradients of pruned rows are 0, so that these stay
-    0 as if they were zeroed again after it, and AdamW's moments of them as well; then the accuracy on the first
-    ``eval_images`` images of ``choice`` is measured. The state before the first epoch is not a candidate. With
-    ``on_grid``, a ``deploy.qat.GridTraining``, the network computes with grid values everywhere, the best epoch's
+    Per epoch, in train mode: every batch takes a step, in which the gradients of pruned rows are 0, so that these, 0
+    from the start, stay 0 as if they were zeroed again after it, and AdamW's moments of them as well; then the accuracy
+    on the first ``eval_images`` images of ``choice`` is measured. The state before the first epoch is not a candidate.
+    With ``on_grid``, a ``deploy.qat.GridTraining``, the network computes with grid values everywhere, the best epoch's
     weights are those, and ``best_grids`` are their grids. Several ``ranks`` divide each batch, their gradients are
     averaged, BatchNorm's statistics are the first one's; with ``unused_parameters`` some may have no gradient.
     ``half``: a training step's forward pass under bfloat16 autocast; accuracies are always measured in float32.
@@ -126,8 +126,6 @@ class Trainer:
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
         self.generator, self.half, self.on_grid, self.ranks, self.loss = generator, half, on_grid, ranks, loss
         self.factors = [] if masks is None else mask_factors(blocks, masks)
-        if masks is not None:
-            apply_masks(blocks, masks)
         self.parallel = ranks.wrap(_Logits(model, on_grid), unused_parameters)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay,
                                            fused=True)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress import (LOG, PER_CHANNEL, BlockConfig, KernelConfig, KernelShape, NetworkConfig, apply_masks,
-                      compress_kernel, compress_network, kernel_bytes, kernel_retained, prune_mask, quantize,
+from compress import (LOG, PER_CHANNEL, BlockConfig, KernelConfig, KernelShape, NetworkConfig, compress_kernel,
+                      compress_network, kernel_bytes, kernel_retained, mask_factors, prune_mask, quantize,
                       snap_to_grid)
 
 QUANTIZERS = [("INT", "uniform"), ("FLOAT", "uniform"), ("INT", "per-channel"), ("FLOAT", "per-channel"),
@@ -382,16 +382,10 @@ def test_snap_to_grid_by_hand():
     assert not model.a.weight.any()
 
 
-def test_apply_masks_by_hand():
-    model, masks = fine_tuned()
-    before = copy.deepcopy(model.state_dict())
-    apply_masks(model.blocks(), masks)
-    assert torch.equal(model.a.weight, torch.tensor([[6.0, -1.7, 2.8], [0.0, 0.0, 0.0]]))  # kept rows off the grid
-    assert changed(before, model) == {"a.weight"}
+def test_mask_factors_by_hand():
     conv = nn.Conv2d(2, 3, 3)
-    expected = conv.weight.detach() * torch.tensor([1.0, 0.0, 1.0])[:, None, None, None]
-    apply_masks([SimpleNamespace(name="0", kernels={"c": conv})], {"c": torch.tensor([True, False, True])})
-    assert torch.equal(conv.weight, expected)
+    (weight, factor), = mask_factors([SimpleNamespace(kernels={"c": conv})], {"c": torch.tensor([True, False, True])})
+    assert weight is conv.weight and torch.equal(factor, torch.tensor([1.0, 0.0, 1.0])[:, None, None, None])
 
 
 @pytest.mark.parametrize("masks, message", [
@@ -399,9 +393,9 @@ def test_apply_masks_by_hand():
     ({name: torch.tensor([True, False]) for name in "abd"}, r"\['d'\]"),
     *(({"a": mask, "b": torch.tensor([True, True])}, "mask of a: expected bool") for mask in (
         torch.tensor([1.0, 0.0]), torch.tensor([[True], [False]]), torch.tensor(True)))])
-def test_apply_masks_refuses(masks, message):
+def test_masks_that_do_not_fit_are_refused(masks, message):
     with pytest.raises(ValueError, match=message):
-        apply_masks(Ten().blocks(), masks)
+        mask_factors(Ten().blocks(), masks)
 
 
 # --- Bytes -----------------------------------------------------------------------------------------------------
