@@ -221,6 +221,7 @@ def _check_modes(model, what):
     for function in (leaf for module in trial.modules() for leaf in tree_leaves([*vars(module).values()])):
         seen = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if cell != CellType()]
         seen += getattr(function, "__defaults__", None) or ()
+        seen += (getattr(function, "__kwdefaults__", None) or {}).values()
         if any(id(getattr(value, "__self__", value)) in held for value in seen):
             raise InputError(f"{what}: {function.__qualname__}, a hook or function that it holds, reaches the network "
                              "through a closure or a default, which no copy follows; make it a method of the network")
@@ -237,6 +238,19 @@ def _check_modes(model, what):
                          "give a network whose weights do not change by switching modes (merged or fused for good)")
 
 
+def _note_what_differs(model, test, others, log):
+    """Note what the packed file cannot hold, and test images that are others each time they are read."""
+    outside = [f"{name}.{key}" if name else key for name, module in model.named_modules() for key in (
+        *module._non_persistent_buffers_set, *(k for k, v in vars(module).items() if isinstance(v, torch.Tensor)))]
+    if outside:
+        log.note("not in the state dict, so not in the packed file; a network that is filled from it must make the "
+                 "same itself: " + ", ".join(outside[:8]) + " …" * (len(outside) > 8))
+    with torch.random.fork_rng(devices=[]):
+        if not torch.equal(others, test.batch(torch.arange(len(others)), others.device)[0]):
+            log.note("the test images are others each time they are read: accuracies before and after, and what is "
+                     "paired in them, are not of the same images")
+
+
 def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
     """Raise InputError for a network that does not take the test images, that gives NaN, or other logits the next time
     or in another batch, whose forward changes its own parameters, that keeps something outside its state dict, or where
@@ -245,11 +259,7 @@ def check_use(model: nn.Module, train, test, blocks, config, log) -> None:
     device, what, trial = next(model.parameters()).device, type(model).__name__, copy_network(model)
     images, others = (part.batch(torch.arange(min(8, len(part))), device)[0] for part in (train, test))
     kernels = [names[0] for block in blocks for names in block.tensors.values()]
-    outside = [f"{name}.{key}" if name else key for name, module in model.named_modules() for key in (
-        *module._non_persistent_buffers_set, *(k for k, v in vars(module).items() if isinstance(v, torch.Tensor)))]
-    if outside:
-        log.note("not in the state dict, so not in the packed file; a network that is filled from it must make the "
-                 "same itself: " + ", ".join(outside[:8]) + " …" * (len(outside) > 8))
+    _note_what_differs(model, test, others, log)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         trial.eval()
         forward(trial, others.clone())

@@ -50,6 +50,8 @@ def summarise(run, outcome, fresh=None) -> dict:
     goal = outcome.demands.result(best)
     if goal and not goal["met"]:
         run.log.note(missed(goal, best.cr))
+    if best.whole_model_ratio < 1:
+        run.log.note("the packed file is larger than the network's tensors in FP32")
     if outcome.bad_rewards:
         run.log.note(f"{outcome.bad_rewards} rewards were not finite and became -10")
     if c.surrogate.warmup and c.search.method in (*BASELINES, "null") and not run.given:

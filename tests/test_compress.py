@@ -357,17 +357,11 @@ def test_compress_network_by_hand():
     assert TEN.retained == pytest.approx(0.053125)  # (6 * 3/64 + 4 * 1/16) / 10
 
 
-def fine_tuned():
-    """The ten-weight network after 𝒯 and after steps that moved every kernel weight, the pruned ones too."""
+def test_snap_to_grid_by_hand():
     model = Ten()
     masks = compress_network(model.blocks(), TEN)
-    model.a.weight.data = torch.tensor([[6.0, -1.7, 2.8], [9.0, 9.0, 9.0]])
+    model.a.weight.data = torch.tensor([[6.0, -1.7, 2.8], [9.0, 9.0, 9.0]])  # steps that moved the pruned ones too
     model.b.weight.data = torch.tensor([[-0.5, 1.0], [0.2, 0.65]])
-    return model, masks
-
-
-def test_snap_to_grid_by_hand():
-    model, masks = fine_tuned()
     before = copy.deepcopy(model.state_dict())
     grids = snap_to_grid(model.blocks(), TEN, masks)
     # scale 6 / 3 (the pruned nines count for nothing); scale 1.5 / 3 with zero-point 1

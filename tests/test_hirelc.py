@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -232,17 +233,16 @@ def test_holdout_chooses_on_training_images_and_reads_the_test_split_once(monkey
 
 FILES = {"config.json", "run.log", "cycles.csv", "updates.csv", "policy.json", "result.json", "best.pt", "baseline.pt",
          "packed.pt"}
-KEYS = """accounting bad_rewards baseline_acc baseline_acc_full baseline_interval_full best_cycle compliance coverage cr
-    cr_met cr_unweighted cycle_budgets cycles data deployed_acc deployed_acc_full deployed_drop_full
+KEYS = """accounting bad_rewards baseline_acc baseline_acc_full baseline_bn_acc_full baseline_bn_interval_full
+    baseline_interval_full best_cycle compliance coverage cr cr_met cr_unweighted cycle_budgets cycles data deployed_acc
+    deployed_acc_full deployed_bn_drop_full deployed_bn_drop_interval_full deployed_bn_mcnemar_p_full deployed_drop_full
     deployed_drop_interval_full deployed_interval_full deployed_mcnemar_p_full device drop drop_full drop_interval_full
-    drop_met eval_images evaluations excluded exp final_acc final_acc_full final_interval_full fp32_bytes
-    fp32_file_bytes goal kernels mcnemar_p_full mean_kl mode model msr name notes null_controller packed_bytes
+    drop_met eval_images evaluations excluded exp failed_samples final_acc final_acc_full final_interval_full fp32_bytes
+    fp32_file_bytes given_acc goal grid_acc grid_acc_full grid_drop_full grid_drop_interval_full grid_interval_full
+    grid_mcnemar_p_full kernels mcnemar_p_full mean_kl mode model msr name notes null_controller packed_bytes
     policy_source protocol retained scope search searches seed sensitivity skipped_images smoke sparsity strategies
-    table surrogate_mae surrogate_samples target test_images time_shares timings voted_compliance voted_retained
+    surrogate_mae surrogate_samples table target test_images time_shares timings voted_compliance voted_retained
     whole_model_ratio""".split()
-NEW = """failed_samples given_acc grid_acc grid_acc_full grid_interval_full grid_drop_full grid_drop_interval_full
-    grid_mcnemar_p_full baseline_bn_acc_full baseline_bn_interval_full deployed_bn_drop_full
-    deployed_bn_drop_interval_full deployed_bn_mcnemar_p_full""".split()
 
 
 def command(out, *more, exp="4"):
@@ -266,7 +266,7 @@ def test_a_run_directory_is_complete(smoke):
     config, result = (json.loads((smoke / f"{name}.json").read_text()) for name in ("config", "result"))
     assert config["settings"]["goal"] == "cr:5" and config["settings"]["search.target"] == 0.25
     assert config["resolved"] == {"search.target": 0.2} and result["target"] == 0.2
-    assert config["versions"]["torch"] == torch.__version__ and result.keys() == {*KEYS, *NEW}
+    assert config["versions"]["torch"] == torch.__version__ and result.keys() == set(KEYS)
     assert result["given_acc"] is None and sum(result["time_shares"].values()) == pytest.approx(1, abs=0.01)
     packed, fp32, said = (smoke / "packed.pt").stat().st_size, result["fp32_bytes"], (smoke / "run.log").read_text()
     assert result["accounting"]["bytes"] == fp32 and result["whole_model_ratio"] == fp32 / packed  # one definition
@@ -419,10 +419,7 @@ def test_a_policy_for_a_network_from_a_file(compressed, tmp_path, capsys):
     ("--exp 4 --smoke --policy p.json --load x.pt", "no --load"), ("--exp 4 --smoke --policy none.json", "none.json"),
     ("--exp 4 --smoke --set goal=size:1KB", "goal=size:1KB"), ("--exp 4 --weights given", "of your own")])
 def test_bad_input_is_one_line_exit_2_and_leaves_nothing(arguments, expected, tmp_path, capsys, monkeypatch):
-    def offline(*_, **__):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=OSError("no network")))
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "w.pth")
     assert hirelc.main([*arguments.format(tmp_path).split(), "--out", str(tmp_path / "new" / "runs")]) == 2
     error = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Networks against independent references, and the block structure of the paper (§3.2)."""
 
 import re
+from types import MethodType
 
 import pytest
 import torch
@@ -177,3 +178,19 @@ def test_scope_all_of_another_network_takes_classifier_and_shortcuts_but_not_wha
     assert list(found.blocks[-1].kernels) == ["layer3.0.downsample.0", "layer4.0.downsample.0", "fc"]
     assert found.blocks[-1].whole == ("fc",)
     assert [k.name for k in found.excluded] == ["layer2.0.downsample.0"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: setattr(m, "head", nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 5))),
+    lambda m: setattr(m.blocks[1].mlp, "fc2", nn.Sequential(m.blocks[1].mlp.fc2, nn.Linear(8, 8))),
+    lambda m: m.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],)),
+    lambda m: m.blocks.register_forward_hook(lambda _, inputs, x: 2 * x),
+    lambda m: setattr(m, "forward", MethodType(lambda self, x: VisionTransformer.forward(self, 2 * x), m))])
+def test_a_network_that_was_changed_is_taken_as_it_runs(change):
+    model = tiny(5)
+    assert len(models.stages(model)) == 4
+    change(model)
+    found, names = models.survey(model, images(2, 16)), [*dict(model.named_modules())]
+    assert len(models.stages(model)) == 1 and [k.name for k in found.excluded if k.classifier] == names[-1:]
+    assert {k.name for k in found.compressed + found.excluded} == {
+        n for n in names if isinstance(model.get_submodule(n), (nn.Linear, nn.Conv2d))}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import data
 import hirelc
@@ -171,6 +171,8 @@ def changed(change):
     (lambda: changed(lambda m: setattr(m, "kept", [m.l.weight.data.T])), "keeps a view of l.weight"),
     (lambda: changed(lambda m: m.l.weight.register_hook(torch.neg)), "l.weight has a hook on its gradient"),
     (lambda: changed(lambda m: m.l.register_forward_hook(lambda *_: vars(m).update(seen=1))), "through a closure"),
+    (lambda: changed(lambda m: m.l.register_forward_hook(lambda *_, net=m: None)), "or a default"),
+    (lambda: changed(lambda m: m.l.register_forward_hook(lambda a, b, c, net=m.l: None)), "or a default"),
     (lambda: len, "expected a torch"), (lambda: nn.Flatten(), "no parameters"), (lambda: linear().to("meta"), "meta"),
     (lambda: changed(lambda m: m.register_buffer("n", torch.ones(2, device="meta"))), "several devices"),
     (lambda: linear(l=nn.LazyLinear(8)), "lazy"), (lambda: linear().double(), "torch.float64"),
@@ -222,6 +224,9 @@ def test_labels_of_a_dataset_are_looked_at_before_the_work(monkeypatch):
 def test_what_is_frozen_is_noted_and_sorted_test_images_are_not_chosen_from_in_their_order():
     found = quick(linear().requires_grad_(False), eval__images=2)[2]["notes"]
     assert [note for note in found if "repairs a.weight, l.weight" in note] and "the first 2, which choose" in found[0]
+    noisy = type("Noisy", (TensorDataset,), {"__getitem__": lambda s, i: (s.tensors[0][i] * torch.rand(()), i % 3)})
+    found = hirelc.compress_model(linear(), images(), noisy(*images()), log=silent(), **QUICK)[2]["notes"]
+    assert any("test images are others each time" in note for note in found)
     (x, y), settings = images(300), (Eval(images=90), silent())
     first = next(checks.fair_order(data.as_images((x, y.sort().values)), *settings).batches(90))[1]
     assert min(first.bincount()) > 15 and checks.fair_order(plain := data.as_images((x, y)), *settings) is plain

@@ -11,6 +11,7 @@ import models
 from compress import (BlockConfig, KernelConfig, NetworkConfig, compress_network, decode, encode, kernel_shapes,
                       quantize, snap_to_grid)
 from deploy.qat import Distillation, GridTraining
+from networks import Caching, snapshot
 from train import Recipe, Trainer, accuracy, correct
 
 KINDS = [(qtype, granularity) for qtype in ("INT", "FLOAT")
@@ -124,3 +125,10 @@ def test_distillation_by_hand_and_the_teacher_stays(half):
     loss(student, y, x).backward()
     assert student.grad is not None and all(p.grad is None for p in loss.teacher.parameters())
     assert not loss.teacher.training and float(loss.teacher.weight.detach().sum()) == 4
+
+
+def test_the_teacher_is_theta_0_also_where_a_network_makes_something_of_its_weights():
+    model, x = Caching().eval(), torch.randn(4, 3, 8, 8)
+    theta0, logits = snapshot(model), model(x)
+    nn.init.ones_(model.b.weight)  # what was compressed
+    assert torch.equal(Distillation(model, theta0, 1.0, 1.0, half=False).teacher(x), logits)

@@ -60,13 +60,8 @@ def test_folders_that_cannot_be_written_are_refused_before_anything_is_done(tmp_
 
 
 def test_an_output_folder_that_goes_away(tmp_path, capsys, monkeypatch):
-    original = runs.write
-
-    def gone(path, fill):
-        (tmp_path / "out").rename(tmp_path / "aside")
-        original(path, fill)
-
-    monkeypatch.setattr(runs, "write", gone)
+    write, out = runs.write, tmp_path / "out"
+    monkeypatch.setattr(runs, "write", lambda *file: (out.rename(tmp_path / "aside"), write(*file)))
     run(tmp_path / "out", *QUICK, code=1)
     said = one_line(capsys)
     assert "cannot write to" in said and "No such file" in said and "--resume" in said

@@ -67,22 +67,11 @@ def read_policy(path, network):
 
 def spoil(whole, draw):
     """Bytes of a file with one of: its end missing, bits flipped, bytes replaced by others, a span out, twice or 0."""
-    data, start = bytearray(whole), draw.randrange(draw.choice([64, len(whole)]))
-    end = min(len(data), start + draw.choice([1, 2, 8, 100]))
-    way = draw.randrange(6)
-    if way == 0:
-        return bytes(data[:start])
-    if way == 1:
-        data[start] ^= 1 << draw.randrange(8)
-    elif way == 2:
-        data[start:end] = draw.randbytes(end - start)
-    elif way == 3:
-        del data[start:end]
-    elif way == 4:
-        data[start:start] = data[start:end]
-    else:
-        data[start:end] = bytes(end - start)
-    return bytes(data)
+    start, most = draw.randrange(draw.choice([64, len(whole)])), draw.choice([1, 2, 8, 100])
+    head, span, tail = whole[:start], whole[start:start + most], whole[start + most:]
+    flipped = bytes([span[0] ^ 1 << draw.randrange(8)])
+    return head + draw.choice([b"", flipped + span[1:] + tail, draw.randbytes(len(span)) + tail, tail, 2 * span + tail,
+                               bytes(len(span)) + tail])
 
 
 KINDS = {**{f"image.{kind}": (write_image, read_image) for kind in ("png", "jpg", "bmp", "gif", "tiff", "webp")},

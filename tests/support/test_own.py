@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +85,7 @@ def test_a_network_from_a_file_or_a_module(tmp_path, monkeypatch):
 
 NEIGHBOURS = {
     "net.py": """
+import os, torch
 from models import MobileNetV2
 from support.extra import BIAS
 def make(num_classes):
@@ -91,6 +93,7 @@ def make(num_classes):
     return MobileNetV2(config.WIDTH + helper.MORE, num_classes, BIAS)
 def late():
     import data
+torch.set_grad_enabled(False), os.chdir(os.sep)
 """,
     "models.py": "import config\nfrom torch import nn\nclass MobileNetV2(nn.Linear):\n  def forward(self, x):\n"
                  "    import config, helper\n    return super().forward(x) + helper.MORE + config.WIDTH\n",
@@ -99,13 +102,14 @@ def late():
 
 
 def test_a_files_imports_are_its_neighbours_and_ours_stay_ours(tmp_path, monkeypatch):
-    first, second = tmp_path / "a", tmp_path / "b"
+    first, second, here = tmp_path / "a", tmp_path / "b", Path.cwd()
     for folder, width in ((first, 3), (second, 4)):
         (folder / "support").mkdir(parents=True)
         for name, text in NEIGHBOURS.items():
             (folder / name).write_text(text.format(width=width))
     one, two = own_network(f"{first}/net.py:make", 5), own_network(f"{second}/net.py:make", 5)
     assert one.weight.shape == (5, 6) and two.weight.shape == (5, 8)
+    assert torch.is_grad_enabled() and Path.cwd() == here
     assert one.bias is None and two.bias is not None
     assert torch.equal(two(torch.zeros(1, 8))[0], two.bias + (4 + 4))  # imports in the forward
     assert sys.modules["rl"] is rl  # there is no other file of the name
