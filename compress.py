@@ -397,7 +397,7 @@ def compress_network(blocks, config: NetworkConfig) -> dict[str, Tensor]:
     """Compute theta = T(theta_0, C) (Eq. 1), in place on the modules of ``blocks``; return the pruning masks, kernel
     name → bool [n_out]. Raises ValueError when C does not fit the blocks."""
     masks = {}
-    for name, module, kernel in _paired(blocks, config):
+    for name, module, kernel in _checked_kernels(blocks, config):
         weight, masks[name] = compress_kernel(module.weight, kernel)
         module.weight.copy_(weight)
     return masks
@@ -407,7 +407,7 @@ def compress_network(blocks, config: NetworkConfig) -> dict[str, Tensor]:
 def snap_to_grid(blocks, config: NetworkConfig, masks: dict[str, Tensor]) -> dict[str, Grid | None]:
     """Put fine-tuned kernels back on their grids (ledger D14), in place, with the masks as they are; return the grids,
     kernel name → Grid, None for a kernel of 32 bits. Raises ValueError when C or the masks do not fit the blocks."""
-    kernels, grids = _paired(blocks, config), {}
+    kernels, grids = _checked_kernels(blocks, config), {}
     mask_factors(blocks, masks)  # raises unless the masks fit
     for name, module, kernel in kernels:
         kept = module.weight.detach()[masks[name]].float()
@@ -431,7 +431,7 @@ def mask_factors(blocks, masks: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]
             for name, weight in weights.items()]
 
 
-def _paired(blocks, config: NetworkConfig) -> list[tuple[str, torch.nn.Module, KernelConfig]]:
+def _checked_kernels(blocks, config: NetworkConfig) -> list[tuple[str, torch.nn.Module, KernelConfig]]:
     """Kernels of all blocks with their configurations; ValueError, before anything is changed, unless C fits."""
     if len(blocks) != len(config.blocks):
         raise ValueError(f"configuration of {len(config.blocks)} blocks for {len(blocks)} blocks")

@@ -55,9 +55,9 @@ class Proxy:
         self.model, self.blocks, self.batches, self.relative = model, blocks, list(batches), relative
         self.stages = tuple(stages(model))
         self.reference: list[Tensor] = []  # theta_0's logits, per batch
-        self.block: int | None = None  # whose states are kept
+        self.block: int | None = None  # whose inputs are kept
         self.links = ()  # the stages from the block's first on
-        self.states: list[Tensor] = []  # what enters them, per batch
+        self.inputs: list[Tensor] = []  # what enters them, per batch
 
     def drops(self, index: int, configs, worst: float = WORST) -> list[float]:
         """Estimate the drop in points, at most ``worst``, of each candidate configuration of block ``index``."""
@@ -90,12 +90,12 @@ class Proxy:
     def _enter(self, index):
         """Keep what enters the first stage of block ``index`` (None: the images), instead of that of another block."""
         if index is None:
-            self.block, self.links, self.states = None, self.stages, self.batches
+            self.block, self.links, self.inputs = None, self.stages, self.batches
         elif index != self.block:
-            self.block, self.states = None, []  # releases the memory first
+            self.block, self.inputs = None, []  # releases the memory first
             weights = [holder.weight for holder in self.blocks[index].kernels.values()]
             first = next(n for n, stage in enumerate(self.stages) if stage.holds(weights))
-            self.states = [chain(self.stages[:first], batch) for batch in self.batches]
+            self.inputs = [chain(self.stages[:first], batch) for batch in self.batches]
             self.block, self.links = index, self.stages[first:]
 
     def _errors(self, blocks, config):
@@ -106,7 +106,7 @@ class Proxy:
                                       for holder, kernel in zip(block.kernels.values(), chosen.kernels))
         with swapped(self.model, weights):
             to_eval(self.model)  # some networks compute something from their weights on the way
-            for state, reference in zip(self.states, self.reference):
+            for state, reference in zip(self.inputs, self.reference):
                 if len(self.links) == len(self.stages):
                     state = state.clone()  # a user's network may write into its images
                 errors.append(F.mse_loss(chain(self.links, state).float(), reference.float()))

@@ -22,7 +22,7 @@ TIERS = (0.35, 0.30, 0.25, 0.20, 0.15)  # rho* of the five compression levels (E
 TIER_MAX_PRUNING = (0.2, 0.3, 0.4, 0.6, 0.8)
 TIER_MIN_BITS = (6, 6, 5, 4, 4)
 STRATEGY_CODE = {"quantization": 0.0, "pruning": 0.5, "auto": 1.0}
-COMPARED = 4  # random actions per block beside which the consensus is put
+RANDOM_ACTIONS = 4  # random actions per block beside which the consensus is put
 BAD_REWARD = -10.0  # instead of a reward that is not finite
 
 
@@ -374,10 +374,10 @@ class LLAEnsemble(_Ensemble):
 
     def compared(self, consensus: BlockConfig) -> dict:
         """Return estimated drop in points and reward (mean of the agents' Eq. 9 without R_stab) of the consensus, and
-        their means over COMPARED uniformly drawn actions; None where a drop is not finite."""
+        their means over RANDOM_ACTIONS uniformly drawn actions; None where a drop is not finite."""
         rng = np.random.default_rng(derive_seed(self.config.seed, "compare", self.index, self.agents[0].timesteps))
         nvec, env = lla_nvec(len(self.shapes)), self.envs[0]
-        configs = [consensus, *(self._decoded(rng.integers(nvec)) for _ in range(COMPARED))]
+        configs = [consensus, *(self._decoded(rng.integers(nvec)) for _ in range(RANDOM_ACTIONS))]
         drops = np.array(self.estimator.drops(self.index, configs))
         retained = np.array([config.retained for config in configs])
         penalty = env.penalty_scale * sensitivity_penalty(env.sensitivity, retained)

@@ -93,8 +93,8 @@ class Epoch:
     acc: float
 
 
-class _Logits(nn.Module):
-    """The network in training, with the learned scales among its parameters."""
+class _WithScales(nn.Module):
+    """The network in training and the learned scales as one module, so that several processes average both."""
 
     def __init__(self, model, on_grid):
         super().__init__()
@@ -126,7 +126,7 @@ class Trainer:
         self.batch_size, self.eval_images, self.eval_batch_size = batch_size, eval_images, eval_batch_size
         self.generator, self.half, self.on_grid, self.ranks, self.loss = generator, half, on_grid, ranks, loss
         self.factors = [] if masks is None else mask_factors(blocks, masks)
-        self.parallel = ranks.wrap(_Logits(model, on_grid), unused_parameters)
+        self.parallel = ranks.wrap(_WithScales(model, on_grid), unused_parameters)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay,
                                            fused=True)
         if on_grid is not None and on_grid.log_scales:
