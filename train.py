@@ -183,7 +183,9 @@ class Trainer:
                     continue
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.recipe.rate(epoch, step / steps) * group.get("lr_factor", 1.0)
-                total_loss += self.step(self.ranks.part(x), self.ranks.part(y), len(y))
+                loss = self.step(self.ranks.part(x), self.ranks.part(y), len(y))
+                first = loss if step == 0 else first
+                total_loss += loss
                 seen += len(y)
                 if progress:
                     progress(f"{what}, epoch {epoch + 1} of {self.recipe.epochs}", step + 1, steps)
@@ -191,6 +193,9 @@ class Trainer:
         mean_loss = self.ranks.total(total_loss).item() / seen
         # Looked at once per epoch: after a loss that is not finite every later one is not, either.
         if not (math.isfinite(mean_loss) and all(p.isfinite().all() for p in self.model.parameters())):
+            if epoch == 0 and not math.isfinite(self.ranks.total(first).item()):
+                raise FloatingPointError(f"{what}: the loss is not finite before the first step: the network's logits "
+                                         "overflow, or it divides by channels that are pruned (compress.max_pruning=0)")
             raise FloatingPointError(f"{what}: the loss of epoch {epoch + 1} is not finite; lower "
                                      f"{self.recipe.lr_setting} ({self.recipe.lr:g})")
         with self.on_grid.in_place() if self.on_grid is not None else contextlib.nullcontext() as grids:

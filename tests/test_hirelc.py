@@ -327,7 +327,6 @@ def test_a_signal_ends_the_run_with_the_command_that_goes_on(tmp_path, capsys, m
 
 
 # A user's network
-
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
     """A network with BatchNorm, compressed, with the other tensors of its packed file in half precision."""

@@ -306,6 +306,7 @@ def test_a_loss_that_is_not_finite_names_phase_and_setting(bad):
     with pytest.raises(FloatingPointError, match=r"cycle 2, fine-tuning.*epoch 2.*lower finetune.lr \(0.1\)"):
         t.run_epoch(what="cycle 2, fine-tuning")
     assert len(t.history) == 1
+    pytest.raises(FloatingPointError, trainer(Slope(math.nan)).run_epoch).match("before the first step")
 
 
 # Going on
