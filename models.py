@@ -42,7 +42,7 @@ class Stage:
 def as_built(model: nn.Module) -> bool:
     """Whether a network is one of this file's as it was made: no layer replaced, added or hooked, no own forward."""
     return (type(model) in (VisionTransformer, ResNet, MobileNetV2)
-            and model.made == [type(module) for module in model.modules()]
+            and getattr(model, "made", None) == [type(module) for module in model.modules()]
             and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()))
 
 

@@ -224,8 +224,8 @@ class LLAEnv:
         return obs
 
     def step(self, actions):
-        """Estimate one candidate per environment, actions int [num_envs, 4 K]: observations, rewards, dones and {}.
-        Where drop or reward is not finite, the drop is observed as WORST and the reward is BAD_REWARD."""
+        """Estimate one candidate per environment, actions int [num_envs, 4 K]: observations, rewards, dones and an
+        empty info. Where drop or reward is not finite, the drop is observed as WORST and the reward is BAD_REWARD."""
         configs = [BlockConfig(decode_lla(action, self.budget, self.limits, self.shapes), self.shapes)
                    for action in actions]
         retained = np.array([config.retained for config in configs])

@@ -1,12 +1,12 @@
 """What the hierarchy is compared with: searches over the same configurations, the same estimates and the same budget.
 
-Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each
-block judged with the others at theta_0 as the low-level agents' candidates are, that takes at most what is allowed:
-bytes of the packed file where the goal is its size, else Eq. 21's weights. A drop does not end at Eq. 23's 50 points
-here: sums of drops that are cut off cannot tell networks with ruined blocks apart. Greedy uses the sum only to choose
-between its two allocations. One *evaluation* is one estimate of
-one block's candidate, so that a method is charged alike whether it looks at blocks or at networks; one that was made
-before costs nothing. No method makes more than the hierarchy (:func:`make_problem`).
+Every method looks for the network configuration of the smallest *sum over the blocks of the estimated drop*, each block
+judged with the others at theta_0 as the low-level agents' candidates are, that takes at most what is allowed: bytes of
+the packed file where the goal is its size, else Eq. 21's weights. A drop does not end at Eq. 23's 50 points here: sums
+of drops that are cut off cannot tell networks with ruined blocks apart. Greedy uses the sum only to choose between its
+two allocations. One *evaluation* is one estimate of one block's candidate, so that a method is charged alike whether it
+looks at blocks or at networks; one that was made before costs nothing. No method makes more than the hierarchy
+(:func:`make_problem`).
 
 Configurations are those that the agents' actions can say under uniform budgets. A *genome* is int [K, 4]: level of bits
 and of keep (0 = the least), type and granularity of each of the network's K kernels.
