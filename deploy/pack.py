@@ -37,7 +37,7 @@ from compress import (FULL_BITS, LOG, BlockConfig, Grid, KernelConfig, KernelSha
                       kernel_parts, set_state, to_eval)
 from config import Config, InputError
 from deploy import narrow
-from deploy.checks import demand, difference, raw_bytes
+from deploy.checks import check_writable, demand, difference, raw_bytes
 from support.files import shown, survive_ascii
 from support.own import forward, own_network, untouched
 
@@ -402,6 +402,7 @@ def info(packed: Packed) -> str:
 def export(file, out, source: str = "") -> str:
     """Write the narrow network of a packed file through torch.export to ``out``; return lines on what came of it.
     source: module:function or file.py:function that makes a network of one's own. Raises InputError."""
+    check_writable(out)
     network = read(file).network
     size = network.get("image_size")
     shape = [2, network.get("channels", 3), *(size if type(size) is list else [size, size])]

@@ -13,9 +13,9 @@ import textwrap
 from pathlib import Path
 
 from config import EXPERIMENTS, Config, InputError, flatten, override, read_settings
-from evidence import figures, rows, tables
+from evidence import figures, report_tables, rows
 from evidence.figures import escape
-from evidence.tables import RunFolder, Table
+from evidence.report_tables import RunFolder, Table
 from support.files import read_json, replace_file, survive_ascii
 
 NUMBERS = re.compile(r"[-+][0-9.]+(?:[ ,][^|!=@]*)?")  # a cell of our tables that begins with a sign
@@ -59,7 +59,7 @@ def _add_result(run: RunFolder, path: Path) -> RunFolder:
     result, _ = read_json(path)
     if any(isinstance(v, str) and (len(v) > 200 or not v.isprintable()) for v in result.values()):
         raise ValueError("text that no table can show")
-    return dataclasses.replace(run, result=tables.with_derived(result))
+    return dataclasses.replace(run, result=report_tables.with_derived(result))
 
 
 def _add_config(run: RunFolder, path: Path) -> RunFolder:
@@ -71,7 +71,7 @@ def _add_config(run: RunFolder, path: Path) -> RunFolder:
 
 def results_table(results) -> str:
     """Return the table of all runs as text of at most 120 columns with two lines per run, and its legend."""
-    table = tables.runs_table(results)
+    table = report_tables.runs_table(results)
     cells = [table.columns[1:], *(row[1:] for row in table.rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     shown = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
@@ -84,8 +84,8 @@ def results_table(results) -> str:
                   for word, key in (("baseline", "baseline"), ("final", "final"), ("packed", "deployed"))
                   if r.get(f"{key}_interval_full")]
         if scored:
-            notes.append(f"exp {tables.name_of(r)} seed {r['seed']}, whole test split (n = {r['test_images']}, 95 % "
-                         f"intervals): {', '.join(scored)}")
+            notes.append(f"exp {report_tables.name_of(r)} seed {r['seed']}, whole test split (n = {r['test_images']}, "
+                         f"95 % intervals): {', '.join(scored)}")
     return "\n".join([*lines, "", *(textwrap.fill(note, 120, subsequent_indent="    ") for note in notes)])
 
 
@@ -116,9 +116,9 @@ def csv_text(columns, lines) -> str:
 
 def csv_files(runs: list[RunFolder]) -> dict[str, str]:
     """Return name → content of every CSV: a file per table, and one per kind of figure with the rows of all runs."""
-    files = {f"{table.key}.csv": csv_text(table.columns, table.rows) for table in tables.all_tables(runs)}
+    files = {f"{table.key}.csv": csv_text(table.columns, table.rows) for table in report_tables.all_tables(runs)}
     drawn: dict[str, list[dict]] = {}
-    for figures_ in (*map(rows.experiment_figures, tables.grouped(runs).values()), *map(rows.run_figures, runs)):
+    for figures_ in (*map(rows.experiment_figures, report_tables.grouped(runs).values()), *map(rows.run_figures, runs)):
         for figure in figures_:
             drawn.setdefault(figure.name, []).extend(figure.rows)
     return files | {f"{name}.csv": csv_of(lines) for name, lines in drawn.items()}
@@ -162,13 +162,13 @@ def html_table(table: Table) -> str:
 
 def page(runs: list[RunFolder]) -> str:
     """Return the whole report as one file: HTML that is well-formed XML, without scripts or anything from elsewhere."""
-    experiments, (verdict, *others) = tables.grouped(runs), tables.all_tables(runs)
+    experiments, (verdict, *others) = report_tables.grouped(runs), report_tables.all_tables(runs)
     small, old = sum(run.result["smoke"] for run in runs), sum(bool(run.retired) for run in runs)
     parts = [
         '<!DOCTYPE html>\n<html lang="en" xmlns="http://www.w3.org/1999/xhtml"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/><title>HiReLC: report</title>'
         f"<style>{STYLE}</style></head><body><h1>HiReLC: report</h1>",
-        f"<p><strong>{small} of {len(runs)} runs: {escape(tables.MINIATURE)}</strong></p>" * bool(small),
+        f"<p><strong>{small} of {len(runs)} runs: {escape(report_tables.MINIATURE)}</strong></p>" * bool(small),
         f"<p>Measured by earlier code: {old} of {len(runs)} runs; their settings that are gone are named with each "
         "run below.</p>" * bool(old), html_table(verdict),
         "<p>What runs of this implementation measured, beside what the paper (arXiv 2606.26002) reports. Tables and "
@@ -185,14 +185,15 @@ def _run_section(run: RunFolder) -> str:
     """Return one run: where and how it was made, what differs, its notes, and its figures."""
     r, config, settings = run.result, run.config or {}, run.settings or {}
     hardware, exp = config.get("hardware"), EXPERIMENTS.get(r["exp"])
-    change = tables.differing(run.settings, flatten(override(Config(), exp.settings if exp else {})))
+    change = report_tables.differing(run.settings, flatten(override(Config(), exp.settings if exp else {})))
     facts = [
         ("command", " ".join(config.get("command") or ())), ("date", config.get("started")),
         ("hardware", hardware and f"{hardware['device']}, {hardware['threads']} threads"),
         ("versions", " ".join(f"{key}={value}" for key, value in (config.get("versions") or {}).items())),
         ("git", config.get("git")), ("estimated drop", _votes(r)),
-        ("settings that differ from the experiment's", run.settings and (tables.shown_settings(change) or "none")),
-        ("settings that are gone", tables.shown_settings({key: settings[key] for key in run.retired})),
+        ("settings that differ from the experiment's",
+         run.settings and (report_tables.shown_settings(change) or "none")),
+        ("settings that are gone", report_tables.shown_settings({key: settings[key] for key in run.retired})),
         ("notes", " · ".join(r.get("notes") or ())), ("files that are missing", ", ".join(run.missing))]
     shown = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts if value)
     return (f"<details><summary>{escape(run.label)}: accuracy {r['baseline_acc']:.2f} → {r['final_acc']:.2f}, CR "
@@ -213,7 +214,7 @@ def write_report(out, runs: list[RunFolder]) -> None:
     (out / "csv").mkdir(exist_ok=True)
     for name, text in csv_files(runs).items():
         replace_file(out / "csv" / name, text.encode())
-    tables_as_text = "\n".join(f"## {table.title}\n\n{_markdown(table)}" for table in tables.all_tables(runs))
+    tables_as_text = "\n".join(f"## {table.title}\n\n{_markdown(table)}" for table in report_tables.all_tables(runs))
     replace_file(out / "results.md", tables_as_text.encode())
     replace_file(out / "report.html", page(runs).encode())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from config import EXPERIMENTS
 from evidence import figures
-from evidence.tables import Group, RunFolder, subjects
+from evidence.report_tables import Group, RunFolder, subjects
 
 
 @dataclass(frozen=True)

@@ -342,7 +342,7 @@ def test_the_command_line_says_what_is_in_a_file(tmp_path, capsys):
 
 def test_bad_arguments_are_one_line(capsys):
     for arguments, message in ((["info"], "usage: "), (["info", "."], ".: no such file"),
-                               (["export", __file__, "b"], "damaged")):
+                               (["export", __file__, "b"], "damaged"), (["export", __file__, "no/b"], "no/b: cannot")):
         assert pack.main(arguments) == 2
         out, error = capsys.readouterr()
         assert out == "" and message in error and error.startswith("pack: ") and error.count("\n") == 1

@@ -10,7 +10,7 @@ import pytest
 from evidence import figures, report
 from evidence.report import read_runs
 from test_report import full, put, result
-from test_tables import MORE
+from test_report_tables import MORE
 
 SVG, HTML = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xhtml}"
 HOSTILE = '<script>alert(1)<script>&"\']]>|`'

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from config import EXPERIMENTS, Config, InputError, flatten, override
-from evidence import report, tables
+from evidence import report, report_tables
 from evidence.report import read_runs, results_table
 
 
@@ -112,7 +112,7 @@ def test_main_writes_the_verdict_first_and_names_the_settings_of_earlier_code_th
     put(tmp_path, "old", full(exp=3), retired={"lla.rounds": 3, "carry": "all"}.items())
     old, new = read_runs(tmp_path)
     assert set(old.retired) == {"lla.rounds", "carry"} and new.retired == ()
-    assert len(tables.grouped([old, new])[3]) == 2  # not averaged with runs of this version
+    assert len(report_tables.grouped([old, new])[3]) == 2  # not averaged with runs of this version
     assert report.main([str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[2].startswith("exp 3: ") and "settings that are gone: " in out and "): old\n" in out
@@ -139,7 +139,7 @@ def test_missing_files_are_said_and_a_terminal_without_unicode_gets_the_table(tm
 
 
 def test_every_number_stands_under_its_title():
-    titles, row = cells(report._markdown(tables.runs_table([result(whole_model_ratio=9.9)])))
+    titles, row = cells(report._markdown(report_tables.runs_table([result(whole_model_ratio=9.9)])))
     assert dict(zip(titles, row)) == {
         "run": "exp 1: deit_small_patch16_224, cifar100, seed 42, scope paper, mode qat", "baseline": "87.11",
         "final": "85.47", "drop": "1.64", "packed": "84.30", "CR": "6.54", "null CR": "6.70 ± 0.21", "compl.": "61.2",
@@ -160,7 +160,7 @@ def test_the_text_has_at_most_120_columns_and_numbers_end_where_their_titles_end
 
 
 def test_a_network_of_a_user_has_no_paper_what_was_not_measured_is_a_dash_and_equation_3_needs_both_conditions():
-    rows = tables.runs_table([result(exp=0, model="mine"), result(deployed_acc=None, compliance=None),
+    rows = report_tables.runs_table([result(exp=0, model="mine"), result(deployed_acc=None, compliance=None),
                               result(drop_met=True), result(cr_met=False, drop_met=True)]).rows
     assert [row[11] for row in rows] == ["no", "no", "met", "no"]
     assert rows[0][0].startswith("exp 0: mine") and rows[0][12:] == ["–", "–"]
@@ -175,9 +175,9 @@ def test_the_legend_says_what_the_numbers_are_of():
 
 
 def test_texts_that_a_spreadsheet_takes_for_formulas_are_quoted():
-    rows = [["=1+1", "-0.38 [-1.20, +0.40], p 0.3", "+1.5 ± 0.2", "-2+3+cmd|' /C calc'!A0", "@x", -1.5, tables.ABSENT]]
+    rows = [["=1+1", "-0.38 [-1.20, +0.40], p 0.3", "+1.5 ± 0.2", "-2+3+cmd|' /C calc'!A0", "@x", -1.5, "–"]]
     assert next(csv.reader(report.csv_text("abcdefg", rows).splitlines()[1:])) == [
-        "'=1+1", "-0.38 [-1.20, +0.40], p 0.3", "+1.5 ± 0.2", "'-2+3+cmd|' /C calc'!A0", "'@x", "-1.5", tables.ABSENT]
+        "'=1+1", "-0.38 [-1.20, +0.40], p 0.3", "+1.5 ± 0.2", "'-2+3+cmd|' /C calc'!A0", "'@x", "-1.5", "–"]
 
 
 @pytest.mark.parametrize("argv, words", [([], "usage: python -m evidence.report OUT"), (["a", "b"], "usage"),

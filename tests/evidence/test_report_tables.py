@@ -2,7 +2,7 @@
 
 import pytest
 
-from evidence import tables
+from evidence import report_tables
 from evidence.report import read_runs
 from test_report import full, put, result
 
@@ -40,7 +40,7 @@ def read(tmp_path_factory):
     put(out, "exp1-null-seed99", result(**MORE, name="null", seed=99, cr=99.0), NULL | {"carry": "rest"})
     put(out, "exp4-seed42", result(**MORE, exp=4, model="resnet18", smoke=True))
     put(out, "mine", full(**AGAIN, exp=0, name="mine", cr=9.0))
-    return {table.key: table for table in tables.all_tables(read_runs(out))}
+    return {table.key: table for table in report_tables.all_tables(read_runs(out))}
 
 
 def lines(table):
@@ -49,7 +49,7 @@ def lines(table):
 
 def of(out, **changes):
     put(out, "run", full(**changes))
-    return {table.key: table for table in tables.all_tables(read_runs(out))}
+    return {table.key: table for table in report_tables.all_tables(read_runs(out))}
 
 
 def test_the_verdict_has_a_row_per_experiment_with_bytes_whose_quotient_is_the_ratio(read):
@@ -75,7 +75,7 @@ def test_the_interval_over_the_seeds_excludes_zero_or_those_of_one_lie_apart(tmp
         put(tmp_path, f"a{seed}", full(seed=seed))  # 84.019 [83.29, 84.72]
         put(tmp_path, f"n{seed}", full(seed=seed, name="n", deployed_acc_full=acc, deployed_interval_full=interval),
             NULL)
-    row, = lines(tables.verdict_table(tables.grouped(read_runs(tmp_path))))
+    row, = lines(report_tables.verdict_table(report_tables.grouped(read_runs(tmp_path))))
     assert row["against the null controller"].startswith(word + ": ")
 
 
@@ -87,14 +87,14 @@ def test_the_packed_file_is_compared_with_a_baseline_treated_in_the_same_way(tmp
     assert (row["baseline"], row["BN again"], row["drop"]) == ("87.01", "86.50", "2.48 [1.90, 3.10]")
     assert known["whole"].rows[0][4:] == ["87.01 [86.34, 87.65]", "85.20", "1.81 [1.25, 2.37]", "84.50",
                                           "2.51 [2.00, 3.00]", "86.50", "84.02", "2.48 [1.90, 3.10]"]
-    assert tables.DAGGER_NOTE not in known["verdict"].notes + known["whole"].notes
+    assert report_tables.DAGGER_NOTE not in known["verdict"].notes + known["whole"].notes
 
 
 def test_a_drop_of_earlier_code_or_of_the_first_images_has_a_dagger_and_its_note(tmp_path, read):
     known = of(tmp_path, deployed_drop_full=2.99, deployed_drop_interval_full=[2.4, 3.6])
     assert lines(known["verdict"])[0]["drop"] == known["whole"].rows[0][-1] == "2.99 [2.40, 3.60] †"
-    assert all(known[key].notes[-1] == tables.DAGGER_NOTE for key in ("verdict", "whole"))
-    assert tables.DAGGER_NOTE not in known["paper"].notes
+    assert all(known[key].notes[-1] == report_tables.DAGGER_NOTE for key in ("verdict", "whole"))
+    assert report_tables.DAGGER_NOTE not in known["paper"].notes
     assert lines(read["verdict"])[2]["drop"] == "2.81 †"  # 87.1094 - 84.2969
 
 
@@ -129,9 +129,9 @@ def test_variants_are_named_by_their_settings_and_compared_with_the_experiment_b
 
 def test_a_null_controller_alone_is_said_to_be_one_and_tables_without_runs_are_absent(tmp_path):
     put(tmp_path, "n", result(exp=0, name="n"), NULL)
-    known = {table.key: table for table in tables.all_tables(read_runs(tmp_path))}
+    known = {table.key: table for table in report_tables.all_tables(read_runs(tmp_path))}
     assert list(known) == ["verdict", "runs"] and known["verdict"].rows[0][-1] == "is the null controller"
 
 
 def test_what_was_not_measured_in_every_run_says_so():
-    assert tables.spread([1.0, None, 3.0]) == "2.00 ± 1.41 (2 of 3 runs)" and tables.spread([None, None]) == "–"
+    assert [report_tables.spread(v) for v in ([1.0, None, 3.0], [None, None])] == ["2.00 ± 1.41 (2 of 3 runs)", "–"]
