@@ -158,7 +158,6 @@ class Run:
             log.note(f"{left} of the training images, other ones in each epoch, are left out (BatchNorm)")
         if config.model.source:
             checks.check_use(model, self.train_set, test, self.blocks, self.config, log)
-        self.phases.identity |= checks.fingerprint(model, (train, test), ())  # also of what a model's file imports
 
     @property
     def eval_images(self) -> int:
@@ -489,6 +488,7 @@ def _run_experiment(config, log, ranks, device, path, phases, policy, resume) ->
         run = Run(model, survey, splits.train, splits.test, config, log,
                   pack.describe(model, config, splits.train), ranks, policy_for(policy, survey.blocks, config, log),
                   phases, save=lambda out: ranks.first and out.best.packed and summary.save(path, out, runs.write))
+        phases.identity |= checks.fingerprint(model, (splits.train, splits.test), ())  # also of what its file imports
         if ranks.first:
             runs.open_directory(path, config, run, resume)
         phases.begin(resume)
