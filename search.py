@@ -100,7 +100,7 @@ def vote_actions(actions, weights=None) -> np.ndarray:
     """Return the consensus a = round(sum_n omega_n a_n) (Eq. 16): int [agents, heads], weights [agents] → [heads]."""
     actions = np.asarray(actions, dtype=np.float64)
     weights = np.full(len(actions), 1 / len(actions)) if weights is None else np.asarray(weights)
-    # Six decimals undo the binary rounding of thirds before the tie rule (half to even) looks at the sum.
+    # Six decimals undo binary rounding (5.499999999999999) before the tie rule (half to even) looks at the sum.
     return np.rint(np.round(weights @ actions, 6)).astype(np.int64)
 
 

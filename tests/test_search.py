@@ -117,8 +117,8 @@ def test_vote_rounds_the_mean():
     # Means 5, 14/3 = 4.67, 1/3, 2/3, 13/3 = 4.33, 3: rounding down or taking the majority gives other numbers.
     actions = [[5, 14, 0, 1, 4, 0], [5, 0, 0, 1, 4, 3], [5, 0, 1, 0, 5, 6]]
     assert search.vote_actions(np.array(actions)).tolist() == [5, 5, 0, 1, 4, 3]
-    # 0.5 * 14 + 0.3 * 4 + 0.2 * 0 = 8.2, 0.5 * 0 + 0.3 * 2 + 0.2 * 3 = 1.2
-    assert search.vote_actions([[14, 0], [4, 2], [0, 3]], weights=[0.5, 0.3, 0.2]).tolist() == [8, 1]
+    # 0.5 * 14 + 0.3 * 4 + 0.2 * 0 = 8.2, 0.5 * 0 + 0.3 * 2 + 0.2 * 3 = 1.2; 1 + 3.9 + 0.6 = 5.5, in binary just below
+    assert search.vote_actions([[14, 0, 2], [4, 2, 13], [0, 3, 3]], weights=[0.5, 0.3, 0.2]).tolist() == [8, 1, 6]
 
 
 def test_budget_vote_means_and_majority():
