@@ -11,7 +11,7 @@ from train import device_of
 
 @torch.no_grad()
 def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, generator) -> bool:
-    """Set the running mean and variance of every BatchNorm to the mean over batches of ``limit`` training images.
+    """Set the running mean and variance of every BatchNorm to the means over batches of ``limit`` training images.
 
     The images are augmented as in training, two or more at a time; everything else stays in eval mode. Changes the
     network in place; a BatchNorm that no image reaches, or that the network's own train() keeps in eval mode, keeps
@@ -29,12 +29,12 @@ def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, ge
             norm.train()
             for buffer in (norm.running_mean, norm.running_var):
                 buffer.nan_to_num_()  # which the first batch's factor, 1, would not get rid of
-        batches = images.batches(max(batch_size, 2), device_of(model), generator=generator, limit=limit)
-        for count, (x, _) in enumerate(batches, 1):
+        seen, batches = 0, images.batches(max(batch_size, 2), device_of(model), generator=generator, limit=limit)
+        for x, _ in (batch for batch in batches if len(batch[0]) > 1):
+            seen += len(x)
             for norm in norms:
-                norm.momentum = 1 / count  # the cumulative mean
-            if len(x) > 1:
-                model(x)
+                norm.momentum = len(x) / seen  # the cumulative mean
+            model(x)
     for norm, momentum in norms.items():
         norm.momentum = momentum
     return bool(norms)

@@ -32,8 +32,8 @@ def test_batchnorm_statistics_are_those_of_the_images():
     model[1].unused = nn.BatchNorm2d(8)  # no image reaches it: it keeps its statistics
     model[1].unused.running_mean.fill_(2.0)
     before = snapshot(model)
-    assert estimate_batchnorm(model, images, 32, 64, torch.Generator().manual_seed(0))
-    seen = torch.cat([x for x, _ in images.batches(32, "cpu", torch.Generator().manual_seed(0), 64)])
+    assert estimate_batchnorm(model, images, 48, 64, torch.Generator().manual_seed(0))  # 48 images, then 16
+    seen = torch.cat([x for x, _ in images.batches(48, "cpu", torch.Generator().manual_seed(0), 64)])
     x = model[0][:2](seen).detach()
     torch.testing.assert_close(model[1].running_mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model[1].running_var, x.var((0, 2, 3)), rtol=2e-2, atol=1e-4)
