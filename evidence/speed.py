@@ -1,14 +1,13 @@
 """What the search and training cost on this machine.
 
-    python -m evidence.speed --sections proxy agents training
+    python -m evidence.speed --sections proxy training
     python -m evidence.speed --sections table job --data-dir DIR --weights-dir DIR    # published networks, real images
 
 ``proxy``: steps per second of the logit-MSE proxy, beside a loop that prunes, quantises and runs the whole network for
-the same candidates. ``agents``: environment steps per second with the surrogate active, updates included.
-``training``: images per second of ResNet18 at 64 px. ``table``: environment steps per second with the table of
-estimates and with the proxy, updates left out, and the table's rank correlation with the proxy on 200 held-out
-candidates. ``job``: seconds of compress_model for ResNet-20 at a twelfth of its file. What is compared takes turns, one
-round untimed; printed are medians and ranges.
+the same candidates. ``training``: images per second of ResNet18 at 64 px. ``table``: environment steps per second with
+the table of estimates and with the proxy, updates left out, and the table's rank correlation with the proxy on 200
+held-out candidates. ``job``: seconds of compress_model for ResNet-20 at a twelfth of its file. What is compared takes
+turns, one round untimed; printed are medians and ranges.
 """
 
 import argparse
@@ -27,14 +26,13 @@ import torch.nn.functional as F
 import data
 import hirelc
 import models
-from compress import BlockConfig, LayerBudget, compress_kernel, kernel_shapes, model_bytes
+from compress import BlockConfig, LayerBudget, compress_kernel, kernel_shapes, model_bytes, retained_weights
 from config import Compress, Config
-from deploy.allocate import retained_weights
-from estimate import DropEstimator, Proxy, Surrogate, proxy_drop
+from estimate import DropEstimator, Proxy, proxy_drop
 from evidence import networks
 from evidence.baselines import Problem, Space
 from evidence.table import EstimateTable, compare, measure
-from search import HLAEnsemble, LLAEnsemble, LLAEnv, decode_lla, lla_nvec, random_config
+from search import LLAEnv, decode_lla, lla_nvec
 from support.cli import arguments
 from support.log import Log
 from support.runs import keep_freed_memory
@@ -96,24 +94,6 @@ def proxy_section(args) -> None:
         ours, other = args.steps * len(blocks) / seconds
         print(f"{name}, {args.side} px, {args.images} images: proxy {spread(ours)} steps/s, plain loop "
               f"{spread(other)}, ratio {spread(ours / other)}", flush=True)
-
-
-def agents_section(args) -> None:
-    """Environment steps per second of both levels on DeiT-Small's blocks, drops told by a surrogate."""
-    config, rng = Config(), np.random.default_rng(0)
-    blocks = models.find_blocks(models.build("deit_small_patch16_224", 100))
-    shapes = [kernel_shapes(block) for block in blocks]
-    surrogate = Surrogate(5 * sum(map(len, shapes)), config.surrogate, seed=0)
-    for acc in (80.0, 70.0, 60.0):
-        surrogate.add(random_config(shapes, config.compress, rng), acc)
-    estimator = DropEstimator(SimpleNamespace(blocks=blocks), surrogate, 90.0)
-    estimator.consensus = list(random_config(shapes, config.compress, rng).blocks)
-    low = LLAEnsemble(0, blocks[0], 0.5, estimator, config, len(blocks))
-    high = HLAEnsemble([sum(shape.params for shape in block) for block in shapes], [0.5] * len(blocks), config)
-    seconds = in_turn([lambda: low.search(BUDGET), lambda: high.train(config.hla.timesteps)], args)
-    for level, steps, taken in zip((low, high), (config.lla.timesteps, config.hla.timesteps), seconds):
-        rates = len(level.agents) * steps / taken
-        print(f"{len(level.agents)} agents of {type(level).__name__}: {spread(rates)} steps/s", flush=True)
 
 
 def training_section(args) -> None:
@@ -186,14 +166,13 @@ def job_section(args) -> None:
               f"{name} {100 * value / seconds:.0f} %" for name, value in shares if value > 0.01 * seconds), flush=True)
 
 
-SECTIONS = {"proxy": proxy_section, "agents": agents_section, "training": training_section, "table": table_section,
-            "job": job_section}
+SECTIONS = {"proxy": proxy_section, "training": training_section, "table": table_section, "job": job_section}
 
 
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sections", nargs="+", default=["proxy", "agents"], choices=tuple(SECTIONS))
+    parser.add_argument("--sections", nargs="+", default=["proxy", "training"], choices=tuple(SECTIONS))
     parser.add_argument("--steps", type=int, default=3, help="candidates per block and round")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds")
     parser.add_argument("--images", type=int, default=8, help="calibration images")
