@@ -76,6 +76,11 @@ def kernel_retained(config: KernelConfig, n_out: int) -> float:
     return min(config.storage_bits, FULL_BITS) / FULL_BITS * channels_kept(config.keep, n_out) / n_out
 
 
+def retained_weights(config: KernelConfig, shape: KernelShape) -> float:
+    """Return the FP32-equivalent weights that stay, rho_ik P_ik; summed over a network and divided by P it is rho."""
+    return kernel_retained(config, shape.n_out) * shape.params
+
+
 def kernel_parts(config: KernelConfig, shape: KernelShape) -> tuple[int, int, int, int]:
     """Return the bytes of one packed kernel: map of kept channels, scales, zero-points, codes of the kept rows.
 
@@ -172,6 +177,11 @@ class NetworkConfig:
     def sparsity(self) -> float:
         """Pruned kernel weights / kernel weights."""
         return sum(sum(s.params * (1 - kept) for s, kept in zip(b.shapes, b.kept)) for b in self.blocks) / self.params
+
+    @property
+    def kernels_bytes(self) -> int:
+        """Bytes of all kernels in the packed file."""
+        return sum(kernel_bytes(k, s) for block in self.blocks for k, s in zip(block.kernels, block.shapes))
 
     @property
     def joined(self) -> BlockConfig:

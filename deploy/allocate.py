@@ -15,17 +15,12 @@ from itertools import product
 
 import numpy as np
 
-from compress import KernelConfig, KernelShape, NetworkConfig, channels_kept, compress_kernel, kernel_retained
+from compress import KernelConfig, NetworkConfig, channels_kept, compress_kernel, retained_weights
 from config import LEVELS, InputError
 
 CLOSENESS = 0.99  # a budget is met from this fraction of it upwards
 SLOTS = 10_000  # parts into which least_sum divides a budget
 COUNTS = 64  # about how many channel counts of a kernel the last resort tries
-
-
-def retained_weights(config: KernelConfig, shape: KernelShape) -> float:
-    """FP32-equivalent weights that stay: rho_ik P_ik. Summed over a network and divided by P it is rho (Eq. 31)."""
-    return kernel_retained(config, shape.n_out) * shape.params
 
 
 def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float,
@@ -66,25 +61,28 @@ def enforce(blocks, config: NetworkConfig, sensitivity, limits, budget: float,
     return moved, f"the configuration takes {total:,.6g} of the {budget:,.6g} that it may take: {why}"
 
 
-def least_sum(options, budget: float, at_least: float = 0.0) -> list[int] | None:
+def least_sum(options, budget: float, at_least: float = 0.0, stay=None) -> list[int] | None:
     """Indices of one option per group whose costs sum to [at_least, budget] and whose damages have the least sum.
 
-    options: per group a list of (cost, damage). By dynamic programming over the total cost so far, in SLOTS parts of
-    the budget; None where no sum is within the bounds.
+    options: per group a list of (cost, damage); None where no sum is within the bounds. By dynamic programming: of the
+    choices for k groups ``stay(k, costs, damages)`` says which stay, or in each of SLOTS parts of the budget the best.
     """
     groups = [np.array(group, dtype=np.float64).T for group in options]
     least, most = sum(cost.min() for cost, _ in groups), sum(cost.max() for cost, _ in groups)
     total, damage, paths = np.zeros(1), np.zeros(1), []
-    for cost, more in groups:
+    for k, (cost, more) in enumerate(groups, 1):
         least, most = least - cost.min(), most - cost.max()
         totals, damages = (total[:, None] + cost).ravel(), (damage[:, None] + more).ravel()
-        within = np.flatnonzero((totals + least <= budget) & (totals + most >= at_least))
+        within = np.flatnonzero((totals + least <= budget * (1 + 1e-13)) & (totals + most >= at_least))  # rounded sums
         if not len(within):
             return None
-        within = within[np.argsort(damages[within], kind="stable")[::-1]]  # the last of a slot stays: the least damage
-        states = np.full(SLOTS + 2, -1)
-        states[(totals[within] / budget * SLOTS).astype(np.int64)] = within
-        states = states[states >= 0]
+        if stay:
+            states = within[stay(k, totals[within], damages[within])]
+        else:
+            within = within[np.argsort(damages[within], kind="stable")[::-1]]  # the last of a slot: the least damage
+            states = np.full(SLOTS + 2, -1)
+            states[(totals[within] / budget * SLOTS).astype(np.int64)] = within
+            states = states[states >= 0]
         paths.append(np.divmod(states, len(cost)))  # state before, option
         total, damage = totals[states], damages[states]
     state, chosen = int(damage.argmin()), []

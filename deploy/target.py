@@ -11,9 +11,9 @@ import re
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from compress import FULL_BITS, BlockConfig, KernelConfig, NetworkConfig, kernel_bytes
+from compress import FULL_BITS, BlockConfig, KernelConfig, NetworkConfig, kernel_bytes, retained_weights
 from config import BASELINES, Config, InputError, get, override
-from deploy.allocate import enforce, retained_weights
+from deploy.allocate import enforce
 
 ROUNDING = 1e-9  # points, of a difference of two accuracies
 INDEX_ROOM = 256  # bytes by which the compressed index of a packed file may differ between configurations
@@ -101,14 +101,13 @@ class Demands:
     def check_sizes(self, shapes) -> None:
         """Raise InputError for a size that no configuration within the bounds has; shapes: KernelShape, per block."""
         limits, goal, target = self.config.compress, self.goal, self.config.search.target
-        smallest = _alike(shapes, limits, limits.bits_min, 1 - limits.max_pruning)
-        if goal and goal.max_bytes is not None:
-            rest = math.ceil(goal.max_bytes - self._room(smallest))
-            if (least := rest + _kernels_bytes(smallest)) > goal.max_bytes:
-                more = [f"{key}={value}" for key, value in (("compress.scope", "all"), ("pack.rest", "float16"))
-                        if get(self.config, key) != value]
-                raise InputError(f"goal={self.config.goal}: the file takes at least {least:,} bytes, {rest:,} of them "
-                                 f"for what is not compressed; ask for more{' or try ' * bool(more) + ' '.join(more)}")
+        smallest = _smallest(shapes, limits)
+        if goal and goal.max_bytes is not None and (least := self.file_bytes(smallest)) > goal.max_bytes:
+            more = [f"{key}={value}" for key, value in (("compress.scope", "all"), ("pack.rest", "float16"))
+                    if get(self.config, key) != value]
+            raise InputError(f"goal={self.config.goal}: the file takes at least {least:,} bytes, "
+                             f"{least - smallest.kernels_bytes:,} of them for what is not compressed; ask for more"
+                             f"{' or try ' * bool(more) + ' '.join(more)}")
         if (_asks_ratio(self.config, goal) or self.config.search.method in BASELINES) and smallest.retained > target:
             raise InputError(f"search.target={target:.4g} (CR {1 / target:.2f}) cannot be met: with compress.bits_min="
                              f"{limits.bits_min} and compress.max_pruning={limits.max_pruning:g} at least "
@@ -127,8 +126,12 @@ class Demands:
         chosen = self._moved(voted, target * voted.params, retained_weights) if ratio else voted
         if most is not None:
             room = self._room(voted)
-            if not ratio or _kernels_bytes(chosen) > room:  # under a ratio the bytes are only a bound
-                chosen = self._moved(chosen, room, kernel_bytes)
+            if not ratio or chosen.kernels_bytes > room:  # under a ratio the bytes are only a bound
+                try:
+                    chosen = self._moved(chosen, room, kernel_bytes)
+                except InputError:  # its types and granularities take more than the smallest, which check_sizes saw fit
+                    self.log.note("the size leaves room for the smallest configuration alone, in place of the vote")
+                    chosen = _smallest([block.shapes for block in voted.blocks], self.config.compress)
         return chosen
 
     def allowance(self, shapes) -> tuple:
@@ -140,8 +143,10 @@ class Demands:
         return retained_weights, self.config.search.target * sum(s.params for block in shapes for s in block)
 
     def _room(self, config) -> float:
-        """Bytes that the kernels may take; ``config``: any, which is packed to see what the rest takes."""
-        return self.goal.max_bytes - (self.file_bytes(config) - _kernels_bytes(config)) - INDEX_ROOM
+        """Bytes that the kernels may take, at least those of the smallest, whose file is known to fit; ``config``: any,
+        which is packed to see what the rest takes."""
+        room = self.goal.max_bytes - (self.file_bytes(config) - config.kernels_bytes) - INDEX_ROOM
+        return max(room, _smallest([block.shapes for block in config.blocks], self.config.compress).kernels_bytes)
 
     def _moved(self, config, budget, cost) -> NetworkConfig:
         moved, note = enforce(self.blocks, config, self.sensitivity, self.config.compress, budget, cost)
@@ -177,8 +182,7 @@ class Demands:
 
     def result(self, row) -> dict | None:
         """Which of the goal's conditions the packed file of the best cycle meets, for result.json; None without one."""
-        goal = self.goal
-        if goal is None:
+        if (goal := self.goal) is None:
             return None
         met = {"size": goal.max_bytes is None or row.packed_bytes <= goal.max_bytes,
                "cr": goal.min_cr is None or row.cr >= goal.min_cr - ROUNDING, "drop": self.holds(row)}
@@ -194,11 +198,11 @@ def _alike(shapes, limits, bits: int, keep: float) -> NetworkConfig:
                                                  for shape in block), tuple(block)) for block in shapes))
 
 
+def _smallest(shapes, limits) -> NetworkConfig:
+    """The least that the bounds allow."""
+    return _alike(shapes, limits, limits.bits_min, 1 - limits.max_pruning)
+
+
 def _asks_ratio(config: Config, goal: Goal | None) -> bool:
     """Whether search.target is to be met, and not only aimed at."""
     return config.enforce_target or goal is not None and goal.min_cr is not None
-
-
-def _kernels_bytes(config: NetworkConfig) -> int:
-    """Bytes of all kernels in the packed file."""
-    return sum(kernel_bytes(k, s) for block in config.blocks for k, s in zip(block.kernels, block.shapes))

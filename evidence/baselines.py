@@ -42,7 +42,7 @@ class Problem:
     blocks: list  # with theta_0 in them
     sensitivity: list  # s_i
     limits: object  # config.Compress
-    cost: object  # cost(KernelConfig, KernelShape), deploy.allocate.retained_weights or compress.kernel_bytes
+    cost: object  # cost(KernelConfig, KernelShape), compress.retained_weights or kernel_bytes
     allowed: float  # sum of the costs, at most
     evaluations: int  # at most
     estimates: object = None  # with search.estimate=table an evidence.table.EstimateTable, else an estimate.Proxy
@@ -349,20 +349,49 @@ class SequentialEnv:
         return self.reset(), rewards, np.full(self.num_envs, True), {}
 
 
-def table_optimum(space: Space, rng) -> None:
-    """The least sum of the table's entries, by dynamic programming, as integer programs allocate (HAWQ-V3, Yao et al.
-    2021, 2011.10680): the exact optimum of the additive estimate, up to the slots of ``least_sum``."""
+def table_optimum(space: Space, rng) -> str:
+    """The least sum of the table's entries, as integer programs allocate (HAWQ-V3, Yao et al. 2021, 2011.10680): the
+    exact optimum of the additive estimate."""
     table, options, pairs = space.problem.estimates, [], []
     entries = [entry for block in table.entries for entry in block]  # in the order of the kernels
     for k, shape in enumerate(space.shapes):
         factor = table.factors[space.of_block[k]]
         kernels = [space.kernel(k, *genome) for genome in np.ndindex(*space.levels[k])]
         options.append(kernels)
-        pairs.append([(space.problem.cost(kernel, shape), factor * entries[k].mse(kernel, shape.n_out))
+        pairs.append([(space.problem.cost(kernel, shape), min(factor * entries[k].mse(kernel, shape.n_out), RUINED))
                       for kernel in kernels])
-    chosen = least_sum(pairs, space.problem.allowed)
+    chosen = exact_least_sum(pairs, space.problem.allowed)
     if chosen:
         space.scores([space.grouped([kernels[index] for kernels, index in zip(options, chosen)])])
+    bad = sum(damage == RUINED for group in pairs for _, damage in group)
+    return f"{bad} choices for single kernels give logits that are not finite, and count as the worst" * bool(bad)
+
+
+def exact_least_sum(options, budget: float) -> list[int] | None:
+    """Indices of one option per group whose costs sum to at most ``budget`` and whose damages have the least sum; None
+    where none do. options: per group a list of (cost, damage).
+
+    All partial choices stay that no other beats in cost and damage, and that may still lead below the sum of the
+    choice by slots: the groups to come add at least their sum of min(damage + price cost), minus ``price`` times the
+    cost that is left (Lagrange). That leaves a few hundred.
+    """
+    chosen, groups = least_sum(options, budget), [np.array(group, dtype=np.float64).T for group in options]
+    if chosen is None:
+        return None
+    low, price = 0.0, 1e30
+    for _ in range(200):
+        middle = (low + price) / 2
+        taken = math.fsum(cost[(damage + middle * cost).argmin()] for cost, damage in groups)
+        low, price = (middle, price) if taken > budget else (low, middle)
+    bound = math.fsum(group[1, index] for group, index in zip(groups, chosen)) + price * budget
+    floor = [(damage + price * cost).min() for cost, damage in groups]
+
+    def stay(k, costs, damages):
+        near = np.flatnonzero(damages + price * costs + math.fsum(floor[k:]) <= bound * (1 + 1e-9))
+        near = near[np.lexsort((damages[near], costs[near]))]
+        return near[damages[near] < np.minimum.accumulate(np.append(math.inf, damages[near]))[:-1]]
+
+    return least_sum(options, budget, stay=stay) or chosen
 
 
 SEARCHES = dict(uniform=uniform, random=random_search, greedy=greedy, evolution=evolution, sequential=sequential,

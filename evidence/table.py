@@ -28,7 +28,8 @@ LEAST = 1e-12  # of a logit MSE, for ratios
 
 @dataclass(frozen=True)
 class Entries:
-    """One kernel's logit MSEs, alone. bits: by (bits, type, granularity); kept: channels, ascending, and their MSEs."""
+    """One kernel's logit MSEs, alone, infinite where the logits are not finite. bits: by (bits, type, granularity);
+    kept: channels, ascending, and their MSEs."""
     bits: dict[tuple[int, str, str], float]
     kept: list[int]
     kept_mse: list[float]
@@ -67,7 +68,8 @@ class EstimateTable:
     def check(self, chosen: NetworkConfig) -> dict:
         """Measure a chosen network by the proxy; return the quality with all that were chosen so far."""
         told, measured = (source.errors(None, [chosen])[0] for source in (self, self.proxy))
-        self.chosen.append({"table_mse": told, "proxy_mse": measured})
+        self.chosen.append({key: mse if math.isfinite(mse) else None
+                            for key, mse in (("table_mse", told), ("proxy_mse", measured))})
         return {**self.quality, "chosen": self.chosen}
 
 
@@ -95,30 +97,40 @@ def measure(proxy: Proxy, space: Space, rng) -> dict:
     table = EstimateTable(proxy, entries, [1.0] * len(entries), {})
     networks = [space.config(space.onto_target(space.draw(rng), rng)) for _ in range(JOINT)]
     for i in range(len(entries)):
-        parts = [network.blocks[i] for network in networks]
-        ratios = np.maximum(proxy.errors(i, parts), LEAST) / np.maximum(table.errors(i, parts), LEAST)
-        table.factors[i] = float(np.exp(np.log(ratios).mean()))
+        told, measured = _pairs(table, i, [network.blocks[i] for network in networks])
+        table.factors[i] = float(np.exp(np.log(measured / told).mean())) if len(told) else 1.0
+    bad = sum(math.isinf(mse) for row in entries for e in row for mse in (*e.bits.values(), *e.kept_mse))
     passes = sum(len(e.bits) + len(e.kept) - 1 for row in entries for e in row) + JOINT * len(entries)
-    return {"entries": entries, "factors": table.factors, "quality": {"passes": passes, **compare(table, space, rng)}}
+    quality = {"passes": passes, "not_finite": bad, **compare(table, space, rng)}
+    return {"entries": entries, "factors": table.factors, "quality": quality}
 
 
 def compare(table: EstimateTable, space: Space, rng, count: int = HELD_OUT) -> dict:
     """Return how far the table is from the proxy on ``count`` networks drawn on the size: rank correlation and mean
     relative error of the whole networks, and of as many candidates of single blocks, PER_BLOCK or more of each (means
-    over the blocks); a rank correlation is None where one side is flat."""
+    over the blocks), all of those whose logits are finite; None where there are none, or nothing to rank."""
     networks = [space.config(space.onto_target(space.draw(rng), rng)) for _ in range(count)]
 
     def compared(index, configs):
-        told, measured = (np.maximum(source.errors(index, configs), LEAST) for source in (table, table.proxy))
-        rank = rank_correlation(told, measured)
-        return None if math.isnan(rank) else rank, float(np.abs(told / measured - 1).mean())
+        told, measured = _pairs(table, index, configs)
+        rank = rank_correlation(told, measured) if len(told) else math.nan
+        return None if math.isnan(rank) else rank, float(np.abs(told / measured - 1).mean()) if len(told) else None
 
     each = max(PER_BLOCK, count // len(table.blocks))
     blocks = [compared(i, [network.blocks[i] for network in networks[:each]]) for i in range(len(table.blocks))]
-    whole, ranks = compared(None, networks), [rank for rank, _ in blocks if rank is not None]
+    whole, means = compared(None, networks), []
+    for column in zip(*blocks):
+        known = [value for value in column if value is not None]
+        means.append(float(np.mean(known)) if known else None)
     return {"held_out": count, "networks_rank_correlation": whole[0], "networks_mean_error": whole[1],
-            "blocks_rank_correlation": float(np.mean(ranks)) if ranks else None,
-            "blocks_mean_error": float(np.mean([error for _, error in blocks]))}
+            "blocks_rank_correlation": means[0], "blocks_mean_error": means[1]}
+
+
+def _pairs(table: EstimateTable, index: int | None, configs) -> np.ndarray:
+    """Logit MSEs of candidates as estimated and as measured, [2, n], without those where one of the two is not finite;
+    at least LEAST."""
+    pairs = np.array([source.errors(index, configs) for source in (table, table.proxy)])
+    return np.maximum(pairs[:, np.isfinite(pairs).all(0)], LEAST)
 
 
 def measure_entries(proxy: Proxy, space: Space) -> list[list[Entries]]:
@@ -131,7 +143,8 @@ def measure_entries(proxy: Proxy, space: Space) -> list[list[Entries]]:
         for k, shape in enumerate(shapes):
             def alone(configs):
                 whole = [KernelConfig()] * len(shapes)
-                return proxy.errors(i, [BlockConfig((*whole[:k], own, *whole[k + 1:]), shapes) for own in configs])
+                errors = proxy.errors(i, [BlockConfig((*whole[:k], own, *whole[k + 1:]), shapes) for own in configs])
+                return [error if math.isfinite(error) else math.inf for error in errors]
 
             keeps = [keep for keep in space.keep_grid(shape) if channels_kept(keep, shape.n_out) < shape.n_out]
             row.append(Entries({(c.bits, c.qtype, c.granularity): mse for c, mse in zip(widths, alone(widths))},

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress import BlockConfig, KernelConfig, channels_kept, compress_kernel, kernel_shapes
+from compress import BlockConfig, KernelConfig, channels_kept, compress_kernel, kernel_shapes, retained_weights
 from config import Compress
-from deploy.allocate import retained_weights
 from evidence import baselines
 from evidence.table import Entries
 

@@ -140,16 +140,6 @@ def test_relative_drops_are_in_parts_of_the_variance_of_an_images_logits():
     assert relative.drops(0, [config], wanted / 2) == [wanted / 2]  # another largest drop than 50
 
 
-def test_both_batches_count_and_wild_logits_end_at_fifty():
-    model, blocks, batches = small()
-    config, parts = alike(blocks[0], 3, 0.5), (batches, batches[:1], batches[1:])
-    both, first, second = (Proxy(model, blocks, some).drops(0, [config])[0] for some in parts)
-    assert first != pytest.approx(second, rel=1e-3) and both == pytest.approx((first + second) / 2, rel=1e-5)
-    for factor, drop in ((1000, 50.0), (math.nan, math.nan)):
-        model[-1].weight.data *= factor
-        assert Proxy(model, blocks, batches).drops(0, [config]) == pytest.approx([drop], nan_ok=True)
-
-
 def test_every_candidate_is_judged_against_theta0_whatever_was_asked_before(family):  # ledger D17
     model, blocks, batches = family
     rng = np.random.default_rng(1)

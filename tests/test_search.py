@@ -219,6 +219,7 @@ def test_lla_observation_at_reset_and_after_a_step():
         assert row == pytest.approx([0.25, 0.6, 1.0, 0.0, 0.0, 1.0, 0.25, 0.5, 0.2, 1.0, 0.0, 0.0, 0.5, 0.5], abs=1e-7)
     obs, rewards, dones, _ = env.step(np.array([HARD, FULL]))
     assert obs.dtype == np.float32 and rewards.shape == dones.shape == (2,) and dones.dtype == bool
+    assert [(index, len(configs)) for index, configs in env.estimator.calls] == [(1, 2)]
     # 30 * 92.5 + 5 * 54.84375 + 20 e^(-1.640625) - 12 * 0.6 * 0.9140625; and 0 + 5 * 45 + 20 - 5.4
     assert rewards == pytest.approx([3046.5146769, 239.6], abs=1e-5)
     without = lla_env(Scripted([1.5, 40.0]), allowed, penalty_scale=0.0).step(np.array([HARD, FULL]))[1]
@@ -252,16 +253,6 @@ def test_rewards_of_an_episode_and_separate_histories():
     # R_acc + 45 + 20; then -2 std of (160, 150, 135, 125, 115), which is 16.309506; then of the last five, raw.
     assert got[:, 0] == pytest.approx([160, 150, 135, 125, 115, 132.3809871, 141.8522432, 165], abs=1e-5)
     assert got[:, 1] == pytest.approx([165] * 8)  # a new episode forgets
-
-
-def test_a_step_asks_the_estimator_once_with_one_configuration_each():
-    env, actions = lla_env(Scripted([1.5, 40.0, 0.0]), envs=3), np.array([FULL, HARD, [7, 7, 1, 2] * 2])
-    env.reset()
-    env.step(actions)
-    (index, configs), = env.estimator.calls
-    assert index == 1 and len(configs) == 3
-    assert [k.bits for k in configs[0].kernels] == [8, 8] and [k.bits for k in configs[1].kernels] == [8, 3]
-    assert configs[2].kernels[1] == KernelConfig(5, 0.7, "FLOAT", "per-channel") and configs[2].shapes == TWO
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

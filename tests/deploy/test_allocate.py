@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import models
-from compress import BlockConfig, KernelConfig, KernelShape, NetworkConfig, channels_kept, kernel_bytes, kernel_shapes
+from compress import (BlockConfig, KernelConfig, KernelShape, NetworkConfig, channels_kept, kernel_bytes, kernel_shapes,
+                      retained_weights)
 from config import Compress, InputError
 from deploy import allocate
-from deploy.allocate import enforce, least_sum, retained_weights
+from deploy.allocate import enforce, least_sum
+from evidence.baselines import exact_least_sum
 from networks import equal, snapshot
 
 
@@ -124,6 +126,8 @@ def test_the_least_sum_is_that_of_every_combination():
         within = {indices: damage for indices, (cost, damage) in sums.items() if cost <= budget}
         assert least_sum(options, budget) == (list(min(within, key=within.get)) if within else None)
     assert least_sum([[(4, 2.0), (8, 1.0)], [(4, 2.0), (6, 0.0)]], 10.0) == [0, 1]  # just met
+    one_slot = [[(50000.4, 1.0), (50000.0, 2.0)], [(50000.0, 0.0), (10000.0, 100.0)]]
+    assert least_sum(one_slot, 1e5) == [0, 1] and exact_least_sum(one_slot, 1e5) == [1, 0]
 
 
 def test_kernels_that_are_not_prunable_keep_their_channels():

@@ -86,16 +86,19 @@ def test_sizes_out_of_reach_are_refused_before_anything_is_trained():
     fitted = {"compress__granularity": "fitted"}  # 12 scales in place of one
 
     def check(**settings):
-        demands(lambda config: total(config, kernel_bytes) + 744, **settings).check_sizes(shapes)
-    for settings, words in (({"goal": "size:1195B"}, "1,196 bytes, 1,000 of them"), ({"goal": "cr:30"}, r"CR 30\.00"),
-                            ({"goal": "size:1283B", **fitted}, "1,284 bytes, 1,000 of them"),
+        demands(lambda config: config.kernels_bytes + 744, **settings).check_sizes(shapes)
+    for settings, words in (({"goal": "size:939B"}, "940 bytes, 744 of them"), ({"goal": "cr:30"}, r"CR 30\.00"),
+                            ({"goal": "size:1027B", **fitted}, "1,028 bytes, 744 of them"),
                             ({"goal": "cr:25", "compress__granularity": "log-script"}, r"0\.0469 is retained"),
                             ({"enforce_target": True, "search__target": 0.03}, r"search\.target=0\.03 "),
                             ({"search__method": "greedy", "search__target": 0.03}, r"0\.0352 is retained")):
         with pytest.raises(InputError, match=words):
             check(**settings)
-    check(goal="size:1196B")
-    check(goal="size:1284B", **fitted)
+    check(goal="size:940B")
+    check(goal="size:1028B", **fitted)
+    for voted, notes in (KernelConfig(8), 0), (KernelConfig(8, 1.0, "INT", "per-channel"), 1):  # this keeps 12 scales
+        d = demands(lambda config: config.kernels_bytes + 744, goal="size:940B", compress__granularity="any")
+        assert d.chosen(configured(BLOCKS, voted)).kernels_bytes == 196 and len(d.log.notes) == notes
 
 
 def test_votes_are_moved_onto_the_target_and_what_a_search_chose_for_it_is_not():

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from compress import KernelConfig, NetworkConfig, channels_kept
+from compress import KernelConfig, NetworkConfig, channels_kept, retained_weights
 from config import BASELINES, Compress, Config, InputError, override
-from deploy.allocate import retained_weights
 from evidence import baselines
 from evidence.baselines import Problem, Space
 from problems import BUDGET, LIMITS, TARGET, SixKernels, found
