@@ -31,6 +31,7 @@ SERIES = {"table": "table's optimum (--preset plus)", "greedy": "greedy by Fishe
           "evolution": "evolution", "sequential": "sequential controller", "random": "random search",
           "given": "the network as given", "trained": "hierarchy, 10,000 steps", "hirelc": "hierarchy, 256 steps",
           "untrained": "hierarchy, untrained", "null": "null controller", "repaired longer": "repaired longer",
+          "the README's command": "the README's command",
           "trained ternary quantisation": "published: ternary, Zhu et al. 2017"}
 # The README's table: method → column.
 COLUMNS = {"uniform": "equal bits", "untrained": "hierarchy, untrained", "trained": "trained", "greedy": "greedy",
@@ -144,7 +145,8 @@ def frontier(folder) -> list[dict]:
     points = [(c["network"], c["method"], c["fp32_bytes"] / c["packed_bytes"], 100 * hits(c).mean())
               for c in read(folder)]
     points += [(name, *point) for name, own in LITERATURE.items() for point in own]
-    longer = [json.loads(path.read_text()) for path in Path(folder).glob("long-*.json")]
+    places = *Path(folder).glob("long-*.json"), *Path(folder).glob("readme-*.json")
+    longer = [json.loads(path.read_text()) for path in places]
     points += [(r["network"], r["series"], r["fp32_bytes"] / r["packed_bytes"], r["deployed_acc_full"]) for r in longer]
     return [{"network": name, "series": series, "times smaller": round(float(x), 2), "accuracy": round(float(y), 2)}
             for name, series, x, y in sorted(points)]

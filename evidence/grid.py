@@ -36,9 +36,10 @@ from train import correct
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "threads=1 precision=bfloat16 search.cycles=1 surrogate.warmup=0 search.proxy_batches=1"
 CELL = f"{RUN} preset=plus search.estimate=table baseline.epochs=0 eval.protocol=holdout eval.full=false"
+COMMAND = "python -m evidence.grid --networks {} --times {} --methods {} --seeds {} --data-dir DIR --weights-dir DIR"
 KEPT = ("exp", "seed", "model", "data", "protocol", "eval_images", "baseline_acc", "final_acc", "deployed_acc", "cr",
         "retained", "packed_bytes", "fp32_bytes", "evaluations", "searches", "table", "timings")
-MADE = ("started", "versions", "hardware")  # of a run's config.json
+MADE = ("started", "git", "versions", "hardware")  # of a run's config.json
 
 
 def run(args, flags: str, name: str, seed: int, settings: str) -> int:
@@ -103,6 +104,7 @@ def keep(args, network: str, times: int, method: str, seed: int) -> None:
         **{key: result[key] for key in KEPT}, **{key: config[key] for key in MADE},
         "notes": [note.replace(str(args.data_dir), "DIR") for note in result["notes"]],
         "network": network, "times": times, "method": method, "settings": f"{NETWORKS[network][4]} {METHODS[method]}",
+        "command": COMMAND.format(network, times, method, seed),
         "test_images": len(test), "deployed_hits": digits(hit)})
 
 
