@@ -57,11 +57,11 @@ def fair_order(test, settings, log):
     return mixed(test)
 
 
-def check_writable(path) -> None:
-    """Raise InputError where no file can be written at ``path``."""
+def check_writable(path, folder=None) -> None:
+    """Raise InputError where no file can be written at ``path``, or where it is the ``folder`` that a run will make."""
     try:
         place = Path(path)
-        if place.is_dir() or not place.name:
+        if place.is_dir() or not place.name or folder is not None and place.absolute() == Path(folder).absolute():
             raise IsADirectoryError
         with tempfile.TemporaryFile(dir=place.parent), contextlib.suppress(FileNotFoundError):
             os.stat(place.with_name(f".{place.name}.tmp"))  # fails for names that are too long

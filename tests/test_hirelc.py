@@ -381,7 +381,7 @@ def test_a_missed_goal_is_in_the_notes_and_a_size_counts_the_rest_as_it_is_store
         ("out", "x"), ("data__image_size", 64), ("data__dir", "x"), ("scratch__epochs", 1), ("model__width", 0.5),
         ("name", "x"), ("exp", 3), ("smoke", True), ("policy_sha256", "00"))),
     ({"no__such": 1}, "unknown setting 'no.such'"), ({"packed": "none/packed.pt"}, "none/packed.pt: cannot be written"),
-    ({"packed": "."}, "cannot be written"), ({"policy": "none.json"}, "none.json")])
+    *(({"packed": p, "run_dir": "new"}, "cannot be w") for p in (".", "new")), ({"policy": "no.json"}, "no.json")])
 def test_what_has_no_effect_or_cannot_be_used_is_refused_before_any_work(settings, said, monkeypatch):
     monkeypatch.setattr(data, "as_images", lambda *_: pytest.fail("work"))
     with pytest.raises(InputError, match=re.escape(said)):
