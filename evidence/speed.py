@@ -147,8 +147,8 @@ def table_section(args) -> None:
         ours, other = 2 * args.steps * len(blocks) / seconds
         print(f"{name}, {args.images} images: table {spread(ours)} steps/s, proxy {spread(other)}, ratio "
               f"{spread(ours / other)}; made in {taken:.0f} s, {made.quality['passes']} passes; " + ", ".join(
-                  f"{key.replace('_', ' ')} {value:.3g}" for key, value in compare(made, space, rng, 200).items()),
-              flush=True)
+                  f"{key.replace('_', ' ')} {np.float64(value):.3g}"  # None, where nothing can be ranked, is nan
+                  for key, value in compare(made, space, rng, 200).items()), flush=True)
 
 
 def job_section(args) -> None:
