@@ -11,7 +11,7 @@ from train import device_of
 
 @torch.no_grad()
 def estimate_batchnorm(model: nn.Module, images, batch_size: int, limit: int, generator) -> bool:
-    """Set the running mean and variance of every BatchNorm to the means over batches of ``limit`` training images.
+    """Set the running mean and variance of every BatchNorm to those of ``limit`` training images, means over batches.
 
     The images are augmented as in training, two or more at a time; everything else stays in eval mode. Changes the
     network in place; a BatchNorm that no image reaches, or that the network's own train() keeps in eval mode, keeps
