@@ -33,9 +33,8 @@ NOT_GIVEN = ("exp", "name", "smoke", "out", "policy", "policy_sha256", "model.",
 
 
 def check_settings(settings) -> dict:
-    """Return the settings of compress_model with dots for ``__``. Raises InputError for one without an effect there."""
-    settings = {key.replace("__", "."): value for key, value in settings.items()}
-    settings = {key: settings[key] for key in sorted(settings, key=lambda key: key != "preset")}  # it goes first
+    """Return compress_model's settings, dots for ``__``, the preset first. Raises InputError for one without effect."""
+    settings = {key.replace("__", "."): settings[key] for key in sorted(settings, key=lambda key: key != "preset")}
     useless = [key for key in settings if key != "data.batch_size" and any(
         key == name or name.endswith(".") and key.startswith(name) for name in NOT_GIVEN)]
     if useless:
@@ -60,11 +59,12 @@ def fair_order(test, settings, log):
 def check_writable(path, folder=None) -> None:
     """Raise InputError where no file can be written at ``path``, or where it is the ``folder`` that a run will make."""
     try:
-        place = Path(path)
-        if place.is_dir() or not place.name or folder is not None and place.absolute() == Path(folder).absolute():
+        place, folder = Path(path).absolute(), folder and Path(folder).expanduser().absolute()
+        if place.is_dir() or place == folder:
             raise IsADirectoryError
-        with tempfile.TemporaryFile(dir=place.parent), contextlib.suppress(FileNotFoundError):
-            os.stat(place.with_name(f".{place.name}.tmp"))  # fails for names that are too long
+        home = next(parent for parent in place.parents if parent.is_dir() or place.parent != folder)
+        with tempfile.TemporaryFile(dir=home), contextlib.suppress(FileNotFoundError):
+            os.stat(home / f".{place.name}.tmp")  # fails for names that are too long
     except (OSError, TypeError, ValueError):
         raise InputError(f"{path}: cannot be written there; give a file in a folder that can be written to") from None
 
