@@ -246,8 +246,9 @@ def override(config: Config, assignments) -> Config:
     ``search.method=no-hla``. ``preset`` sets what PRESETS lists, which later assignments may change again.
     Raises InputError for an unknown key (naming the nearest known ones), a wrong type, or a value out of range.
     """
-    known = fields_of(config)
-    for item in assignments.items() if hasattr(assignments, "items") else assignments:
+    known, todo = fields_of(config), [*(assignments.items() if hasattr(assignments, "items") else assignments)]
+    while todo:
+        item = todo.pop(0)
         if isinstance(item, str):
             key, equals, value = item.partition("=")
             if not equals:
@@ -261,7 +262,7 @@ def override(config: Config, assignments) -> Config:
             raise InputError(_unknown(key, known))
         config = _replace(config, key, _typed(key, known[key], value))
         if key == "preset":
-            config = override(config, PRESETS[config.preset])
+            todo = [*PRESETS[config.preset].items(), *todo]
     _check_together(config)
     return config
 
@@ -372,7 +373,7 @@ def _experiment(number, title, network, data, cycles, epochs, paper, more=()):
 
 
 _LOG = {"compress.qtype": "any", "compress.granularity": "log", "surrogate.enabled": False}
-_IMAGENET = {"lla.timesteps": 512, "data.test_images": 39_000}
+_IMAGENET = {"lla.timesteps": 512, "data.test_images": 39_000, "eval.images": 39_000}
 EXPERIMENTS: dict[int, Experiment] = {e.number: e for e in (
     _experiment(1, "DeiT-Small, CIFAR-100", "deit_small_patch16_224", "cifar100", 4, 15,
                 Paper(86.88, 85.16, 1.72, 6.23, 59.8, (3.52, 2.34, 1.72, 2.81), 3.57)),

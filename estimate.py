@@ -147,7 +147,7 @@ class Surrogate:
 
     def add(self, config: NetworkConfig, acc: float) -> None:
         """Add a measured pair (C, accuracy after fine-tuning)."""
-        self.buffer.append(([value for block in config.blocks for value in block_features(block)], acc))
+        self.buffer.append((block_features(config.joined), acc))
 
     @torch.no_grad()
     def predict(self, features) -> list[float]:

@@ -421,7 +421,6 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     phases = runs.Phases(state, identity, STORED, log=log)
     with (networks.switches(config), runs.locked(state.parent) if state else contextlib.nullcontext(),
           checks.protected(model)):
-        torch.manual_seed(config.seed)
         phases.begin(phases.exists)
         test = checks.fair_order(test, config.eval, log)
         network, survey = networks.prepare(copy_network(model).to(device), train, test, log, config, exclude, groups)
@@ -475,8 +474,6 @@ def run_experiment(config: Config, log: Log | None = None, resume: bool = False,
 def _run_experiment(config, log, ranks, device, path, phases, policy, resume) -> dict:
     what = EXPERIMENTS[config.exp].title if config.exp else config.model.source
     log.info(f"{what}{' (smoke)' * config.smoke}, seed {config.seed}, on {device}, processes: {ranks.size}")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(config.seed)
     with ranks.in_turn():  # downloads and builds caches
         splits = data.load(config.data, log.progress, models.PRETRAINED_STATS[config.model.name])
     for note in splits.notes:

@@ -235,13 +235,14 @@ class LLAEnv:
             rewards = lla_reward(drops, retained, self.budget.target, penalty, self.history[:, :self.steps],
                                  self.weights)
         bad = ~(np.isfinite(rewards) & np.isfinite(drops))
+        seen = np.where(bad, WORST, drops)
         self.bad_rewards += int(bad.sum())
-        self.unseen += int((accuracy_reward(drops) <= 0).sum())
+        self.unseen += int((accuracy_reward(seen) <= 0).sum())
         self.history[:, self.steps] = rewards = np.where(bad, BAD_REWARD, rewards)
         self.steps += 1
         done = self.steps >= self.settings.episode
         obs = self.reset() if done else self._observation(
-            retained, np.abs(retained - self.budget.target), np.where(bad, WORST, drops), rewards,
+            retained, np.abs(retained - self.budget.target), seen, rewards,
             [config.per_kernel for config in configs])
         return obs, rewards, np.full(self.num_envs, done), {}
 
@@ -378,7 +379,8 @@ class LLAEnsemble(_Ensemble):
         rng = np.random.default_rng(derive_seed(self.config.seed, "compare", self.index, self.agents[0].timesteps))
         nvec, env = lla_nvec(len(self.shapes)), self.envs[0]
         configs = [consensus, *(self._decoded(rng.integers(nvec)) for _ in range(RANDOM_ACTIONS))]
-        drops = np.array(self.estimator.drops(self.index, configs))
+        drops = np.array(self.estimator.drops(self.index, configs), dtype=np.float64)
+        drops[~np.isfinite(drops)] = math.nan
         retained = np.array([config.retained for config in configs])
         penalty = env.penalty_scale * sensitivity_penalty(env.sensitivity, retained)
         rewards = np.mean([lla_reward(drops, retained, env.budget.target, penalty, [], other.weights)

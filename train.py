@@ -261,7 +261,7 @@ def block_fisher(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> li
     return (totals / len(images)).tolist()
 
 
-def relative(values, what: str) -> list[float]:
+def max_normalised(values, what: str) -> list[float]:
     """Return values / the largest, a negative one as 0; ones where none is above 0. FloatingPointError: not finite."""
     if not all(map(math.isfinite, values)):
         raise FloatingPointError(f"{what} is not finite: the network's loss or gradients overflow")
@@ -270,5 +270,5 @@ def relative(values, what: str) -> list[float]:
 
 
 def fisher_sensitivity(model: nn.Module, blocks, images: Tensor, labels: Tensor) -> list[float]:
-    """Return s_i in [0, 1]: the Fisher information of each block, as :func:`relative` divides it (Eq. 15)."""
-    return relative(block_fisher(model, blocks, images, labels), "the Fisher information")
+    """Return s_i in [0, 1]: the Fisher information of each block, as :func:`max_normalised` divides it (Eq. 15)."""
+    return max_normalised(block_fisher(model, blocks, images, labels), "the Fisher information")

@@ -74,8 +74,7 @@ def measure(run, cycle: int, tuned: dict, voted: NetworkConfig, new: Best, out) 
     new.packed = pack.pack(run.model, run.blocks, chosen, new.masks, grids, run.network, c.pack.rest, log.note)
     pack.load(new.packed, run.model)
     deployed = run.score() if estimated or c.pack.rest != "float32" else grid_acc
-    prediction = out.surrogate.predict([[v for block in chosen.blocks for v in block_features(block)]])[0] \
-        if out.surrogate.active else None
+    prediction = out.surrogate.predict([block_features(chosen.joined)])[0] if out.surrogate.active else None
     row = Cycle(
         cycle=cycle, acc=best.acc, drop=out.baseline["acc"] - best.acc, deployed_acc=deployed, grid_acc=grid_acc,
         acc_before_finetune=tuned["before"], retained=chosen.retained, cr=chosen.cr, msr=chosen.msr,

@@ -125,9 +125,10 @@ class Space:
         self.keeps = [self.keep_grid(shape) for shape in self.shapes]
         bits = limits.bits_max - limits.bits_min + 1
         self.levels = np.array([[bits, len(keeps), len(self.qtypes), len(self.granularities)] for keeps in self.keeps])
-        self.sizes = np.array([[[problem.cost(self.kernel(k, b, min(j, len(keeps) - 1), 0, 0), shape)
-                                 for j in range(LEVELS)] for b in range(bits)]
-                               for k, (shape, keeps) in enumerate(zip(self.shapes, self.keeps))])
+        self.sizes = np.zeros((len(self.shapes), *self.levels.max(0)))
+        for k, shape in enumerate(self.shapes):
+            for genome in np.ndindex(*self.levels[k]):
+                self.sizes[k, *genome] = problem.cost(self.kernel(k, *genome), shape)
         self.allowed = problem.allowed * (1 - 1e-12)  # room for another order
         self.remaining, self.bad = problem.evaluations, 0  # evaluations to go; those that were not finite
         self.known: dict[tuple[int, BlockConfig], float] = {}
@@ -157,12 +158,11 @@ class Space:
 
     def cost(self, config) -> float:
         """Return what a configuration takes."""
-        return math.fsum(self.problem.cost(kernel, shape)
-                         for block in config.blocks for kernel, shape in zip(block.kernels, block.shapes))
+        return math.fsum(map(self.problem.cost, config.joined.kernels, config.joined.shapes))
 
     def size(self, genome) -> float:
-        """Return what a genome takes, at its kernels' first type and granularity."""
-        return float(self.sizes[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum())
+        """Return what a genome takes."""
+        return float(self.sizes[np.arange(len(genome)), *genome.T].sum())
 
     def draw(self, rng) -> np.ndarray:
         """Return a genome drawn uniformly."""
@@ -170,14 +170,19 @@ class Space:
 
     def onto_target(self, genome, rng) -> np.ndarray:
         """Return the genome after random single steps of bits and keep: down until it meets the target, then up until
-        no step fits. As small as it gets where nothing meets the target."""
-        genome, size = genome.copy(), self.size(genome)
+        no step fits. Where its types and granularities alone take too much, all kernels have the first ones. As small
+        as it gets where nothing meets the target."""
+        genome = genome.copy()
+        if self.size(genome * [0, 0, 1, 1]) > self.allowed:
+            genome[:, 2:] = 0
+        size = self.size(genome)
         for sign in (-1, 1):
             while sign > 0 or size > self.allowed:
                 after = genome[:, :2] + sign
                 k, head = np.argwhere((after >= 0) & (after < self.levels[:, :2])).T
-                bits, keep = genome[k, :2].T
-                change = self.sizes[k, bits + sign * (head == 0), keep + sign * (head == 1)] - self.sizes[k, bits, keep]
+                bits, keep, *kind = genome[k].T
+                change = self.sizes[k, bits + sign * (head == 0), keep + sign * (head == 1), *kind]
+                change -= self.sizes[k, bits, keep, *kind]
                 fitting = np.flatnonzero((sign < 0) | (size + change <= self.allowed))
                 if not len(fitting):
                     break
@@ -212,21 +217,20 @@ def uniform(space: Space, rng) -> None:
     """The same bits and keep everywhere: for every number of bits (type, granularity) the largest keep that meets the
     target, and of these the least drop. Under a file's size greedy steps fill up what it leaves over
     (deploy.target.Demands.chosen)."""
-    allowed, configs = space.problem.allowed, []
+    limits, allowed, configs = space.problem.limits, space.problem.allowed, []
 
-    def network(bits, keep, qtype=space.qtypes[0], granularity=space.granularities[0]):
-        return space.grouped([KernelConfig(bits, keep if shape.prunable else 1.0, qtype, granularity)
-                              for shape in space.shapes])
+    def network(keep, bits, *kind):
+        return space.grouped([KernelConfig(bits, keep if shape.prunable else 1.0, *kind) for shape in space.shapes])
 
-    for bits in range(space.problem.limits.bits_min, space.problem.limits.bits_max + 1):
-        low, high = 1.0 - space.problem.limits.max_pruning, 1.0
-        if space.cost(network(bits, low)) > allowed:
+    for alike in product(range(limits.bits_min, limits.bits_max + 1), space.qtypes, space.granularities):
+        low, high = 1.0 - limits.max_pruning, 1.0
+        if space.cost(network(low, *alike)) > allowed:
             continue
-        low = high if space.cost(network(bits, high)) <= allowed else low
+        low = high if space.cost(network(high, *alike)) <= allowed else low
         for _ in range(30):
             middle = (low + high) / 2
-            low, high = (middle, high) if space.cost(network(bits, middle)) <= allowed else (low, middle)
-        configs += [network(bits, low, t, g) for t in space.qtypes for g in space.granularities]
+            low, high = (middle, high) if space.cost(network(middle, *alike)) <= allowed else (low, middle)
+        configs.append(network(low, *alike))
     space.scores(configs)
 
 
@@ -243,23 +247,23 @@ def greedy(space: Space, rng) -> str:
     target is met: with bits alone, as HAWQ-V2 allocates (Dong et al. 2020, 1911.03852), where that can meet it, and
     with bits and keep; the two choices' drops are all evaluations.
 
-    Where types and granularities are free, each kernel has those of the least error at the bits that the target means.
+    Where types and granularities are free, each kernel has those of the least error at the bits that the target means,
+    or the first ones where others take too much.
     """
     p, limits = space.problem, space.problem.limits
-
-    def total(config):
-        return sum(p.cost(config, shape) for shape in space.shapes)
-
-    middle = min(max(round(FULL_BITS * p.allowed / total(KernelConfig())), limits.bits_min), limits.bits_max)
+    full = sum(p.cost(KernelConfig(), shape) for shape in space.shapes)
+    middle = min(max(round(FULL_BITS * p.allowed / full), limits.bits_min), limits.bits_max)
+    kinds = [*product(space.qtypes, space.granularities)]
+    kinds = kinds if space.sizes[:, 0, 0].max((1, 2)).sum() <= p.allowed else kinds[:1]  # the least of any kind fits
 
     def start(holder):
         weight = holder.weight.detach()
-        best = min((KernelConfig(middle, 1.0, *kind) for kind in product(space.qtypes, space.granularities)),
+        best = min((KernelConfig(middle, 1.0, *kind) for kind in kinds),
                    key=lambda choice: (compress_kernel(weight, choice)[0] - weight).square().sum().item())
         return replace(best, bits=limits.bits_max)
 
     largest = space.grouped(start(holder) for block in p.blocks for holder in block.kernels.values())
-    alone = total(KernelConfig(limits.bits_min, 1.0, space.qtypes[0], space.granularities[0])) <= p.allowed
+    alone = space.cost(space.grouped(replace(k, bits=limits.bits_min) for k in largest.joined.kernels)) <= p.allowed
     found = [enforce(p.blocks, largest, p.sensitivity, bounds, p.allowed, p.cost)
              for bounds in ([replace(limits, max_pruning=0.0)] if alone else []) + [limits]]
     space.scores([config for config, _ in found])
@@ -269,22 +273,22 @@ def greedy(space: Space, rng) -> str:
 def evolution(space: Space, rng) -> None:
     """(mu + lambda): each child takes its blocks from two tournament winners, some kernels change, and random steps
     bring it back onto the target."""
-    people: dict[bytes, tuple[float, np.ndarray]] = {}  # by genome, in the order of birth where drops are equal
+    population: dict[bytes, tuple[float, np.ndarray]] = {}  # by genome, in the order of birth where drops are equal
     generation = idle = 0
     while space.remaining and idle < PATIENCE:
         drawn, before = generation < PARENTS // CHILDREN, space.remaining
-        children = [space.onto_target(space.draw(rng) if drawn else _child(space, list(people.values()), rng), rng)
+        children = [space.onto_target(space.draw(rng) if drawn else _child(space, list(population.values()), rng), rng)
                     for _ in range(CHILDREN)]
         for child, drop in zip(children, space.scores([space.config(child) for child in children])):
             if drop < math.inf:
-                people.setdefault(child.tobytes(), (drop, child))
-        people = dict(sorted(people.items(), key=lambda item: item[1][0])[:PARENTS])
+                population.setdefault(child.tobytes(), (drop, child))
+        population = dict(sorted(population.items(), key=lambda item: item[1][0])[:PARENTS])
         generation, idle = generation + 1, 0 if space.remaining < before else idle + 1
 
 
-def _child(space: Space, people, rng) -> np.ndarray:
-    def winner():  # the people are sorted
-        return people[rng.integers(len(people), size=min(TOURNAMENT, len(people))).min()][1]
+def _child(space: Space, population, rng) -> np.ndarray:
+    def winner():  # it is sorted
+        return population[rng.integers(len(population), size=min(TOURNAMENT, len(population))).min()][1]
 
     first, second, count = winner(), winner(), len(space.shapes)
     blocks = rng.random(len(space.problem.blocks)) < 0.5
@@ -339,7 +343,7 @@ class SequentialEnv:
         bits, keep = actions[:, 0], space.levels[t, 1] - 1 - actions[:, 1] * space.levels[t, 1] // LEVELS
         self.genomes[:, t] = np.column_stack([bits, keep, actions[:, 2:]])
         kept = [channels_kept(space.keeps[t][level], n_out) / n_out for level in keep]
-        self.past = np.column_stack([self.past[:, 0] + space.sizes[t, bits, keep] / space.allowed,
+        self.past = np.column_stack([self.past[:, 0] + space.sizes[t, bits, keep, *actions[:, 2:].T] / space.allowed,
                                      (space.problem.limits.bits_min + bits) / 8, kept])
         self.t += 1
         if self.t < len(space.shapes):
@@ -352,17 +356,15 @@ class SequentialEnv:
 def table_optimum(space: Space, rng) -> str:
     """The least sum of the table's entries, as integer programs allocate (HAWQ-V3, Yao et al. 2021, 2011.10680): the
     exact optimum of the additive estimate."""
-    table, options, pairs = space.problem.estimates, [], []
+    table, pairs = space.problem.estimates, []
     entries = [entry for block in table.entries for entry in block]  # in the order of the kernels
     for k, shape in enumerate(space.shapes):
         factor = table.factors[space.of_block[k]]
-        kernels = [space.kernel(k, *genome) for genome in np.ndindex(*space.levels[k])]
-        options.append(kernels)
-        pairs.append([(space.problem.cost(kernel, shape), min(factor * entries[k].mse(kernel, shape.n_out), RUINED))
-                      for kernel in kernels])
+        damages = (factor * entries[k].mse(space.kernel(k, *g), shape.n_out) for g in np.ndindex(*space.levels[k]))
+        pairs.append([(space.sizes[k, *g], min(d, RUINED)) for g, d in zip(np.ndindex(*space.levels[k]), damages)])
     chosen = exact_least_sum(pairs, space.problem.allowed)
     if chosen:
-        space.scores([space.grouped([kernels[index] for kernels, index in zip(options, chosen)])])
+        space.scores([space.config(np.array([*map(np.unravel_index, chosen, space.levels)]))])
     bad = sum(damage == RUINED for group in pairs for _, damage in group)
     return f"{bad} choices for single kernels give logits that are not finite, and count as the worst" * bool(bad)
 

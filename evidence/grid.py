@@ -68,7 +68,6 @@ def base(args, network: str) -> Path | None:
         return path if training else weights
     _, (config,) = cli.arguments(f"{flags} --seed 42 --set {RUN} {images} {training} model.weights={weights} "
                                  f"data.dir={args.data_dir} eval.protocol=holdout".split())
-    torch.manual_seed(config.seed)
     log, splits = Log(), data.load(config.data, pretrained_stats=models.PRETRAINED_STATS[config.model.name])
     phases = Phases(path.parent / "state", identity(config), STORED, log=log)
     try:

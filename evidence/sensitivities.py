@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import block_parameters
-from train import relative
+from train import max_normalised
 
 PROBES = 16  # Rademacher vectors of the Hessian's trace
 IMAGES_TOGETHER = 16  # of a second derivative, whose graph is large
@@ -30,7 +30,7 @@ def sensitivity(method: str, model: nn.Module, blocks, images: Tensor, labels: T
     images [N, 3, H, W], labels [N]; ``generator`` draws hessian's vectors. Raises FloatingPointError when a value is
     not finite.
     """
-    return relative(block_values(method, model, blocks, images, labels, generator), f"sensitivity={method}")
+    return max_normalised(block_values(method, model, blocks, images, labels, generator), f"sensitivity={method}")
 
 
 def block_values(method, model, blocks, images, labels, generator, probes: int = PROBES) -> list[float]:

@@ -356,16 +356,15 @@ def _plain(model, names, places, otherwise) -> Kernel:
 def swapped(model: nn.Module, weights):
     """Let modules compute with other tensors than their parameters: ``weights``, by one name per module that holds the
     parameter (:meth:`Block.replaced`)."""
-    held = [(model.get_submodule(path)._parameters, leaf, weight)
-            for (path, _, leaf), weight in ((name.rpartition("."), weight) for name, weight in weights.items())]
-    before = [parameters[leaf] for parameters, leaf, _ in held]
+    named = ((name.rpartition("."), weight) for name, weight in weights.items())
+    held = [(own := model.get_submodule(at)._parameters, leaf, weight, own[leaf]) for (at, _, leaf), weight in named]
     try:
-        for parameters, leaf, weight in held:
+        for parameters, leaf, weight, _ in held:
             parameters[leaf] = weight
         yield
     finally:
-        for (parameters, leaf, _), parameter in zip(held, before):
-            parameters[leaf] = parameter
+        for parameters, leaf, _, before in held:
+            parameters[leaf] = before
 
 
 def _storage(tensor) -> int:

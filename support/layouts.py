@@ -29,8 +29,7 @@ from support.files import download, one_line, shown
 
 ORDER_SEED = 2606                  # of the fixed permutation of files; no setting, so that test subsets stay the same
 PUBLISHED = {"cifar10": (10, 50_000, 10_000), "cifar100": (100, 50_000, 10_000),
-             "tiny-imagenet": (200, 100_000, 10_000),
-             "imagenet": (1000, 1_281_167, 50_000)}         # classes, training images, test images
+             "tiny-imagenet": (200, 100_000, 10_000), "imagenet": (1000, 1_281_167, 50_000)}   # classes, images of both
 ARCHIVES = {                                                # URL, folder in the archive, bytes packed and unpacked
     "cifar10": ("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "cifar-10-batches-py", 170e6, 186e6),
     "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "cifar-100-python", 169e6, 186e6),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -60,11 +62,9 @@ def make(config: Config, splits, device, ranks: Ranks, log: Log, check) -> tuple
 
 def load_weights(model: nn.Module, config: Config, log: Log) -> None:
     """Fill the network as ``model.weights`` says: published weights, a file, a URL, or as it is."""
-    source = config.model.weights
+    source = PRETRAINED[config.model.name] if config.model.weights == "auto" else config.model.weights
     if source in ("none", "given"):
         return
-    if source == "auto":
-        source = PRETRAINED[config.model.name]
     quick_gelu = {"auto": None, "on": True, "off": False}[config.model.quick_gelu]
     report = models.load_pretrained(model, source, config.model.weights_dir, log.progress, quick_gelu)
     if report.replaced and config.model.source:
@@ -105,17 +105,22 @@ def prepare(network: nn.Module, train, test, log: Log, config: Config, exclude=(
 
 @contextlib.contextmanager
 def switches(config: Config):
-    """Set torch's threads and TF32 switches as the settings say inside, and as they were afterwards; with gradients and
-    without autocast, whatever it is called under."""
+    """Seed torch's, numpy's and Python's generators; inside, set torch's threads and TF32 switches as the settings say,
+    with deterministic algorithms, with gradients and without autocast, whatever it is called under."""
     # Autocast forgets its copies of the weights when the outermost context ends: inside this one that is never.
     off = {"enabled": False, "cache_enabled": False}
-    before = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    cuda, cudnn, mode = torch.backends.cuda.matmul, torch.backends.cudnn, torch.get_deterministic_debug_mode()
+    before = torch.get_num_threads(), cuda.allow_tf32, cudnn.allow_tf32
+    for seed in (torch.manual_seed, np.random.seed, random.seed):  # a user's network or images may draw from any
+        seed(config.seed)
+    torch.set_deterministic_debug_mode("warn")
     if config.threads:
         torch.set_num_threads(config.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    cuda.allow_tf32 = cudnn.allow_tf32 = config.tf32
     try:
         with torch.enable_grad(), torch.autocast("cpu", **off), torch.autocast("cuda", **off):
             yield
     finally:
+        torch.set_deterministic_debug_mode(mode)
         torch.set_num_threads(before[0])
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before[1:]
+        cuda.allow_tf32, cudnn.allow_tf32 = before[1:]

@@ -38,6 +38,7 @@ from support.ranks import Ranks
 PLACES = {"out", "data.dir", "data.cache", "data.workers", "model.weights_dir", "policy", "device", "threads"}
 LARGE = {"network", "tuned", "best"}  # parts as large as a network: one file for each, the newest alone
 FILES = "model file", "weights file"  # of the user's; config.json has their hashes
+VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "numpy": np.__version__}
 OUTPUTS = ("result.json", "policy.json", "baseline.pt", "best.pt", "packed.pt", "cycles.csv", "updates.csv")
 
 
@@ -311,8 +312,6 @@ def open_directory(path: Path, config: Config, run, resume: bool) -> None:
 
 # The machine
 
-VERSIONS = {"torch": str(torch.__version__), "torchvision": torchvision.__version__, "numpy": np.__version__}
-
 
 def identity(config: Config) -> dict:
     """Return what has to be the same for a run to go on: every setting that its result depends on, the versions, and
@@ -329,8 +328,7 @@ def provenance(device, processes: int) -> dict:
         commit = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
                                 capture_output=True, text=True).stdout.strip()
     return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "processes": processes,
-            "git": commit or None,
-            "versions": {"python": platform.python_version(), **VERSIONS},
+            "git": commit or None, "versions": {"python": platform.python_version(), **VERSIONS},
             "hardware": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
                          "threads": torch.get_num_threads()}}
 

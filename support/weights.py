@@ -45,8 +45,7 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
     except InputError:
         raise
     except Exception as error:  # readers of damaged files raise almost anything
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if name:
+        if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(f"{path}: holds Python objects besides tensors ({shown(name[1])}), which are not loaded; "
                              "save the network's state_dict() with torch.save") from None
         raise InputError(f"{path}: damaged, or not a checkpoint ({type(error).__name__}: {shown(one_line(error))}); "

@@ -410,7 +410,7 @@ def test_the_low_level_goes_on_bit_for_bit_after_a_file():
         ensemble.estimator.rows.insert(0, [math.nan, 40.0])
         found.append(ensemble.search(budget(target=0.15)))
     assert str(found[0]) == str(found[1]) and weights_of(first) == weights_of(second)  # as text, for NaN's sake
-    assert [(one.bad_rewards, one.compared["unseen"]) for one in found] == [(1, 1 / 24)] * 2
+    assert [(one.bad_rewards, one.compared["unseen"]) for one in found] == [(1, 2 / 24)] * 2
 
 
 def test_entropy_is_one_for_uniform_policies_and_falls():
