@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._pytree import tree_flatten
 
 from support.log import Log
 
@@ -180,7 +181,9 @@ def fingerprint(model):
 
 
 def same(one, two):
-    return equal(one[0], two[0]) and one[1:] == two[1:]
+    """Whether nested dictionaries, lists, tensors and other values are the same, bit by bit."""
+    (ones, form), (twos, other) = tree_flatten(one), tree_flatten(two)
+    return form == other and all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(ones, twos))
 
 
 def tied():

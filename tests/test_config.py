@@ -137,6 +137,8 @@ def test_a_preset_is_its_settings_and_gives_way_to_later_ones():
     assert plus.search.method == "table" and plus.finetune.distill == 1 and plus.finetune.mode == "qat"
     assert changed("preset=plus", "finetune.mode=paper").finetune.mode == "paper" and changed("preset=none") == Config()
     assert read_settings(flatten(changed("preset=plus", "search=null")))[0] == changed("preset=plus", "search=null")
+    more = "lla.alpha=30", "lla.beta=5", "lla.gamma_s=1"  # one agent, which is whole only with the last
+    assert changed("lla.algorithms=PPO", "preset=plus", *more) == changed("preset=plus", "lla.algorithms=PPO", *more)
 
 
 TABLE = {  # model, data, cycles, epochs, type, granularity, surrogate, warm-up; baseline, final, drop, CR, compliance
@@ -177,11 +179,11 @@ def test_experiment_against_the_papers_table(number):
 
 
 def test_the_imagenet_context_and_other_numbers_of_the_paper():
-    assert {n: (e.settings["model.name"], e.settings["data.name"], e.settings["lla.timesteps"],
-                e.settings["data.train_images"], e.settings["data.test_images"], e.paper.baseline, e.paper.drop,
-                e.paper.cr) for n, e in EXPERIMENTS.items() if n not in TABLE} == {
-        8: ("resnet50", "imagenet", 512, 62_000, 39_000, 74.12, 0.0, 6.32),
-        9: ("deit_small_patch16_224", "imagenet", 512, 125_000, 39_000, 77.18, 2.17, 5.59)}
+    keys = "model.name", "data.name", "lla.timesteps", "data.train_images", "data.test_images", "eval.images"
+    assert {n: (*(e.settings[key] for key in keys), e.paper.baseline, e.paper.drop, e.paper.cr)
+            for n, e in EXPERIMENTS.items() if n not in TABLE} == {
+        8: ("resnet50", "imagenet", 512, 62_000, 39_000, 39_000, 74.12, 0.0, 6.32),
+        9: ("deit_small_patch16_224", "imagenet", 512, 125_000, 39_000, 39_000, 77.18, 2.17, 5.59)}
     assert {n: e.paper.cycle_drops for n, e in EXPERIMENTS.items() if e.paper.cycle_drops} == {
         1: (3.52, 2.34, 1.72, 2.81), 2: (3.12, 0.55, 0.86, 3.36), 4: (11.72, 5.08, 4.53, 4.22),
         6: (4.77, 1.17, 2.58, 1.48)}

@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 import data
 from support import images as sources
 from config import Data, InputError
-from networks import seeded
+from networks import same, seeded
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))       # mean, std: black → -1, white → 1
 UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))       # leaves values in [0, 1]
@@ -129,12 +129,6 @@ def make_tree(base, per_class=10):
     return base
 
 
-def same_batches(first, second):
-    first, second = list(first), list(second)
-    return len(first) == len(second) and all(
-        torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(first, second))
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streamed_batches_are_those_from_memory(tmp_path, monkeypatch, workers):
     settings = Data(name="folder", dir=str(make_tree(tmp_path)), image_size=16, workers=workers)
@@ -146,16 +140,16 @@ def test_streamed_batches_are_those_from_memory(tmp_path, monkeypatch, workers):
     one, other = seeded(3), seeded(3)
     state = torch.random.get_rng_state()
     for _ in range(2):                                      # two epochs of the same generator: the second goes on
-        assert same_batches(images.batches(7, generator=one), stream.batches(7, generator=other))
+        assert same([*images.batches(7, generator=one)], [*stream.batches(7, generator=other)])
     assert torch.equal(one.get_state(), other.get_state())
-    assert same_batches(images.batches(4, generator=one, limit=9), stream.batches(4, generator=other, limit=9))
-    assert same_batches([images.batch([5, 2], generator=one)], [stream.batch([5, 2], generator=other)])
+    assert same([*images.batches(4, generator=one, limit=9)], [*stream.batches(4, generator=other, limit=9)])
+    assert same(images.batch([5, 2], generator=one), stream.batch([5, 2], generator=other))
     for part, streamed in zip(data.hold_out(images), data.hold_out(stream)):
-        assert same_batches(part.batches(2), streamed.batches(2)) and type(streamed) is data.Stream
+        assert same([*part.batches(2)], [*streamed.batches(2)]) and type(streamed) is data.Stream
     began = stream.batches(4)
     next(began)
-    assert same_batches(stream.batches(4), images.batches(4))           # while the other pass is under way
-    assert same_batches(began, list(images.batches(4))[1:])
+    assert same([*stream.batches(4)], [*images.batches(4)])           # while the other pass is under way
+    assert same([*began], [*images.batches(4)][1:])
     assert torch.equal(torch.random.get_rng_state(), state)             # a pass leaves the run's random numbers alone
 
 

@@ -24,7 +24,7 @@ from estimate import block_features
 from evidence import summary
 from hirelc import Cycle, Run, algorithm_1, compress_model
 from networks import equal, silent, snapshot
-from support import networks
+from support import networks, runs
 from train import Recipe, accuracy, correct
 
 QUICK = ["scratch.epochs=1", "lla.timesteps=4", "hla.timesteps=4", "hla.burst=4", "data.train_images=64",
@@ -426,13 +426,14 @@ def test_bad_input_is_one_line_exit_2_and_leaves_nothing(arguments, expected, tm
     assert not list((tmp_path / "new").rglob("*"))
 
 
-def test_float32_on_a_gpu_is_float32_unless_asked_otherwise():
+def test_switches_and_seeds_hold_inside():
     """torch's default lets convolutions round to TF32."""
-    backends, before = (torch.backends.cuda.matmul, torch.backends.cudnn), torch.backends.cudnn.allow_tf32
+    modes, drawn = lambda: (torch.backends.cudnn.allow_tf32, torch.get_deterministic_debug_mode()), set()
     for tf32 in (True, False):
         with networks.switches(override(Config(), {"tf32": tf32})):
-            assert [backend.allow_tf32 for backend in backends] == [tf32] * 2
-    assert torch.backends.cudnn.allow_tf32 == before
+            assert modes() == (tf32, 1) and torch.backends.cuda.matmul.allow_tf32 == tf32
+            drawn.add(str(runs.random_states()))
+    assert modes() == (True, 0) and len(drawn) == 1  # torch's own
 
 
 def test_cublas_is_told_to_be_deterministic(monkeypatch):

@@ -434,6 +434,8 @@ def test_the_consensus_is_compared_with_random_actions():
     expected = np.mean([search.lla_reward(0.5, consensus.retained, 0.25, 6 * 0.4 * (1 - consensus.retained), [],
                                           (alpha, beta, 1.0)) for alpha, beta in zip((1, 2, 3), (1.5, 5.0, 8.0))])
     assert row["consensus_reward"] == pytest.approx(expected) and row["random_reward"] < row["consensus_reward"]
+    ensemble.estimator.rows = [[math.inf] + [2.5] * 4]
+    assert [*ensemble.compared(consensus).values()] == [None, 2.5, None, row["random_reward"]]
 
 
 def test_candidates_without_an_accuracy_reward_are_counted_and_said():

@@ -319,8 +319,7 @@ class Checkpoint:
             return self.file and torch.load(io.BytesIO(self.file), weights_only=True)
 
     def save(self, state):
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(state, buffer := io.BytesIO())
         self.file, self.left = buffer.getvalue(), self.left - 1
         if not self.left:
             raise KeyboardInterrupt

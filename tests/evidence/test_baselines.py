@@ -1,6 +1,7 @@
 """Each search against a problem whose optimum is known, its evaluations against its budget."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from compress import KernelConfig, NetworkConfig, channels_kept, retained_weights
+from compress import KernelConfig, NetworkConfig, channels_kept, kernel_bytes, retained_weights
 from config import BASELINES, Compress, Config, InputError, override
 from evidence import baselines
 from evidence.baselines import Problem, Space
@@ -21,13 +22,14 @@ def six():
     return SixKernels()
 
 
-def space(limits=LIMITS, target=0.2, channels=(2, 16, 4), whole=(), drops=None, budget=100, inputs=8):
+def space(limits=LIMITS, target=0.2, channels=(2, 16, 4), whole=(), drops=None, budget=100, inputs=8,
+          cost=retained_weights):
     """Blocks of one kernel each."""
     blocks = [SimpleNamespace(name=str(i), kernels={f"k{i}": nn.Linear(inputs, n)},
                               whole=[f"k{i}"] if i in whole else []) for i, n in enumerate(channels)]
     allowed = target * sum(inputs * n for n in channels)
     estimates = SimpleNamespace(drops=lambda index, configs, worst: drops(index, configs))
-    return Space(Problem(blocks, [0.5] * len(blocks), limits, retained_weights, allowed, budget, estimates))
+    return Space(Problem(blocks, [0.5] * len(blocks), limits, cost, allowed, budget, estimates))
 
 
 @pytest.mark.parametrize("method", ["random", "greedy", "evolution", "sequential", "table"])
@@ -83,6 +85,14 @@ def test_types_and_granularities_are_chosen_where_they_are_free(method):
         weight.copy_(torch.tensor([4.0, -3.0]).repeat(32) * torch.tensor([[1.0], [10.0], [100.0], [1000.0]]))
     kernel = baselines.find(method, s.problem, 0).config.blocks[0].kernels[0]
     assert (kernel.qtype, kernel.granularity) == ("FLOAT", "per-channel")
+
+
+@pytest.mark.parametrize("method", BASELINES[:-1])
+def test_what_free_types_and_granularities_take_is_counted(method):
+    s = space(limits=Compress(qtype="any", granularity="any"), channels=(16, 32), cost=kernel_bytes,
+              drops=lambda index, configs: [-float(c.average_bits) for c in configs])
+    for allowed in s.sizes[:, 0, 0, 0, 0].sum() * np.array([1, 1.02, 1.1, 1.3, 2, 3]):
+        assert baselines.find(method, replace(s.problem, allowed=allowed), 0).config.kernels_bytes <= allowed
 
 
 def joint(six, method="random", **settings):
