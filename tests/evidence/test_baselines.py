@@ -89,7 +89,7 @@ def test_types_and_granularities_are_chosen_where_they_are_free(method):
 
 @pytest.mark.parametrize("method", BASELINES[:-1])
 def test_what_free_types_and_granularities_take_is_counted(method):
-    s = space(limits=Compress(qtype="any", granularity="any"), channels=(16, 32), cost=kernel_bytes,
+    s = space(limits=Compress(qtype="any", granularity="any"), channels=(16, 32) * 5, cost=kernel_bytes,
               drops=lambda index, configs: [-float(c.average_bits) for c in configs])
     for allowed in s.sizes[:, 0, 0, 0, 0].sum() * np.array([1, 1.02, 1.1, 1.3, 2, 3]):
         assert baselines.find(method, replace(s.problem, allowed=allowed), 0).config.kernels_bytes <= allowed
