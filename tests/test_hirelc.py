@@ -427,13 +427,12 @@ def test_bad_input_is_one_line_exit_2_and_leaves_nothing(arguments, expected, tm
 
 
 def test_switches_and_seeds_hold_inside():
-    """torch's default lets convolutions round to TF32."""
-    modes, drawn = lambda: (torch.backends.cudnn.allow_tf32, torch.get_deterministic_debug_mode()), set()
-    for tf32 in (True, False):
-        with networks.switches(override(Config(), {"tf32": tf32})):
+    modes, drawn = lambda: (torch.backends.cudnn.allow_tf32, torch.get_deterministic_debug_mode()), []
+    for tf32, seed in ((True, 42), (False, 7), (True, 42)):
+        with networks.switches(override(Config(), {"tf32": tf32, "seed": seed})):
             assert modes() == (tf32, 1) and torch.backends.cuda.matmul.allow_tf32 == tf32
-            drawn.add(str(runs.random_states()))
-    assert modes() == (True, 0) and len(drawn) == 1  # torch's own
+            drawn.append([str(runs.random_states()[key]) for key in ("torch", "numpy", "python")])
+    assert modes() == (True, 0) and drawn[0] == drawn[2] and not {*drawn[0]} & {*drawn[1]}  # torch's own modes
 
 
 def test_cublas_is_told_to_be_deterministic(monkeypatch):

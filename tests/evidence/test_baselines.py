@@ -141,19 +141,20 @@ def test_keeps_are_the_agents_that_mean_other_channels():
 
 
 def test_fitted_genomes_meet_the_target_and_leave_no_room():
-    s, rng = space(limits=Compress(), channels=(16, 24, 4), target=0.13, whole=(2,)), np.random.default_rng(0)
+    s = space(limits=Compress(granularity="any"), channels=(16, 24, 4), target=1.2, whole=(2,), cost=kernel_bytes)
+    rng = np.random.default_rng(0)
     genomes = [s.onto_target(s.draw(rng), rng) for _ in range(50)]
     for genome in genomes:
         config = s.config(genome)
         assert s.size(genome) <= s.allowed and config.blocks[2].kernels[0].keep == 1.0
-        assert s.size(genome) == pytest.approx(config.retained * config.params)
+        assert s.size(genome) == pytest.approx(s.cost(config))
         for k, head in np.argwhere(genome[:, :2] < s.levels[:, :2] - 1):
             genome[k, head] += 1
             assert s.size(genome) > s.allowed
             genome[k, head] -= 1
     assert len({genome.tobytes() for genome in genomes}) > 40
-    people = [(1.0, np.zeros_like(s.levels)), (2.0, s.levels - 1)]  # three draws have the better in them 7 times of 8
-    assert np.mean([baselines._child(s, people, rng)[:2, 1] == 0 for _ in range(40)]) > 0.5
+    both = [(1.0, np.zeros_like(s.levels)), (2.0, s.levels - 1)]  # three draws have the better in them 7 times of 8
+    assert np.mean([baselines._child(s, both, rng)[:2, 1] == 0 for _ in range(40)]) > 0.5
 
 
 def test_a_drop_that_is_not_finite_is_the_largest_and_the_best_meets_the_target():
