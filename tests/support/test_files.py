@@ -65,14 +65,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     files.replace_file(tmp_path / "b.txt", "é\n".encode())
     files.replace_file(path, lambda file: torch.save({"a": torch.ones(3)}, file))
     assert torch.equal(torch.load(path)["a"], torch.ones(3))
-    before, run = path.read_bytes(), tmp_path / "new" / "run"
+    before, run, long = path.read_bytes(), tmp_path / "new" / "run", tmp_path / ("a" * 251)
     for name in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
             patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             files.replace_file(path, b"new")
         assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.json", "b.txt"]
     assert check_writable(path) is check_writable(run / "a.pt", run) is None  # a folder that the run makes
-    for place, folder in ((tmp_path, None), (run / "a.pt", None), (run / "b" / "a.pt", run), (run, run)):
+    for place, folder in ((tmp_path, None), (long, None), (run / "a.pt", None), (run / "b" / "a.pt", run), (run, run)):
         with pytest.raises(InputError, match="cannot be written"):
             check_writable(place, folder)
 
