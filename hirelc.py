@@ -411,7 +411,7 @@ def compress_model(model, train, test, *, exclude=(), groups=None, log=None, pac
     config = override(override(Config(), base), settings)
     checks.check_given(model)
     if packed is not None:
-        checks.check_writable(packed, run_dir)
+        packed = checks.check_writable(packed, run_dir)
     policy, config = policies.given(policy, config)
     log, device, home = log or Log(), networks.device_for(config), next(model.parameters(), torch.empty(0)).device
     log.notes = []  # the result has those of this call

@@ -56,17 +56,18 @@ def fair_order(test, settings, log):
     return mixed(test)
 
 
-def check_writable(path, folder=None) -> None:
-    """Raise InputError where no file can be written at ``path``, or where it is the ``folder`` that a run will make."""
+def check_writable(path, folder=None) -> Path:
+    """Return ``path``, absolute. InputError where no file can be written, or where a run in ``folder`` makes one."""
     try:
-        place, folder = Path(path).absolute(), folder and Path(folder).expanduser().absolute()
-        if place.is_dir() or place == folder:
+        place, folder = (where and Path(where).expanduser().absolute() for where in (path, folder))
+        if not place or place.is_dir() or folder and place in (folder, folder / "state", *folder.parents):
             raise IsADirectoryError
         home = next(parent for parent in place.parents if parent.is_dir() or place.parent != folder)
         with tempfile.TemporaryFile(dir=home), contextlib.suppress(FileNotFoundError):
             os.stat(home / f".{place.name}.tmp")  # fails for names that are too long
-    except (OSError, TypeError, ValueError):
+    except (OSError, RuntimeError, TypeError, ValueError):
         raise InputError(f"{path}: cannot be written there; give a file in a folder that can be written to") from None
+    return place
 
 
 def fingerprint(model: nn.Module, sets, asked) -> dict[str, str]:

@@ -109,18 +109,16 @@ def switches(config: Config):
     with deterministic algorithms, with gradients and without autocast, whatever it is called under."""
     # Autocast forgets its copies of the weights when the outermost context ends: inside this one that is never.
     off = {"enabled": False, "cache_enabled": False}
-    cuda, cudnn, mode = torch.backends.cuda.matmul, torch.backends.cudnn, torch.get_deterministic_debug_mode()
-    before = torch.get_num_threads(), cuda.allow_tf32, cudnn.allow_tf32
-    for seed in (torch.manual_seed, np.random.seed, random.seed):  # a user's network or images may draw from any
-        seed(config.seed)
-    torch.set_deterministic_debug_mode("warn")
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    cuda.allow_tf32 = cudnn.allow_tf32 = config.tf32
-    try:
-        with torch.enable_grad(), torch.autocast("cpu", **off), torch.autocast("cuda", **off):
-            yield
-    finally:
-        torch.set_deterministic_debug_mode(mode)
-        torch.set_num_threads(before[0])
-        cuda.allow_tf32, cudnn.allow_tf32 = before[1:]
+    with contextlib.ExitStack() as after, torch.enable_grad(), torch.autocast("cpu", **off), torch.autocast(
+            "cuda", **off):
+        for unit in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+            after.callback(setattr, unit, "fp32_precision", unit.fp32_precision)
+            unit.fp32_precision = "tf32" if config.tf32 else "ieee"
+        after.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("warn")
+        after.callback(torch.set_num_threads, torch.get_num_threads())
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        for seed in (torch.manual_seed, np.random.seed, random.seed):  # a user's network or images may draw from any
+            seed(config.seed)
+        yield

@@ -427,12 +427,17 @@ def test_bad_input_is_one_line_exit_2_and_leaves_nothing(arguments, expected, tm
 
 
 def test_switches_and_seeds_hold_inside():
-    modes, drawn = lambda: (torch.backends.cudnn.allow_tf32, torch.get_deterministic_debug_mode()), []
+    units = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+    was, units[1].fp32_precision = units[1].fp32_precision, "ieee"  # after which allow_tf32 cannot be read
+    modes = lambda: [*(u.fp32_precision for u in units), torch.get_deterministic_debug_mode(), torch.get_num_threads()]
+    before, drawn = modes(), []
     for tf32, seed in ((True, 42), (False, 7), (True, 42)):
-        with networks.switches(override(Config(), {"tf32": tf32, "seed": seed})):
-            assert modes() == (tf32, 1) and torch.backends.cuda.matmul.allow_tf32 == tf32
+        with networks.switches(override(Config(), {"tf32": tf32, "seed": seed, "threads": 3})):
+            assert modes() == ["tf32" if tf32 else "ieee"] * 3 + [1, 3]
             drawn.append([str(runs.random_states()[key]) for key in ("torch", "numpy", "python")])
-    assert modes() == (True, 0) and drawn[0] == drawn[2] and not {*drawn[0]} & {*drawn[1]}  # torch's own modes
+        assert modes() == before
+    units[1].fp32_precision = was
+    assert drawn[0] == drawn[2] and not {*drawn[0]} & {*drawn[1]}
 
 
 def test_cublas_is_told_to_be_deterministic(monkeypatch):

@@ -142,7 +142,7 @@ def test_keeps_are_the_agents_that_mean_other_channels():
 
 def test_fitted_genomes_meet_the_target_and_leave_no_room():
     s = space(limits=Compress(granularity="any"), channels=(16, 24, 4), target=1.2, whole=(2,), cost=kernel_bytes)
-    rng = np.random.default_rng(0)
+    rng, both = np.random.default_rng(0), [(1.0, np.zeros_like(s.levels)), (2.0, s.levels - 1)]
     genomes = [s.onto_target(s.draw(rng), rng) for _ in range(50)]
     for genome in genomes:
         config = s.config(genome)
@@ -153,8 +153,7 @@ def test_fitted_genomes_meet_the_target_and_leave_no_room():
             assert s.size(genome) > s.allowed
             genome[k, head] -= 1
     assert len({genome.tobytes() for genome in genomes}) > 40 and sum(genome[:, 2:].any() for genome in genomes) > 40
-    both = [(1.0, np.zeros_like(s.levels)), (2.0, s.levels - 1)]  # three draws have the better in them 7 times of 8
-    assert np.mean([baselines._child(s, both, rng)[:2, 1] == 0 for _ in range(40)]) > 0.5
+    assert np.mean([baselines._child(s, both, rng)[:2, 1] == 0 for _ in range(40)]) > 0.5  # three draws: 7 times of 8
 
 
 def test_a_drop_that_is_not_finite_is_the_largest_and_the_best_meets_the_target():

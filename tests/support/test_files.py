@@ -71,10 +71,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
             patch.setattr(os, name, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
             files.replace_file(path, b"new")
         assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["a.json", "b.txt"]
-    assert check_writable(path) is check_writable(run / "a.pt", run) is None  # a folder that the run makes
-    for place, folder in ((tmp_path, None), (long, None), (run / "a.pt", None), (run / "b" / "a.pt", run), (run, run)):
+    assert check_writable(path) == path and check_writable(run / "a.pt", run) == run / "a.pt"  # the run makes it
+    for place, home in ((tmp_path, None), (long, None), (run / "a.pt", None), (run.parent, run), (run / "state", run)):
         with pytest.raises(InputError, match="cannot be written"):
-            check_writable(place, folder)
+            check_writable(place, home)
 
 
 def test_a_full_disk_is_an_oserror_when_torch_saves(tmp_path):
