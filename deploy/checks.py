@@ -57,7 +57,7 @@ def fair_order(test, settings, log):
 
 
 def check_writable(path, folder=None) -> Path:
-    """Return ``path``, absolute. InputError where no file can be written, or where a run in ``folder`` makes one."""
+    """Return ``path``, absolute. InputError where no file can be written, or a run in ``folder`` makes a folder."""
     try:
         place, folder = (where and Path(where).expanduser().absolute() for where in (path, folder))
         if not place or place.is_dir() or folder and place in (folder, folder / "state", *folder.parents):

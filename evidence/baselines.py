@@ -254,7 +254,7 @@ def greedy(space: Space, rng) -> str:
     full = sum(p.cost(KernelConfig(), shape) for shape in space.shapes)
     middle = min(max(round(FULL_BITS * p.allowed / full), limits.bits_min), limits.bits_max)
     kinds = [*product(space.qtypes, space.granularities)]
-    kinds = kinds if space.sizes[:, 0, 0].max((1, 2)).sum() <= p.allowed else kinds[:1]  # the least of any kind fits
+    kinds = kinds if space.sizes[:, 0, 0].max((1, 2)).sum() <= p.allowed else kinds[:1]  # do the dearest fit at all
 
     def start(holder):
         weight = holder.weight.detach()
